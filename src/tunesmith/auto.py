@@ -1,0 +1,100 @@
+"""An adapter and its base in one call: the base is the one that the adapter's file names."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .assets import resolve
+from .checkpoint.files import AdapterFolder
+from .config import TaskType
+from .errors import ConfigError
+from .model import PeftModel
+
+_AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+    None: "AutoModel",
+}
+
+
+def load_base(name_or_path: str, task_type: TaskType | str | None = TaskType.CAUSAL_LM, **kwargs: Any) -> nn.Module:
+    """The base model of that name, folder or hub id; "sprout" is the embedded one.
+
+    kwargs go to transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+    """
+    import transformers
+
+    auto = getattr(transformers, _AUTO_CLASSES[TaskType(task_type) if task_type else None])
+    return auto.from_pretrained(resolve(name_or_path), **kwargs)
+
+
+def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:
+    """The tokenizer that belongs to a base model; "sprout" is the embedded one's."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve(name_or_path), **kwargs)
+
+
+class AutoPeftModel:
+    """`from_pretrained(adapter)` loads the base that the adapter names, then the adapter on it."""
+
+    task_type: ClassVar[TaskType | None] = None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(adapter)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """kwargs go to the base's `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+
+        Raises:
+            ConfigError: the adapter names no base, or was made for another task.
+        """
+        where = {"revision": revision, "subfolder": subfolder, "token": token}
+        config = AdapterFolder.find(pretrained_model_name_or_path, **where).config()
+        task = cls.task_type or config.task_type
+        if cls.task_type and config.task_type and config.task_type != cls.task_type:
+            raise ConfigError(f"the adapter was made for {config.task_type.value}; {cls.__name__} loads {cls.task_type.value}")
+        if not config.base_model_name_or_path:
+            raise ConfigError("the adapter's file names no base model; load the base and call PeftModel.from_pretrained(base, ...)")
+        base = load_base(config.base_model_name_or_path, task, revision=config.revision or "main", **kwargs)
+        return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, **where)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    task_type = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    task_type = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    task_type = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    task_type = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    task_type = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    task_type = TaskType.FEATURE_EXTRACTION

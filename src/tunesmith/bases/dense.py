@@ -1,0 +1,105 @@
+"""Views of modules that store their weight as one dense tensor."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .view import BaseView, register_view
+
+
+@register_view(nn.Linear)
+class LinearView(BaseView):
+    """`nn.Linear`: weight `(out, in)`, A `(r, in)`, B `(out, r)`."""
+
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight())
+
+    def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out, inner = self.weight().shape
+        return (r, inner), (out, r)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        return F.linear(h, b)
+
+
+@register_view(Conv1D)
+class Conv1DView(LinearView):
+    """GPT-2's `Conv1D`: a linear map whose weight is stored `(in, out)`."""
+
+    def weight(self) -> Tensor:
+        return self.module.weight.T
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.T.contiguous()
+
+
+@register_view(nn.Embedding)
+class EmbeddingView(BaseView):
+    """`nn.Embedding`: a lookup in `(tokens, dim)`; A `(r, tokens)`, B `(dim, r)`, the change is `(B A)^T`."""
+
+    tokens_in = True
+
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self._look_up(x, self.weight())
+
+    def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        tokens, dim = self.weight().shape
+        return (r, tokens), (dim, r)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self._look_up(x, a.T)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        return F.linear(h, b)
+
+    def compose(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).T
+
+    def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
+        module = self.module
+        return F.embedding(ids, table, module.padding_idx, None, module.norm_type, module.scale_grad_by_freq)
+
+
+@register_view(nn.Conv2d)
+class Conv2dView(BaseView):
+    """`nn.Conv2d`: weight `(out, in, kh, kw)`; A is a convolution of the same kernel to r channels, B a 1x1 one.
+
+    With groups A mixes all input channels and B keeps the groups, as the ecosystem's files have it; such a change is
+    no change of the grouped weight, so it cannot be merged.
+    """
+
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.module._conv_forward(x, self.weight(), None)
+
+    def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        module = self.module
+        return (r, module.in_channels, *module.kernel_size), (module.out_channels, r // module.groups, 1, 1)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        module = self.module
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            return F.conv2d(x, a, None, module.stride, 0, module.dilation)
+        return F.conv2d(x, a, None, module.stride, module.padding, module.dilation)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(h, b, groups=self.module.groups)
+
+    def compose(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.module.groups > 1:
+            raise NotImplementedError("a low-rank change of a grouped convolution has no grouped weight to merge into")
+        return F.conv2d(a.transpose(0, 1), b).transpose(0, 1)

@@ -1,0 +1,100 @@
+"""The view an adapter gets of its base module, and the table from module types to views.
+
+An adapter never touches the module. It calls the view (`base(x)`) or asks it for parts: the product without bias, the
+dense weight in the orientation `(out, in)`, the bias. A storage format (4-bit, 8-bit) is one more view type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class BaseView:
+    """One linear map `y = W x + b`, seen independently of how the module stores it.
+
+    Low-rank factors `A` and `B` of a change of `W` have the shapes that `low_rank_shapes(r)` gives;
+    `up(down(x, A), B)` applies the change and `compose(A, B)` is the change itself.
+    """
+
+    tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's own output, bit for bit."""
+        return plain_forward(self.module)(x, *args, **kwargs)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    def weight(self) -> Tensor:
+        """The dense weight, `(out, in, ...)`."""
+        raise NotImplementedError
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """`weight` as the module stores it: the inverse orientation of `weight()`."""
+        return weight
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`W x` without the bias."""
+        raise NotImplementedError
+
+    def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B for rank `r`."""
+        raise NotImplementedError
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """`x` through A: the module's kind of product with A in place of the weight."""
+        raise NotImplementedError
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """`h`, of rank width, through B."""
+        raise NotImplementedError
+
+    def compose(self, a: Tensor, b: Tensor) -> Tensor:
+        """The change of `weight()` that A and B stand for."""
+        return b @ a
+
+
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """The class's forward bound to `module`: what the module computes with no site in its `__dict__`."""
+    return type(module).forward.__get__(module)
+
+
+_views: dict[type[nn.Module], type[BaseView]] = {}
+
+
+def register_view(*modules: type[nn.Module]) -> Callable[[type[BaseView]], type[BaseView]]:
+    """Class decorator: these module types, and their subclasses, are seen through the decorated view."""
+
+    def add(view: type[BaseView]) -> type[BaseView]:
+        _views.update(dict.fromkeys(modules, view))
+        return view
+
+    return add
+
+
+def view_type(module: nn.Module) -> type[BaseView] | None:
+    """The view type for `module`, found along its class's bases; None where no adapter can sit."""
+    from . import dense  # noqa: F401  (fills the table)
+
+    return next((_views[cls] for cls in type(module).__mro__ if cls in _views), None)
+
+
+def view_of(module: nn.Module) -> BaseView:
+    """The view of `module`, which must have one."""
+    found = view_type(module)
+    assert found is not None, f"no view for {type(module).__name__}"
+    return found(module)
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The floating-point type of the module's weight."""
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32

@@ -1,0 +1,190 @@
+"""An adapter's files in a folder: read with suspicion, written whole or not at all.
+
+    adapter_config.json         the configuration (indent 2, sorted keys)
+    adapter_model.safetensors   the tensors (metadata {"format": "pt"})
+    adapter_model.bin           the same, old form; read only, never unpickled beyond plain tensors
+    README.md                   the model card
+
+Writing stages new files beside the old ones in `.adapter-staging-<id>/`, flushes them to the disk and renames the folder
+to `.adapter-commit/`: from that moment the new adapter is the valid one, and each file then moves to its place.
+Readers look into `.adapter-commit/` first. A writer killed at any moment leaves the old adapter or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import PeftConfig
+from ..errors import AdapterFileError, ConfigError
+from .hub import fetch
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+OLD_WEIGHTS_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
+COMMIT_FOLDER = ".adapter-commit"
+STAGING_PREFIX = ".adapter-staging-"
+
+
+class AdapterFolder:
+    """Where an adapter's files are: a local folder, or a hub repository's cached files."""
+
+    def __init__(self, name: str, locate: Callable[[str], Path | None]) -> None:
+        self.name = name
+        self.locate = locate
+
+    @classmethod
+    def find(cls, name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> AdapterFolder:
+        """The adapter at a local path, else of a hub repository (kwargs: `revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            AdapterFileError: neither is there.
+        """
+        folder = Path(name_or_path) / (subfolder or "")
+        if folder.is_dir():
+            return cls(str(folder), lambda filename: _present(folder, filename))
+        if folder.is_file():
+            raise AdapterFileError(f"{folder} is a file; give the folder that holds {CONFIG_FILE}")
+        if Path(name_or_path).is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
+            raise AdapterFileError(f"there is no folder {folder}")
+        prefix = f"{subfolder}/" if subfolder else ""
+        known = {k: v for k, v in hub.items() if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")}
+        return cls(str(name_or_path), lambda filename: fetch(str(name_or_path), prefix + filename, **known))
+
+    def config(self, cls: type[PeftConfig] = PeftConfig) -> PeftConfig:
+        """The adapter's configuration.
+
+        Raises:
+            AdapterFileError: the file is missing or is no JSON object.
+            ConfigError: its values are not allowed, or ask for a feature this version does not have.
+        """
+        path = self.locate(CONFIG_FILE)
+        if path is None:
+            raise AdapterFileError(f'"{self.name}" holds no {CONFIG_FILE}, so it is not an adapter{self._hint()}')
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise AdapterFileError(f"{path} is not valid JSON ({error}); download or save the adapter again") from error
+        if not isinstance(values, dict):
+            raise AdapterFileError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def _hint(self) -> str:
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return ""
+        inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
+        return f"; adapters inside it: {', '.join(inner[:8])}" if inner else ""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the weights file, on the CPU.
+
+        Raises:
+            AdapterFileError: the file is missing, truncated, damaged or holds anything but tensors.
+        """
+        path = self.locate(WEIGHTS_FILE)
+        if path is not None:
+            return _read_safetensors(path)
+        path = self.locate(OLD_WEIGHTS_FILE)
+        if path is None:
+            raise AdapterFileError(f'"{self.name}" has a {CONFIG_FILE} but no {WEIGHTS_FILE}; save or download it again')
+        return _read_pickle(path)
+
+
+def _present(folder: Path, filename: str) -> Path | None:
+    """The file in a folder; one of a finished but not yet moved write counts first."""
+    for path in (folder / COMMIT_FOLDER / filename, folder / filename):
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise AdapterFileError(f"{path} is damaged or no safetensors file ({error}); download or save the adapter again") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterFileError(
+            f"{path} cannot be read as plain tensors, and Tunesmith runs no code from pickles; "
+            f"ask its author for {WEIGHTS_FILE}"
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise AdapterFileError(f"{path} holds something else than named tensors")
+    return values
+
+
+def write_folder(folder: str | os.PathLike, writers: dict[str, Callable[[Path], None]]) -> None:
+    """Write files into `folder`, all of them or none; other files there stay.
+
+    Args:
+        writers: `{filename: function that writes it to the given path}`.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise AdapterFileError(f"{folder} is a file; give a folder to save into")
+    folder.mkdir(parents=True, exist_ok=True)
+    _finish(folder)
+    for leftover in folder.glob(f"{STAGING_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        for filename, write in writers.items():
+            write(staging / filename)
+            _flush(staging / filename)
+        _flush(staging)
+        staging.rename(folder / COMMIT_FOLDER)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _flush(folder)
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
+    """Move a committed write's files to their places; does nothing where none is waiting."""
+    commit = folder / COMMIT_FOLDER
+    if not commit.is_dir():
+        return
+    for path in commit.iterdir():
+        os.replace(path, folder / path.name)
+    commit.rmdir()
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def config_text(config: PeftConfig) -> str:
+    """The configuration as its file holds it: for inference, under public names."""
+    return json.dumps({**config.to_dict(), "inference_mode": True}, indent=2, sort_keys=True) + "\n"
+
+
+def write_config(config: PeftConfig, folder: str | os.PathLike) -> None:
+    """Write the configuration file alone."""
+    write_folder(folder, {CONFIG_FILE: lambda path: path.write_text(config_text(config), encoding="utf-8")} )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Folders to adapters: everything is checked before the first value is copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..attach import AdapterTree
+from ..config import PeftConfig
+from ..errors import AdapterFileError, bullet_list, did_you_mean
+from .files import AdapterFolder
+from .names import named_tensors
+
+
+def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.Module) -> None:
+    """Copy a folder's tensors into an adapter built from its configuration.
+
+    Raises:
+        AdapterFileError: missing, unknown or misshapen tensors, wrong types or values that are not finite, all of them
+            at once; nothing was copied then.
+    """
+    stored = folder.tensors()
+    expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
+    stored = _without_copies_of_the_base(stored, expected, base)
+    faults = [f'"{key}" is missing' for key in expected if key not in stored]
+    faults += [f'"{key}" belongs to no part of the adapter{did_you_mean(key, expected)}' for key in stored if key not in expected]
+    for key in expected.keys() & stored.keys():
+        faults += _faults(key, stored[key], expected[key])
+    if faults:
+        raise AdapterFileError(
+            f'"{folder.name}" does not fit {type(base).__name__}'
+            + (f' (it was made for "{config.base_model_name_or_path}")' if config.base_model_name_or_path else "")
+            + f"; {len(faults)} faults, nothing was loaded:\n"
+            + bullet_list(sorted(faults))
+        )
+    with torch.no_grad():
+        for key, tensor in expected.items():
+            tensor.copy_(stored[key])
+
+
+def _faults(key: str, found: Tensor, expected: Tensor) -> list[str]:
+    if found.shape != expected.shape:
+        return [f'"{key}" has the shape {tuple(found.shape)}, the base needs {tuple(expected.shape)}']
+    if found.is_floating_point() != expected.is_floating_point():
+        return [f'"{key}" holds {found.dtype}, expected a type like {expected.dtype}']
+    if found.is_floating_point() and not torch.isfinite(found).all():
+        return [f'"{key}" holds values that are not finite (NaN or infinity)']
+    return []
+
+
+def _without_copies_of_the_base(stored: dict[str, Tensor], expected: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    """Drop what some writers add: second names of copied modules' biases, and frozen weights equal to this base's."""
+    kept = {key: tensor for key, tensor in stored.items() if not _is_second_name(key, stored)}
+    for key, tensor in list(kept.items()):
+        path, dot, leaf = key.removeprefix("base_model.model.").rpartition(".")
+        path = path.removesuffix(".base_layer")
+        if key in expected or leaf != "weight" or not isinstance(_submodule(base, path), nn.Embedding | nn.Linear):
+            continue
+        own = _submodule(base, path).weight
+        if own.shape == tensor.shape and torch.allclose(own.to(tensor.dtype), tensor.to(own.device), rtol=1e-2, atol=1e-5):
+            del kept[key]
+    return kept
+
+
+def _is_second_name(key: str, stored: dict[str, Tensor]) -> bool:
+    return any(mark in key and key.replace(mark, ".") in stored for mark in (".modules_to_save.", ".original_module."))
+
+
+def _submodule(base: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return base.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,0 +1,42 @@
+"""Names of tensors in adapter files.
+
+The ecosystem's files prefix the base's module path with `base_model.model.` (module adapters) and hold one tensor
+`prompt_embeddings` for methods with virtual tokens. The adapter's own name is not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..attach import AdapterTree
+from ..config import PeftConfig
+from ..contracts import ModuleCopy, ParameterAdapter
+
+# Local tensor names whose name in files is not the plain `<path>.<name>`, by method.
+_SUFFIXES = {"LORA": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}}
+_EMBEDDING = {"LORA": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}}
+
+
+def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """`(name in files, name in the tree, tensor)` of everything the adapter owns."""
+    prefix = "base_model." if config.is_prompt_learning else "base_model.model."
+    owned = {tensor: name for name, tensor in tree.state_dict(keep_vars=True).items()}
+    if tree.prompt is not None:
+        for name, tensor in tree.prompt.state_dict(keep_vars=True).items():
+            yield ("prompt_embeddings" if name == "embedding" else name), owned[tensor], tensor
+    for path, adapter in tree.items():
+        module = base.get_submodule(path)
+        adapted = tree.get_submodule(path)._modules.get("_adapter") is not None
+        for name, tensor in adapter.state_dict(keep_vars=True).items():
+            yield f"{prefix}{path}.{_in_file(name, adapter, module, config, adapted)}", owned[tensor], tensor
+
+
+def _in_file(name: str, adapter: nn.Module, module: nn.Module, config: PeftConfig, adapted: bool) -> str:
+    if isinstance(adapter, ModuleCopy):
+        return name.removeprefix("module.")
+    if isinstance(adapter, ParameterAdapter):
+        return f"base_layer.{name}" if adapted else name
+    table = _EMBEDDING if isinstance(module, nn.Embedding) else _SUFFIXES
+    return table.get(config.method or "", {}).get(name, name)

@@ -1,0 +1,41 @@
+"""Handles to folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .card import card_text
+from .files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, config_text, write_folder
+from .names import named_tensors
+
+if TYPE_CHECKING:
+    from ..model import PeftModel
+
+
+def write(handle: PeftModel, names: list[str], directory: str, gathered: dict[str, Tensor] | None) -> None:
+    """Write the named adapters: `default` into `directory`, others into folders of their names."""
+    for name in names:
+        folder = Path(directory) if name == "default" else Path(directory) / name
+        config, tensors = handle.peft_config[name], _tensors(handle, name, gathered)
+        writers = {
+            WEIGHTS_FILE: lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"}),
+            CONFIG_FILE: lambda path, config=config: path.write_text(config_text(config), encoding="utf-8"),
+        }
+        if not (folder / CARD_FILE).exists():
+            writers[CARD_FILE] = lambda path, config=config: path.write_text(card_text(config), encoding="utf-8")
+        write_folder(folder, writers)
+
+
+def _tensors(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """`{name in file: tensor}`, from gathered values where a sharded handle's are given."""
+    found = {}
+    for in_file, in_tree, tensor in named_tensors(handle.adapters[name], handle.peft_config[name], handle.base_model):
+        value = (gathered or {}).get(f"adapters.{name}.{in_tree}", tensor).detach()
+        if hasattr(value, "full_tensor"):  # a DTensor of a sharded handle; every rank takes part
+            value = value.full_tensor()
+        found[in_file] = value.cpu().contiguous().clone()
+    return found

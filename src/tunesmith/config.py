@@ -1,0 +1,254 @@
+"""Configurations: the ecosystem's field names, checked when made.
+
+The dictionary form (`to_dict`, `from_dict`) is what `adapter_config.json` holds; reading and writing the file itself
+belongs to `checkpoint/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, TypeVar
+
+from .errors import ConfigError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+
+class PeftType(str, Enum):
+    """Names of methods as adapter files spell them; `tunesmith.registry.all_methods()` says which ones are built in."""
+
+    LORA = "LORA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    P_TUNING = "P_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    ADALORA = "ADALORA"
+    IA3 = "IA3"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    VERA = "VERA"
+    OFT = "OFT"
+    BOFT = "BOFT"
+    HRA = "HRA"
+    LN_TUNING = "LN_TUNING"
+    BOTTLENECK = "BOTTLENECK"
+
+
+class TaskType(str, Enum):
+    """What the adapted model is for; decides the handle's class."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+C = TypeVar("C", bound=type)
+
+
+def config_class(cls: C) -> C:
+    """Make `cls` a dataclass whose constructor answers an unknown keyword with the nearest real one."""
+    made = dataclass(cls)
+    init = made.__init__
+    names = [f.name for f in dataclasses.fields(made) if f.init]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        wrong = [key for key in kwargs if key not in names]
+        if wrong:
+            raise ConfigError("; ".join(unknown_key(key, made, kwargs[key]) for key in wrong))
+        init(self, *args, **kwargs)
+
+    made.__init__ = checked  # type: ignore[method-assign]
+    return made
+
+
+def unknown_key(key: str, cls: type, value: Any) -> str:
+    """The sentence that says `key` is no field of `cls`, with the nearest field or the reason."""
+    if key in getattr(cls, "not_supported", ()):
+        return f"{cls.__name__}: {key}={value!r} is not supported by this version of Tunesmith; leave it out"
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    return f'{cls.__name__} has no field "{key}"{did_you_mean(key, names)}'
+
+
+def is_off(value: Any) -> bool:
+    """Whether a value of an unknown key means that its feature is not used."""
+    return value is None or value is False or value in ("", 0, [], {}, "none")
+
+
+@config_class
+class PeftConfig:
+    """Fields every method shares.
+
+    Args:
+        task_type: a `TaskType` or its name; None for models without a task class (images, audio, own modules).
+        base_model_name_or_path: filled in by `get_peft_model` from the base.
+        revision: revision of the base on the hub.
+        inference_mode: adapters made with True do not train.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    method: ClassVar[str | None] = None
+    is_prompt_learning: ClassVar[bool] = False
+    # Keys of the ecosystem's files that this version cannot act on, with the values (beyond `is_off`) that mean "off".
+    not_supported: ClassVar[dict[str, tuple]] = {}
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            self.peft_type = PeftType(self.method) if self.method in PeftType.__members__ else self.method
+        if self.task_type is not None and not isinstance(self.task_type, TaskType):
+            known = [task.value for task in TaskType]
+            if self.task_type not in known:
+                raise ConfigError(
+                    f"task_type={self.task_type!r} is unknown; allowed: {', '.join(known)}"
+                    + did_you_mean(str(self.task_type).upper(), known)
+                )
+            self.task_type = TaskType(self.task_type)
+        faults = list(self.faults())
+        if faults:
+            raise ConfigError(f"{type(self).__name__}: " + "; ".join(faults))
+
+    def faults(self) -> list[str]:
+        """What is wrong with the values; each method adds its own sentences."""
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the ecosystem's names, sets as sorted lists."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> PeftConfig:
+        """The config of the method that `values["peft_type"]` names.
+
+        A key this version does not know is ignored with one warning when its value means "off", else an error names
+        the feature: never silently a different model.
+        """
+        from .registry import method_named
+
+        values = {**values, **overrides}
+        if not values.get("peft_type"):
+            raise ConfigError('the configuration has no "peft_type", so its method is unknown')
+        target = method_named(values["peft_type"]).config
+        if cls is not PeftConfig and not issubclass(target, cls):
+            raise ConfigError(f"this is a {values['peft_type']} configuration, not one of {cls.__name__}")
+        names = {f.name for f in dataclasses.fields(target) if f.init}
+        unknown = {key: value for key, value in values.items() if key not in names and key not in _INFORMATIVE}
+        acting = {k: v for k, v in unknown.items() if not is_off(v) and v not in target.not_supported.get(k, ())}
+        if acting:
+            raise ConfigError("; ".join(unknown_key(key, target, value) for key, value in acting.items()))
+        strange = sorted(set(unknown) - set(target.not_supported))
+        if strange:
+            logger.warning("ignoring unknown keys that are switched off: %s", ", ".join(strange))
+        return target(**{key: value for key, value in values.items() if key in names})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
+        """Read `adapter_config.json` from a folder or the hub (kwargs: `revision`, `token`, `cache_dir`, ...)."""
+        from .checkpoint.files import AdapterFolder
+
+        return AdapterFolder.find(pretrained_model_name_or_path, subfolder=subfolder, **kwargs).config(cls)
+
+    def save_pretrained(self, save_directory: str, **_: Any) -> None:
+        """Write `adapter_config.json` into `save_directory`, whole or not at all."""
+        from .checkpoint.files import write_config
+
+        write_config(self, save_directory)
+
+
+# Written by the ecosystem for information; they never change the model.
+_INFORMATIVE = ("peft_version", "transformers_version", "tunesmith_version")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+@config_class
+class TargetedConfig(PeftConfig):
+    """Fields of methods that act on chosen modules of the base.
+
+    Args:
+        target_modules: list of name endings, one regular expression that matches whole paths, or "all-linear";
+            None takes the architecture's usual targets.
+        exclude_modules: names or a regular expression to leave out.
+        layers_to_transform: index or indices of the layers to adapt; needs names such as `layers.3.`.
+        layers_pattern: name(s) of the layer list, where the path holds several numbers.
+        modules_to_save: modules trained whole, as private copies (task heads).
+        fan_in_fan_out: the targeted weights are stored `(in, out)`; GPT-2's `Conv1D` is recognised without it.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        super().__post_init__()
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.target_modules is not None and not self.target_modules:
+            found.append("target_modules is empty; name at least one module or leave it out")
+        if self.layers_pattern and self.layers_to_transform is None:
+            found.append("layers_pattern needs layers_to_transform")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            found.append("layers_to_transform needs target_modules as a list; a regular expression names its layers itself")
+        return found
+
+    def settings(self, path: str) -> dict[str, Any]:
+        """What the adapter at `path` is built with, where a pattern gives single modules other values."""
+        return {}
+
+    def pattern_keys(self) -> dict[str, list[str]]:
+        """`{field: keys}` of every per-module pattern, so that keys which match nothing are found."""
+        return {}
+
+
+@config_class
+class PromptConfig(PeftConfig):
+    """Fields of methods that add virtual tokens at the model's entrance.
+
+    Args:
+        num_virtual_tokens: how many.
+        token_dim, num_transformer_submodules, num_attention_heads, num_layers: filled in from the base.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    is_prompt_learning: ClassVar[bool] = True
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
+            found.append(f"num_virtual_tokens={self.num_virtual_tokens!r} must be a whole number of at least 1")
+        return found

@@ -1,0 +1,182 @@
+"""The insertion points: a method implements one of these small classes and nothing else.
+
+Whether an adapter is active, merged, disabled or mixed with others is decided elsewhere, once. An adapter only says
+what it computes (`forward`), what it does to the weights (`merge`) and which tensors it owns (its parameters).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .bases.view import BaseView, compute_dtype, plain_forward, view_of, view_type
+from .config import PeftConfig, PromptConfig
+
+
+class Adapter(nn.Module):
+    """What every adapter is: parameters of its own, beside the base."""
+
+    mergeable: ClassVar[bool] = True
+
+
+class LinearAdapter(Adapter):
+    """An adapter on one module that is a linear map (`bases/` says which modules are).
+
+    A base with an adapter is again a base (`Adapted`), so several active adapters fold, and the merged weight equals
+    the folded computation.
+    """
+
+    @classmethod
+    def fault(cls, base: BaseView, config: PeftConfig, settings: dict[str, Any]) -> str | None:
+        """Why this module cannot carry the adapter, checked before anything changes; None where it can."""
+        return None
+
+    def __init__(self, base: BaseView, config: PeftConfig, settings: dict[str, Any]) -> None:
+        super().__init__()
+
+    def reset_parameters(self, base: BaseView) -> None:
+        """Draw the initial values; not called when weights are about to be loaded."""
+
+    def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted output for the input `x` of the module that `base` views."""
+        raise NotImplementedError
+
+    def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
+        """The dense weight `(out, in, ...)` and bias that compute what `forward` computes in eval mode."""
+        raise NotImplementedError
+
+
+class Adapted(BaseView):
+    """A view with an adapter on it, which is a view again: what the next adapter sees as its base."""
+
+    def __init__(self, adapter: LinearAdapter, base: BaseView) -> None:
+        super().__init__(base.module)
+        self.adapter = adapter
+        self.base = base
+        self.tokens_in = base.tokens_in  # type: ignore[misc]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.adapter(x, self.base, *args, **kwargs)
+
+    def weight(self) -> Tensor:
+        return self.adapter.merge(self.base.weight(), self.base.bias, self.base)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.adapter.merge(self.base.weight(), self.base.bias, self.base)[1]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        y, bias = self(x), self.bias
+        return y if bias is None else y - bias
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return self.base.stored(weight)
+
+    def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.base.low_rank_shapes(r)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.base.down(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        return self.base.up(h, b)
+
+    def compose(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.base.compose(a, b)
+
+
+class SublayerAdapter(Adapter):
+    """An adapter on a whole block: sees the block's call and its result (bottleneck adapters)."""
+
+    mergeable = False
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The adapted result; `call(*args, **kwargs)` is the block's own."""
+        raise NotImplementedError
+
+
+class PromptAdapter(Adapter):
+    """An adapter at the model's entrance: virtual tokens before the input.
+
+    `adapter()` gives them as `(tokens * submodules, dim)`; the order of submodules is encoder, decoder.
+    """
+
+    mergeable = False
+
+    @classmethod
+    def prepare(cls, config: PromptConfig, model: nn.Module) -> None:
+        """Fill the config's fields that follow from the model; raises where they contradict it."""
+
+    def __init__(self, config: PromptConfig, model: nn.Module) -> None:
+        super().__init__()
+
+    def reset_parameters(self, config: PromptConfig, model: nn.Module) -> None:
+        """Draw the initial values; not called when weights are about to be loaded."""
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError
+
+
+class ParameterAdapter(Adapter):
+    """Private values for single parameters of a module of any type, swapped in for the call.
+
+    The module is called as a shallow twin whose named parameters are this adapter's own, so the base's tensors are
+    neither changed nor copied. Here it trains biases; it is also the room for parameters that no module call passes
+    through (`target_parameters`, `nn.MultiheadAttention`).
+    """
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(getattr(module, name).detach().clone()))
+
+    def forward(self, module: nn.Module) -> nn.Module:
+        """A shallow twin of `module` that holds the private values."""
+        twin = copy.copy(module)
+        twin.__dict__["_parameters"] = {**module._parameters, **self._parameters}
+        return twin
+
+    def replaced(self) -> dict[str, Tensor]:
+        """`{parameter: value}` that merging puts into the module."""
+        return dict(self.named_parameters())
+
+
+class ModuleCopy(Adapter):
+    """A private, trainable copy of a whole module, called in its place (`modules_to_save`, task heads)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).requires_grad_(True)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def replaced(self) -> dict[str, Tensor]:
+        """`{parameter or buffer: value}` that merging puts into the module."""
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+
+def fold(module: nn.Module, adapters: tuple[Adapter, ...]) -> Callable[..., Any]:
+    """`module`'s forward with `adapters` on it, the first one innermost."""
+    for adapter in adapters:
+        if isinstance(adapter, ParameterAdapter):
+            module = adapter(module)
+    call: Callable[..., Any] = view_of(module) if view_type(module) else plain_forward(module)
+    for adapter in adapters:
+        if isinstance(adapter, LinearAdapter):
+            assert isinstance(call, BaseView), "linear adapters come before whole-module ones"
+            call = Adapted(adapter, call)
+        elif not isinstance(adapter, ParameterAdapter):
+            call = functools.partial(adapter, call)
+    return call
+
+
+def adapter_dtype(module: nn.Module, full_precision: bool) -> torch.dtype:
+    """fp32 masters beside a 16-bit base unless told otherwise, else the base's own type."""
+    dtype = compute_dtype(module)
+    return torch.float32 if full_precision and dtype in (torch.float16, torch.bfloat16) else dtype

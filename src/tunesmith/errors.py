@@ -1,0 +1,54 @@
+"""Errors that users see: what was found, what was expected, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TunesmithError(Exception):
+    """Base of every error Tunesmith raises on purpose."""
+
+
+class ConfigError(TunesmithError, ValueError):
+    """A configuration value or key is not allowed."""
+
+
+class TargetError(TunesmithError, ValueError):
+    """A pattern matches nothing, or matches something that cannot carry the adapter."""
+
+
+class AdapterNameError(TunesmithError, ValueError):
+    """An adapter's name is unknown, taken or unsafe."""
+
+
+class AdapterFileError(TunesmithError, ValueError):
+    """An adapter's files are missing, damaged, hostile or made for another base."""
+
+
+class UsageError(TunesmithError, RuntimeError):
+    """A call that cannot be served in the present state."""
+
+
+class DataError(TunesmithError, ValueError):
+    """A data file or row cannot be used."""
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
+    """The up to `count` options most like `name`, best first."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(options)), n=count, cutoff=0.5)
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """`; did you mean "x" or "y"?`, or nothing where no option is near."""
+    found = nearest(name, options)
+    return f"; did you mean {' or '.join(repr(option) for option in found)}?" if found else ""
+
+
+def bullet_list(lines: Iterable[str], limit: int = 20) -> str:
+    """The lines as a bulleted block, cut with a count after `limit`."""
+    lines = list(lines)
+    shown = [f"  - {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  - ... and {len(lines) - limit} more")
+    return "\n".join(shown)

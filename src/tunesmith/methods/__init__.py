@@ -1,0 +1,1 @@
+"""The methods, one file each: config, mathematics, paper. Importing one registers it."""

@@ -1,0 +1,104 @@
+"""Prompt tuning: trained embeddings of virtual tokens before the input; nothing else learns.
+
+    E' = [P; E(x)],   P in R^{n x d}
+
+Lester, Al-Rfou, Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning",
+https://arxiv.org/abs/2104.08691 (section 2).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..assets import resolve
+from ..config import PromptConfig, config_class
+from ..contracts import PromptAdapter
+from ..registry import register
+
+
+class PromptTuningInit(str, Enum):
+    """Where the virtual tokens start: random numbers, random words of the vocabulary, or the words of a text."""
+
+    RANDOM = "RANDOM"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    TEXT = "TEXT"
+
+
+@config_class
+class PromptTuningConfig(PromptConfig):
+    """Configuration of prompt tuning.
+
+    Args:
+        prompt_tuning_init: a `PromptTuningInit` or its name.
+        prompt_tuning_init_text: for TEXT. More tokens than `num_virtual_tokens` are cut off; fewer are repeated in
+            a circle.
+        tokenizer_name_or_path: whose tokens `prompt_tuning_init_text` is split into; for TEXT.
+        tokenizer_kwargs: further arguments for `AutoTokenizer.from_pretrained`; for TEXT.
+    """
+
+    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    method: ClassVar[str] = "PROMPT_TUNING"
+
+    def __post_init__(self) -> None:
+        if self.prompt_tuning_init in [choice.value for choice in PromptTuningInit]:
+            self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+        super().__post_init__()
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if not isinstance(self.prompt_tuning_init, PromptTuningInit):
+            allowed = ", ".join(choice.value for choice in PromptTuningInit)
+            found.append(f"prompt_tuning_init={self.prompt_tuning_init!r} must be one of {allowed}")
+        if self.prompt_tuning_init == PromptTuningInit.TEXT:
+            if not self.prompt_tuning_init_text:
+                found.append("prompt_tuning_init=TEXT needs prompt_tuning_init_text")
+            if not self.tokenizer_name_or_path:
+                found.append("prompt_tuning_init=TEXT needs tokenizer_name_or_path")
+        elif self.tokenizer_kwargs:
+            found.append("tokenizer_kwargs is used only with prompt_tuning_init=TEXT")
+        if self.tokenizer_kwargs and self.tokenizer_kwargs.get("trust_remote_code"):
+            found.append("tokenizer_kwargs may not ask for trust_remote_code: an adapter's file must not run code")
+        return found
+
+
+@register(PromptTuningConfig)
+class PromptTuning(PromptAdapter):
+    """The virtual tokens of one adapter, `(num_virtual_tokens * submodules, dim)` in fp32."""
+
+    def __init__(self, config: PromptTuningConfig, model: nn.Module) -> None:
+        super().__init__(config, model)
+        rows = config.num_virtual_tokens * config.num_transformer_submodules
+        self.embedding = nn.Parameter(torch.empty(rows, config.token_dim))
+
+    def reset_parameters(self, config: PromptTuningConfig, model: nn.Module) -> None:
+        words = model.get_input_embeddings()
+        rows = self.embedding.shape[0]
+        if config.prompt_tuning_init == PromptTuningInit.RANDOM:
+            nn.init.normal_(self.embedding)
+            return
+        if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
+            ids = torch.randint(0, words.num_embeddings, (rows,))
+        else:
+            ids = _text_ids(config, rows)
+        with torch.no_grad():
+            self.embedding.copy_(words(ids.to(words.weight.device)))
+
+    def forward(self) -> Tensor:
+        return self.embedding
+
+
+def _text_ids(config: PromptTuningConfig, rows: int) -> Tensor:
+    """`rows` token ids of the initial text, cut off or repeated in a circle."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(config.tokenizer_name_or_path), **(config.tokenizer_kwargs or {}))
+    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    return torch.tensor((ids * (rows // len(ids) + 1))[:rows])

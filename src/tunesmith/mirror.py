@@ -1,0 +1,84 @@
+"""Handle classes made to order: one per task class and base class.
+
+The ecosystem reads class data (`_no_split_modules`, `supports_gradient_checkpointing`, ...), the signature of `forward`
+and `isinstance(model, PreTrainedModel)`. A made-to-order handle class answers all of them as its base would: everything
+that `PreTrainedModel` defines and the handle does not is passed on to the base model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+
+class Mirrored:
+    """A class attribute whose value, on the class and on instances, is the base's."""
+
+    def __init__(self, name: str, class_value: Any) -> None:
+        self.name = name
+        self.class_value = class_value
+
+    def __get__(self, handle: Any, owner: type) -> Any:
+        return self.class_value if handle is None else getattr(handle.base_model, self.name)
+
+    def __set__(self, handle: Any, value: Any) -> None:
+        setattr(handle.base_model, self.name, value)
+
+
+@cache
+def handle_class(task_class: type, base_class: type) -> type:
+    """The class of handles of `task_class` on bases of `base_class`; it bears the task class's name."""
+    from transformers import PreTrainedModel
+
+    namespace: dict[str, Any] = {
+        "__module__": task_class.__module__,
+        "__qualname__": task_class.__qualname__,
+        "__doc__": task_class.__doc__,
+        "task_class": task_class,
+        "base_class": base_class,
+        "forward": _forward_like(task_class, base_class),
+    }
+    bases: tuple[type, ...] = (task_class,)
+    if issubclass(base_class, PreTrainedModel):
+        bases = (task_class, PreTrainedModel)
+        own = {name for cls in task_class.__mro__ if cls is not object for name in vars(cls)}
+        for name in _inherited_names(PreTrainedModel) - own:
+            namespace[name] = _passed_on(name, inspect.getattr_static(PreTrainedModel, name), base_class)
+        namespace["config"] = Mirrored("config", getattr(base_class, "config", None))
+        namespace["generation_config"] = Mirrored("generation_config", None)
+        namespace["_hf_peft_config_loaded"] = True  # passes the Trainer's gate for quantised bases
+    return type(task_class.__name__, bases, namespace)
+
+
+def _inherited_names(pretrained: type) -> set[str]:
+    """What a PreTrainedModel has beyond an nn.Module, dunder names aside."""
+    names = {name for cls in pretrained.__mro__ if cls not in nn.Module.__mro__ for name in vars(cls)}
+    return {name for name in names if not name.startswith("__") and not hasattr(nn.Module, name)}
+
+
+def _passed_on(name: str, found: Any, base_class: type) -> Any:
+    if isinstance(found, (classmethod, staticmethod)):
+        return staticmethod(getattr(base_class, name))
+    if inspect.isfunction(found):
+
+        @functools.wraps(found)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._call_base(name, *args, **kwargs)
+
+        return method
+    return Mirrored(name, getattr(base_class, name, None))
+
+
+def _forward_like(task_class: type, base_class: type) -> Any:
+    """A forward that runs the task class's and shows the base's signature (label names are found by reading it)."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return task_class.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = base_class.forward.__doc__
+    return forward

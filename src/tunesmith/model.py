@@ -1,0 +1,619 @@
+"""Handles: a frozen base model seen through adapters.
+
+A `PeftModel` owns adapters and refers to a base that it never changes. Any number of handles share one base. Each public
+call enters the handle's frame, so its active adapters act during the call and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from . import merge, preflight, prompting, site
+from .assets import public_name
+from .attach import AdapterTree, Plan, build, check_name, match
+from .checkpoint import load_adapter, save_adapters
+from .checkpoint.files import AdapterFolder
+from .checkpoint.hub import push_folder
+from .config import PeftConfig, PromptConfig, TaskType
+from .contracts import PromptAdapter
+from .errors import AdapterNameError, ConfigError, UsageError, did_you_mean
+from .frame import CarriesFrame, Frame, entered
+from .mirror import handle_class
+from .registry import method_named
+
+logger = logging.getLogger(__name__)
+
+
+class BaseRecord:
+    """What all handles of one base share: its parameters' original `requires_grad`, and weak references to them."""
+
+    def __init__(self, requires_grad: dict[str, bool]) -> None:
+        self.requires_grad = requires_grad
+        self.handles: weakref.WeakSet[PeftModel] = weakref.WeakSet()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BaseRecord, (self.requires_grad,)
+
+
+_records: weakref.WeakKeyDictionary[nn.Module, BaseRecord] = weakref.WeakKeyDictionary()
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters beside it.
+
+    Args:
+        model: the base; its parameters are frozen and otherwise left alone.
+        peft_config: the first adapter's configuration.
+        adapter_name: the first adapter's name.
+        autocast_adapter_dtype: keep adapters of 16-bit bases in fp32 (they compute in the base's type).
+
+    Raises:
+        TargetError: the configuration does not fit the base.
+        ConfigError: the configuration's task does not fit the base.
+    """
+
+    # What virtual tokens must know of the task; see prompting.Entrance.
+    labels_per_token: ClassVar[bool] = False
+    classifies: ClassVar[bool] = False
+    base_class: ClassVar[type | None] = None
+    task_class: ClassVar[type]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Handle classes declare their base's class data themselves; PreTrainedModel's hook would rewrite it."""
+
+    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
+        if cls.base_class is not None:
+            return nn.Module.__new__(cls)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"{cls.__name__} needs a model first, got {type(model).__name__}")
+        if isinstance(model, PeftModel):
+            raise UsageError("this model has adapters already; use model.add_adapter(name, config) for one more")
+        return nn.Module.__new__(handle_class(cls, type(model)))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self._modules["base_model"] = model  # add_module refuses the names of properties
+        self.adapters = nn.ModuleDict()
+        self.peft_config: dict[str, PeftConfig] = {}
+        self._active: tuple[str, ...] = ()
+        self._disabled = False
+        self._merged: dict[str, merge.Originals] = {}
+        self._accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._entrance = prompting.entrance_of(
+            model, frozenset(self._accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
+        )
+        self._forget()
+        if peft_config is not None:
+            self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._register()
+        self.train(model.training)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The base itself, as it was given."""
+        return self._modules["base_model"]
+
+    def get_base_model(self) -> nn.Module:
+        """The base itself, as it was given."""
+        return self.base_model
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward with the active adapters acting; same arguments, same result type."""
+        if preflight.is_due(self):
+            return preflight.checked_forward(self, *args, **kwargs)
+        return self._forward(self._frame(), *args, **kwargs)
+
+    def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
+        with self._entered(frame):
+            prompt = self._prompt()
+            if prompt is None:
+                return self.base_model(*args, **kwargs)
+            kwargs.update(zip(self._accepts, args))
+            return self.base_model(**self._with_virtual_tokens(prompt, kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's `generate` with the active adapters acting; same arguments, same result.
+
+        Virtual tokens are no part of the result, and `max_length` counts without them.
+        """
+        with self._entered():
+            prompt = self._prompt()
+            if prompt is not None:
+                args, kwargs = self._generation_inputs(prompt, args, kwargs)
+            return self.base_model.generate(*args, **kwargs)
+
+    def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Any other method of the base, with the adapters acting; modules it returns act with them, too."""
+        with self._entered():
+            result = getattr(self.base_model, name)(*args, **kwargs)
+        if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
+            return Framed(self, result)
+        return result
+
+    def _entered(self, frame: Frame | None = None) -> entered:
+        """Ready the base for a call of this handle, and the context manager of the handle's frame."""
+        base = self.base_model
+        if base.training != self.training:
+            base.train(self.training)
+        if self.training:
+            for module in self._checkpointing:
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                if function is not None and not isinstance(function, CarriesFrame):
+                    module._gradient_checkpointing_func = CarriesFrame(function)
+        return entered(self._frame() if frame is None else frame)
+
+    def _acting(self) -> tuple[str, ...]:
+        """Names of the adapters that act in a call: active, not disabled, not already in the weights."""
+        return () if self._disabled else tuple(name for name in self._active if name not in self._merged)
+
+    def _frame(self) -> Frame:
+        acting = self._acting()
+        frame = self._frames.get(acting)
+        if frame is None:
+            frame = self._frames[acting] = Frame(self._adapters_by_site(acting))
+        return frame
+
+    def _adapters_by_site(self, names: tuple[str, ...]) -> dict[site.Site, tuple]:
+        """`{site: adapters}`, at each site in the order of `names` and, within one adapter, of its kinds."""
+        by_site: dict[site.Site, tuple] = {}
+        for name in names:
+            for path, adapter in self.adapters[name].items():
+                at = site.install(self.base_model.get_submodule(path))
+                by_site[at] = (*by_site.get(at, ()), adapter)
+        return by_site
+
+    def _forget(self) -> None:
+        """Drop what is derived from adapters and base, to be derived anew."""
+        self._frames: dict[tuple[str, ...], Frame] = {}
+        self._unchecked = True
+
+    # --- virtual tokens -------------------------------------------------------------------------------------------
+
+    def _prompt(self) -> PromptAdapter | None:
+        prompts = [self.adapters[name].prompt for name in self._acting() if self.adapters[name].prompt is not None]
+        if len(prompts) > 1:
+            raise UsageError("only one adapter with virtual tokens can be active at a time")
+        return prompts[0] if prompts else None
+
+    def _with_virtual_tokens(self, prompt: PromptAdapter, inputs: dict[str, Any]) -> dict[str, Any]:
+        config = next(self.peft_config[n] for n in self._acting() if self.adapters[n].prompt is prompt)
+        virtual = prompt()[: config.num_virtual_tokens]  # rows for a decoder follow; no method here uses them
+        return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance)
+
+    def _generation_inputs(self, prompt: PromptAdapter, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        if args:
+            kwargs["input_ids"], *rest = args
+            args = (None, *rest)
+        ids = kwargs.pop("input_ids", kwargs.pop("inputs", None))
+        kwargs = prompting.generation_inputs(self.base_model, ids, kwargs)
+        named = ("attention_mask", "inputs_embeds", "token_type_ids")
+        inputs = {"input_ids": ids, **{name: kwargs.pop(name) for name in named if kwargs.get(name) is not None}}
+        inputs = self._with_virtual_tokens(prompt, {k: v for k, v in inputs.items() if v is not None})
+        inputs.pop("position_ids", None)  # generate counts them from the mask itself
+        if ids is not None and not self._entrance.encoder_decoder:
+            inputs["input_ids"] = ids  # for the result and for processors that look at the text so far
+        return args, {**kwargs, **inputs}
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True, **_: Any
+    ) -> None:
+        """Make a new adapter beside the others. The first one becomes active; later ones wait for `set_adapter`.
+
+        Raises:
+            AdapterNameError: the name is taken or unsafe.
+            TargetError, ConfigError: the configuration does not fit the base.
+        """
+        if isinstance(adapter_name, PeftConfig):  # transformers' mixin has the arguments the other way round
+            adapter_name, peft_config = peft_config if isinstance(peft_config, str) else "default", adapter_name
+        check_name(adapter_name, self.peft_config)
+        plan, config = self._plan(peft_config)
+        tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True)
+        self._take(adapter_name, config, tree)
+
+    def _plan(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
+        """Everything that can be wrong with `config` on this base is found here; the config is a filled-in copy."""
+        config = type(config)(**{name: value for name, value in vars(config).items()})
+        check_task(self.base_model, config)
+        if isinstance(config, PromptConfig):
+            prompting.fill_in(config, self.base_model)
+            method_named(config.peft_type).adapter.prepare(config, self.base_model)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
+        return match(self.base_model, config), config
+
+    def _take(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
+        """Make a finished adapter this handle's own."""
+        for path, _ in tree.items():
+            site.install(self.base_model.get_submodule(path))
+        tree.train(self.training)
+        self.adapters[name] = tree
+        self.peft_config[name] = config
+        self._forget()
+        self.set_adapter(self._active or name)
+
+    def load_adapter(
+        self,
+        model_id: str,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Load an adapter from a folder or the hub; under a name in use, its values are replaced.
+
+        Raises:
+            AdapterFileError: all faults of the files at once; the handle is then as it was.
+        """
+        folder = AdapterFolder.find(model_id, **kwargs)
+        if adapter_name in self.peft_config:
+            load_adapter.into(self.adapters[adapter_name], self.peft_config[adapter_name], folder, self.base_model)
+            return
+        check_name(adapter_name, self.peft_config)
+        plan, config = self._plan(folder.config())
+        config.inference_mode = not is_trainable
+        tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False)
+        load_adapter.into(tree, config, folder, self.base_model)
+        self._take(adapter_name, config, tree)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A handle on `model` with the adapter of a folder or hub repository.
+
+        Args:
+            is_trainable: go on training it; by default it only acts.
+            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+        """
+        folder = AdapterFolder.find(model_id, **kwargs)
+        task_class = TASK_CLASSES.get((config or folder.config()).task_type, PeftModel) if cls is PeftModel else cls
+        handle = task_class(model)
+        handle.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype, **kwargs)
+        return handle
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write adapters, and nothing of the base: `default` into the folder, others into `<folder>/<name>/`.
+
+        Each adapter is written whole or not at all. `state_dict` may hold gathered values of a sharded handle.
+        """
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        for name in names:
+            self._known(name)
+        if is_main_process:
+            save_adapters.write(self, names, save_directory, state_dict)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes; returns the commit's address (kwargs: `private`, `token`, `revision`, ...)."""
+        return push_folder(self.save_pretrained, repo_id, **kwargs)
+
+    def set_adapter(self, adapter_name: str | list[str] | tuple[str, ...], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; they alone train (unless loaded or set for inference)."""
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self._known(name)
+        self._active = names
+        for name, tree in self.adapters.items():
+            tree.requires_grad_(name in names and not inference_mode and not self.peft_config[name].inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; when it was active, the first remaining one becomes active."""
+        self._known(adapter_name)
+        if adapter_name in self._merged:
+            raise UsageError(f'"{adapter_name}" is merged into the weights; call unmerge_adapter() first')
+        del self.adapters[adapter_name], self.peft_config[adapter_name]
+        self._forget()
+        remaining = tuple(name for name in self._active if name != adapter_name)
+        self.set_adapter(remaining or tuple(self.peft_config)[:1])
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the active adapter; the first, when several are."""
+        return self._active[0] if self._active else ""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return bool(self._acting())
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the handle computes exactly what its base does."""
+        before, merged = self._disabled, list(self._merged)
+        self.unmerge_adapter()
+        self._disabled = True
+        try:
+            yield
+        finally:
+            self._disabled = before
+            if merged:
+                self.merge_adapter(merged)
+
+    def disable_adapters(self) -> None:
+        """As `disable_adapter()`, until `enable_adapters()`."""
+        self.unmerge_adapter()
+        self._disabled = True
+
+    def enable_adapters(self) -> None:
+        self._disabled = False
+
+    # --- merging --------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
+
+        Raises:
+            UsageError: other handles use this base, or the adapter cannot be merged.
+        """
+        names = [name for name in (adapter_names or self._active) if name not in self._merged]
+        self._check_mergeable(names)
+        for name in names:
+            self._merged[name] = merge.into_weights(self.base_model, self.adapters[name], safe_merge, keep=True)
+
+    def unmerge_adapter(self) -> None:
+        """Put back the very tensors that merging replaced."""
+        for name in reversed(list(self._merged)):
+            merge.restore(self.base_model, self._merged.pop(name))
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        copy: bool = False,
+    ) -> nn.Module:
+        """The base with the adapters in its weights: a plain model again.
+
+        Args:
+            safe_merge: check that every merged weight is finite.
+            adapter_names: which ones; by default the active ones.
+            copy: merge into a copy and leave the base and this handle alone.
+
+        Raises:
+            UsageError: other handles use this base and no copy is asked for, or an adapter cannot be merged.
+        """
+        names = list(adapter_names or self._active)
+        if copy:
+            self._check_mergeable(names, alone=False)
+            base = merge.plain_copy(self.base_model)
+        else:
+            self.unmerge_adapter()
+            self._check_mergeable(names)
+            base = self.base_model
+        for name in names:
+            merge.into_weights(base, self.adapters[name], safe_merge, keep=False)
+        return base if copy else self._detach()
+
+    def unload(self) -> nn.Module:
+        """The base as it was before: our sites removed, `requires_grad` restored (unless other handles use it)."""
+        self.unmerge_adapter()
+        return self._detach()
+
+    def _check_mergeable(self, names: list[str], alone: bool = True) -> None:
+        for name in names:
+            self._known(name)
+        others = [handle for handle in self._record.handles if handle is not self]
+        if alone and others:
+            raise UsageError(
+                f"{len(others)} other handle(s) use this base, whose weights merging would change under them; "
+                "call merge_and_unload(copy=True), or delete or unload the others first"
+            )
+        fixed = [
+            f"{name} ({type(adapter).__name__})"
+            for name in names
+            for adapter in self.adapters[name].modules()
+            if getattr(adapter, "mergeable", True) is False
+        ]
+        if fixed:
+            raise UsageError(f"not a change of weights, so it cannot be merged: {', '.join(fixed)}; use the handle as it is")
+
+    def _register(self) -> None:
+        base = self.base_model
+        if base not in _records:
+            _records[base] = BaseRecord({name: p.requires_grad for name, p in base.named_parameters()})
+        self._record = _records[base]
+        self._record.handles.add(self)
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+
+    def _detach(self) -> nn.Module:
+        base, record = self.base_model, self._record
+        record.handles.discard(self)
+        self._active = ()
+        if not record.handles:
+            for module in base.modules():
+                site.remove(module)
+                function = module.__dict__.get("_gradient_checkpointing_func")
+                if isinstance(function, CarriesFrame):
+                    module._gradient_checkpointing_func = function.checkpoint
+            for name, parameter in base.named_parameters():
+                parameter.requires_grad_(record.requires_grad.get(name, False))
+            _records.pop(base, None)
+        return base
+
+    # --- counts and looks -----------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """`(trainable, all)` parameter counts; shared parameters count once."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """`trainable params: 4,096 || all params: 559,218,688 || trainable%: 0.0007`"""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    # --- being a module -------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """What the handle lacks is the base's; the base's methods run with the adapters acting."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+        value = getattr(self.base_model, name)
+        if inspect.ismethod(value) and value.__self__ is self.base_model:
+            return Framed(self, value)
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty_handle, (self.task_class, self.base_class), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled handle sets its sites on its own base."""
+        super().__setstate__(state)
+        self._forget()
+        self._checkpointing = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
+        _records[self.base_model] = self._record
+        self._record.handles.add(self)
+        self._adapters_by_site(tuple(self.peft_config))
+
+    def _known(self, name: str) -> None:
+        if name not in self.peft_config:
+            known = ", ".join(f'"{known}"' for known in self.peft_config) or "none"
+            raise AdapterNameError(f'no adapter "{name}"{did_you_mean(name, self.peft_config)}; adapters here: {known}')
+
+
+class Framed:
+    """A callable of the base, obtained from a handle: runs with the handle's adapters, and looks like itself."""
+
+    def __init__(self, handle: PeftModel, target: Any) -> None:
+        self._handle = handle
+        self._target = target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if inspect.isgeneratorfunction(getattr(self._target, "__func__", None)):
+            raise UsageError("a generator cannot keep adapters acting between its steps; call the base's own method")
+        if isinstance(self._target, nn.Module) and self._handle._prompt() is not None:
+            raise UsageError("virtual tokens are put in by the handle's own forward and generate; call those")
+        with self._handle._entered():
+            return self._target(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+class PeftModelForCausalLM(PeftModel):
+    """Text generation by a decoder."""
+
+    labels_per_token = True
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """Text generation by an encoder and a decoder."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """One label per sequence; the head is trained as a private copy."""
+
+    classifies = True
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """One label per token; the head is trained as a private copy."""
+
+    labels_per_token = True
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """Answer spans; the head is trained as a private copy."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """Hidden states of a base without a head."""
+
+
+TASK_CLASSES: dict[Any, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """A handle on `model` with one new adapter; call it again on the same base for another, independent handle.
+
+    Raises:
+        ConfigError, TargetError: the configuration does not fit the model; the model is then as it was.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(f"peft_config must be a configuration such as LoraConfig(...), got {type(peft_config).__name__}")
+    task_class = TASK_CLASSES.get(peft_config.task_type, PeftModel)
+    return task_class(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def check_task(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse a task that the model cannot do, before anything is built."""
+    task, name = config.task_type, type(model).__name__
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    if task == TaskType.SEQ_2_SEQ_LM and encoder_decoder is False:
+        raise ConfigError(f"task_type=SEQ_2_SEQ_LM needs an encoder-decoder, {name} has none; use CAUSAL_LM")
+    if task == TaskType.CAUSAL_LM and encoder_decoder and hasattr(model, "get_encoder"):
+        raise ConfigError(f"task_type=CAUSAL_LM needs a decoder-only model, {name} has an encoder; use SEQ_2_SEQ_LM")
+    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and hasattr(model, "config") and not hasattr(model, "generate"):
+        raise ConfigError(f"task_type={task.value} needs a model that generates, {name} does not; load it with its LM head")
+    if isinstance(config, PromptConfig):
+        if task is None:
+            raise ConfigError("virtual tokens need a task_type (where do labels go?), e.g. task_type=TaskType.CAUSAL_LM")
+        if not hasattr(model, "get_input_embeddings"):
+            raise ConfigError(f"virtual tokens need a model with input embeddings, {name} has none")
+
+
+def _empty_handle(task_class: type[PeftModel], base_class: type[nn.Module]) -> PeftModel:
+    handle = nn.Module.__new__(handle_class(task_class, base_class))
+    nn.Module.__init__(handle)
+    return handle

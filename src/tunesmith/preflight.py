@@ -1,0 +1,96 @@
+"""The check of the first training step: every planned adapter really acts.
+
+An adapter that is never reached trains nothing and says nothing: attention's `out_proj` whose weight is read past its
+forward, fused kernels, a forward patched after attaching. So the first training forward of a handle records which sites
+were reached, and which modules around them ran.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from . import site
+from .errors import UsageError, bullet_list
+from .frame import Frame
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+logger = logging.getLogger(__name__)
+
+
+def is_due(handle: PeftModel) -> bool:
+    """Whether this forward is the handle's first one in training (compiled forwards are not looked into)."""
+    return (
+        handle._unchecked
+        and handle.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and bool(handle._acting())
+    )
+
+
+def checked_forward(handle: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """The handle's forward, after which every site must have been reached.
+
+    Raises:
+        UsageError: a site is gone, was passed by although the module around it ran, or no site was reached at all;
+            or the base is sharded and the adapters are not.
+    """
+    paths = {path for name in handle._acting() for path, _ in handle.adapters[name].items()}
+    _check_sharding(handle)
+    _check_installed(handle, paths)
+    fired: set[site.Site] = set()
+    ran: set[str] = set()
+    parents = {path.rpartition(".")[0] for path in paths}
+    hooks = [_note(handle.base_model.get_submodule(parent), parent, ran) for parent in parents]
+    try:
+        result = handle._forward(Frame(handle._frame().adapters, fired), *args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = [path for path in sorted(paths) if site.site_of(handle.base_model.get_submodule(path)) not in fired]
+    passed_by = [path for path in missed if path.rpartition(".")[0] in ran]
+    if passed_by or (paths and len(missed) == len(paths)):
+        raise UsageError(
+            "these modules carry adapters but were not called in a training step, so their adapters would not train "
+            "(their weights are read directly, or a fused kernel replaces them); leave them out of target_modules:\n"
+            + bullet_list(passed_by or missed)
+        )
+    if missed:
+        logger.warning("%d of %d adapted modules did not run in the first step (experts, unused parts)", len(missed), len(paths))
+    handle._unchecked = False
+    return result
+
+
+def _note(module: nn.Module, path: str, ran: set[str]) -> Any:
+    return module.register_forward_pre_hook(lambda *_: ran.add(path))
+
+
+def _check_installed(handle: PeftModel, paths: set[str]) -> None:
+    gone = []
+    for path in sorted(paths):
+        module = handle.base_model.get_submodule(path)
+        if site.site_of(module) is None or site.fault(module):
+            gone.append(path)
+    if gone:
+        raise UsageError(
+            "the forward of these modules was replaced after the adapter was attached, so it would not act; "
+            "replace it first, then attach:\n" + bullet_list(gone)
+        )
+
+
+def _check_sharding(handle: PeftModel) -> None:
+    """Under FSDP2 adapters must be sharded with the base: else each rank keeps gradients of its own, silently."""
+    base_sharded = any(isinstance(p, DTensor) for p in handle.base_model.parameters())
+    plain = [name for name, p in handle.adapters.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if base_sharded and plain and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise UsageError(
+            f"the base is sharded but {len(plain)} adapter tensors are not, so ranks would train different adapters; "
+            "call fully_shard on the handle itself, after its layers"
+        )

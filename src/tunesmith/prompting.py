@@ -1,0 +1,208 @@
+"""Virtual tokens at the model's entrance: how a call's inputs change, for every kind of model.
+
+Virtual tokens stand before a row's first real token, so behind its left padding: `[pad pad | v v v | x x x]`. Positions
+are counted from the mask. A row therefore gives the same result whatever its padding; on rows without left padding this
+is exactly `[v v v | x x x | pad pad]`, the form every other system uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import PromptConfig, TaskType
+from .errors import ConfigError, UsageError
+
+IGNORED = -100  # the label that no loss counts
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """What must be known of a base model to put virtual tokens in front of its input.
+
+    Args:
+        accepts: names of the forward's parameters.
+        encoder_decoder: the tokens go before the encoder's input and labels stay as they are.
+        labels_per_token: labels are one per input token, so they get as many `IGNORED` as there are virtual tokens.
+        last_token_decides: the head reads the last position (classifiers on causal models), so right padding moves
+            to the front, where the model cannot mistake it for the end.
+        positions: how many positions the learned table holds, None where positions are computed.
+        mask_positions: position ids may be given, counted from the mask (RoBERTa's start behind the padding id).
+    """
+
+    accepts: frozenset[str]
+    encoder_decoder: bool
+    labels_per_token: bool
+    last_token_decides: bool
+    positions: int | None
+    mask_positions: bool
+
+
+def extend(inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: Entrance) -> dict[str, Any]:
+    """The inputs of a forward call with virtual tokens put in.
+
+    Args:
+        inputs: keyword arguments of the base's forward; not changed.
+        virtual: `(n, dim)`.
+        embed: the base's input embeddings.
+
+    Returns:
+        New keyword arguments, with `inputs_embeds` `(B, n + T, dim)` in place of `input_ids`.
+    """
+    inputs = dict(inputs)
+    n = virtual.shape[0]
+    if _is_continuation(inputs):
+        return _continue(inputs, n)
+
+    ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
+    if embeds is None:
+        embeds = embed(ids)
+    rows, length = embeds.shape[:2]
+    _check_length(length, n, entrance)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
+
+    embeds = torch.cat([virtual.to(embeds.dtype).expand(rows, -1, -1), embeds], dim=1)
+    per_token = {"attention_mask": 1, "token_type_ids": 0}
+    if entrance.labels_per_token:
+        per_token["labels"] = IGNORED
+    for name, fill in per_token.items():
+        if inputs.get(name) is not None:
+            inputs[name] = _prepend(inputs[name], n, fill)
+    if mask is None:
+        if "attention_mask" in entrance.accepts:
+            inputs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    else:
+        order = _order(inputs["attention_mask"], n, entrance.last_token_decides)
+        embeds = embeds.gather(1, order[:, :, None].expand_as(embeds))
+        for name in per_token:
+            if inputs.get(name) is not None:
+                inputs[name] = inputs[name].gather(1, order)
+    if inputs.get("position_ids") is not None:
+        positions = _shifted_positions(inputs["position_ids"], n)
+        inputs["position_ids"] = positions if mask is None else positions.expand(rows, -1).gather(1, order)
+    elif mask is not None and entrance.mask_positions:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    inputs["inputs_embeds"] = embeds
+    return inputs
+
+
+def entrance_of(model: nn.Module, accepts: frozenset[str], *, labels_per_token: bool, classifies: bool) -> Entrance:
+    """Read an `Entrance` off a base model and its config."""
+    config = getattr(model, "config", None)
+    table = _position_table(model)
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    return Entrance(
+        accepts=accepts,
+        encoder_decoder=encoder_decoder,
+        labels_per_token=labels_per_token and not encoder_decoder,
+        last_token_decides=classifies and hasattr(model, "score"),
+        positions=getattr(config, "max_position_embeddings", None) if table is not None else None,
+        mask_positions="position_ids" in accepts
+        and not encoder_decoder
+        and (table is None or getattr(table, "padding_idx", None) is None),
+    )
+
+
+def fill_in(config: PromptConfig, model: nn.Module) -> None:
+    """Fill the fields of a prompt config that follow from the base, as the ecosystem's files hold them."""
+    table = model.get_input_embeddings()
+    dim = getattr(table, "embedding_dim", None) or table.weight.shape[1]
+    if config.token_dim not in (None, dim):
+        raise ConfigError(f"token_dim={config.token_dim}, but {type(model).__name__} embeds tokens in {dim} dimensions")
+    config.token_dim = dim
+    base = getattr(model, "config", None)
+    base = base.get_text_config() if hasattr(base, "get_text_config") else base
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    for field_name, names in _CONFIG_NAMES.items():
+        if getattr(config, field_name) is None:
+            setattr(config, field_name, next((v for name in names if (v := getattr(base, name, None)) is not None), None))
+
+
+_CONFIG_NAMES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+def generation_inputs(model: nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `generate` in which lengths count new tokens only, and padding has a mask.
+
+    `generate` counts embeddings into `max_length`; users do not count virtual tokens, so `max_length` and `min_length`
+    become `max_new_tokens` and `min_new_tokens` for decoders. Padding is told from ids only, which are not what the
+    model reads here, so a missing mask is derived as `generate` would from ids.
+    """
+    kwargs = dict(kwargs)
+    settings = kwargs.get("generation_config") or model.generation_config
+    decoder_only = not model.config.is_encoder_decoder
+    if ids is None:
+        return kwargs
+    if decoder_only:
+        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            given = kwargs.pop(total, None)
+            if given is None and kwargs.get("generation_config") is not None:
+                given = getattr(settings, total, None)
+            if given and kwargs.get(new) is None and getattr(kwargs.get("generation_config"), new, None) is None:
+                kwargs[new] = given - ids.shape[1] if total == "max_length" else max(given - ids.shape[1], 0)
+        if kwargs.get("max_new_tokens", 1) <= 0:
+            raise UsageError(f"the prompt has {ids.shape[1]} tokens already, no fewer than max_length; raise max_length")
+    if kwargs.get("attention_mask") is None:
+        pad, eos = (kwargs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        ends = eos if isinstance(eos, (list, tuple)) else [eos]
+        if isinstance(pad, int) and pad not in ends and bool((ids == pad).any()):
+            kwargs["attention_mask"] = (ids != pad).long()
+    return kwargs
+
+
+def _position_table(model: nn.Module) -> nn.Embedding | None:
+    """The learned table of absolute positions, found by the names architectures give it."""
+    names = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
+    tables = (m for path, m in model.named_modules() if isinstance(m, nn.Embedding) and path.endswith(names))
+    return next(tables, None)
+
+
+def _is_continuation(inputs: dict[str, Any]) -> bool:
+    cache = inputs.get("past_key_values")
+    return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
+
+
+def _continue(inputs: dict[str, Any], n: int) -> dict[str, Any]:
+    """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them."""
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
+    expected = inputs["past_key_values"].get_seq_length() + tokens.shape[1]
+    if mask is not None and mask.shape[1] == expected - n:
+        inputs["attention_mask"] = _prepend(mask, n, 1)
+    return inputs
+
+
+def _check_length(length: int, n: int, entrance: Entrance) -> None:
+    if entrance.positions is not None and length + n > entrance.positions:
+        raise UsageError(
+            f"{length} tokens and {n} virtual tokens need {length + n} positions, the base has {entrance.positions}; "
+            f"cut the input to {entrance.positions - n} tokens"
+        )
+
+
+def _prepend(values: Tensor, n: int, fill: int) -> Tensor:
+    return torch.cat([values.new_full((values.shape[0], n), fill), values], dim=1)
+
+
+def _shifted_positions(positions: Tensor, n: int) -> Tensor:
+    """The user's positions moved up by n, the virtual tokens at 0..n-1 before them."""
+    first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
+    return torch.cat([first, positions + n], dim=1)
+
+
+def _order(mask: Tensor, n: int, padding_first: bool) -> Tensor:
+    """`(B, n + T)` indices that sort each row into left padding, virtual tokens, the rest (stable)."""
+    is_padding = mask == 0 if padding_first else mask.cumsum(1) <= n  # the first n are the virtual tokens' ones
+    is_virtual = torch.arange(mask.shape[1], device=mask.device) < n
+    rank = torch.where(is_virtual, 1, torch.where(is_padding, 0, 2))
+    return rank.argsort(dim=1, stable=True)

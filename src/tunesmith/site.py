@@ -1,0 +1,97 @@
+"""The place in front of a base module's `forward` where adapters act.
+
+A `Site` stands in the module's `__dict__`; the module keeps its class, name, parameters and place. It holds no adapter
+and no strong reference, so handles are freed when dropped, and copies and pickles of a base alone are plain bases.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from typing import Any
+
+from torch import nn
+
+from .bases.view import plain_forward
+from .contracts import fold
+from .errors import TargetError
+from .frame import current_frame
+
+
+class Site:
+    """Stands before one module's forward: the plain forward, or the fold of the current frame's adapters on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        self.__name__ = "forward"
+        self.__wrapped__ = plain_forward(module).__func__  # what inspect.signature shows; a function, not a reference
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module()
+        frame = current_frame()
+        adapters = frame.adapters.get(self) if frame is not None else None
+        if not adapters:
+            return type(module).forward(module, *args, **kwargs)
+        if frame.fired is not None:
+            frame.fired.add(self)
+        return fold(module, adapters)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle of the module alone holds its plain forward."""
+        return plain_forward, (self.module(),)
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site installed on `module`, or None."""
+    return next((module.__dict__[slot] for slot in _SLOTS if isinstance(module.__dict__.get(slot), Site)), None)
+
+
+def fault(module: nn.Module) -> str | None:
+    """Why no site can be installed on `module`; None where it can."""
+    present = module.__dict__.get(_slot(module))
+    if present is None or isinstance(present, Site) or _is_plain(module, present):
+        return None
+    return f"its forward was replaced by {present!r}, which would hide the adapter; attach before replacing it"
+
+
+def install(module: nn.Module) -> Site:
+    """The module's site, put there if it has none yet.
+
+    A site goes innermost: accelerate's hooks keep the module's own forward in `_old_forward` and call it with the
+    weights in place, so the site takes that slot where it exists.
+
+    Raises:
+        TargetError: the module's forward is an instance attribute that is not ours.
+    """
+    found = site_of(module)
+    if found is None:
+        reason = fault(module)
+        if reason is not None:
+            raise TargetError(f"{type(module).__name__}: {reason}")
+        found = Site(module)
+        module.__dict__[_slot(module)] = found
+    return found
+
+
+def remove(module: nn.Module) -> None:
+    """Take our site away and nothing else; a hook that wraps it keeps wrapping the plain forward."""
+    if isinstance(module.__dict__.get("_old_forward"), Site):
+        module.__dict__["_old_forward"] = plain_forward(module)
+    if isinstance(module.__dict__.get("forward"), Site):
+        del module.__dict__["forward"]
+
+
+_SLOTS = ("_old_forward", "forward")
+
+
+def _slot(module: nn.Module) -> str:
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def _is_plain(module: nn.Module, forward: Any) -> bool:
+    """Whether `forward` is the class's own, bound to this module (accelerate leaves such ones behind)."""
+    return (
+        isinstance(forward, types.MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    )

@@ -1,0 +1,1 @@
+"""Training: transformers' Trainer, taught that only adapters change."""

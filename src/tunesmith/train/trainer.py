@@ -1,0 +1,70 @@
+"""transformers' Trainer for handles: checkpoints hold adapters, and adapters are what is resumed and reloaded.
+
+The plain `transformers.Trainer` trains, evaluates and saves a handle rightly, too; resuming and reloading the best
+checkpoint want full weights there, so they need this one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.utils import logging
+
+from ..checkpoint.files import CONFIG_FILE
+from ..errors import AdapterFileError
+from ..model import PeftModel
+
+logger = logging.get_logger(__name__)
+
+
+class AdapterTrainerMixin:
+    """Put before any Trainer class: `class MyTrainer(AdapterTrainerMixin, SomeTrainer)`.
+
+    Models that are no handles are treated as that class treats them.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        handle = self._handle(model)
+        if handle is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        else:
+            load_all(handle, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        handle = self._handle()
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        if handle is None or best is None:
+            super()._load_best_model()  # type: ignore[misc]
+        else:
+            logger.info("Loading the best adapter from %s (score: %s)", best, self.state.best_metric)  # type: ignore[attr-defined]
+            load_all(handle, best)
+
+    def _handle(self, model: nn.Module | None = None) -> PeftModel | None:
+        """The handle being trained, out of whatever accelerate wrapped it in."""
+        bare: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)  # type: ignore[attr-defined]
+        return bare if isinstance(bare, PeftModel) else None
+
+
+class Trainer(AdapterTrainerMixin, transformers.Trainer):
+    """`transformers.Trainer` that resumes and reloads adapters."""
+
+
+def load_all(handle: PeftModel, checkpoint: str) -> None:
+    """Load every adapter of `handle` from a checkpoint folder, as `save_pretrained` laid them out.
+
+    Raises:
+        AdapterFileError: an adapter is not in the checkpoint, or its files are damaged.
+    """
+    folders = {name: Path(checkpoint) if name == "default" else Path(checkpoint) / name for name in handle.peft_config}
+    absent = [name for name, folder in folders.items() if not folder.is_dir() or not _holds_adapter(folder)]
+    if absent:
+        raise AdapterFileError(f"{checkpoint} holds no adapter named {', '.join(absent)}; was it saved by another run?")
+    for name, folder in folders.items():
+        handle.load_adapter(str(folder), name)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return any(folder.glob(f"**/{CONFIG_FILE}"))
