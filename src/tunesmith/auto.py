@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from .assets import resolve
 from .checkpoint.files import AdapterFolder
 from .config import TaskType
-from .errors import ConfigError
+from .errors import ConfigError, UsageError
 from .model import PeftModel
 
 _AUTO_CLASSES = {
@@ -31,14 +33,29 @@ def load_base(name_or_path: str, task_type: TaskType | str | None = TaskType.CAU
     import transformers
 
     auto = getattr(transformers, _AUTO_CLASSES[TaskType(task_type) if task_type else None])
-    return auto.from_pretrained(resolve(name_or_path), **kwargs)
+    with _explained(name_or_path):
+        return auto.from_pretrained(resolve(name_or_path), **kwargs)
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:
     """The tokenizer that belongs to a base model; "sprout" is the embedded one's."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(resolve(name_or_path), **kwargs)
+    with _explained(name_or_path):
+        return AutoTokenizer.from_pretrained(resolve(name_or_path), **kwargs)
+
+
+@contextmanager
+def _explained(name_or_path: str) -> Iterator[None]:
+    """Loading errors in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f'base model "{name_or_path}" cannot be loaded: {reason}\n'
+            'give "sprout" (embedded), a folder written by save_pretrained, or a hub id (with the network there)'
+        ) from error
 
 
 class AutoPeftModel:

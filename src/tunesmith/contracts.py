@@ -50,6 +50,10 @@ class LinearAdapter(Adapter):
         """The dense weight `(out, in, ...)` and bias that compute what `forward` computes in eval mode."""
         raise NotImplementedError
 
+    def merge_fault(self, base: BaseView) -> str | None:
+        """Why `merge` cannot work on this module, checked before anything changes; None where it can."""
+        return None
+
 
 class Adapted(BaseView):
     """A view with an adapter on it, which is a view again: what the next adapter sees as its base."""

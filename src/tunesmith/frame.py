@@ -6,11 +6,14 @@ threads and calls. Outside any frame every site computes exactly what its module
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
-    from .contracts import Adapter
+    from .contracts import Adapter, PromptAdapter
     from .site import Site
 
 
@@ -19,11 +22,18 @@ class Frame:
 
     Args:
         adapters: what acts at each site, the first one nearest to the base module.
+        prompts: what acts at the model's entrance, each with the number of its virtual tokens.
         fired: where given, collects the sites that were reached (the check of the first training step).
     """
 
-    def __init__(self, adapters: dict[Site, tuple[Adapter, ...]], fired: set[Site] | None = None) -> None:
+    def __init__(
+        self,
+        adapters: dict[Site, tuple[Adapter, ...]],
+        prompts: tuple[tuple[PromptAdapter, int], ...] = (),
+        fired: set[Site] | None = None,
+    ) -> None:
         self.adapters = adapters
+        self.prompts = prompts
         self.fired = fired
 
 
@@ -63,8 +73,8 @@ class CarriesFrame:
 
     Backward passes run after the handle's call has ended (and, on CUDA, on another thread), so a recomputed layer would
     run without adapters: reentrant checkpointing then returns `None` gradients and training goes on silently.
-    Reentrant checkpointing also needs one input that requires a gradient; a frozen embedding gives none, so the first
-    floating-point input is marked here.
+    Reentrant checkpointing also needs one input that requires a gradient; a frozen embedding gives none, so an alias
+    of the first floating-point input asks for one.
     """
 
     def __init__(self, checkpoint: Any) -> None:
@@ -75,7 +85,7 @@ class CarriesFrame:
         if frame is None:
             return self.checkpoint(function, *args, **kwargs)
         if self._is_reentrant():
-            _require_one_gradient(args)
+            args = _with_one_gradient(args)
 
         def run(*inner: Any, **named: Any) -> Any:
             with entered(frame):
@@ -83,11 +93,18 @@ class CarriesFrame:
 
         return self.checkpoint(run, *args, **kwargs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle of the base alone holds the function as it was."""
+        return copy.copy, (self.checkpoint,)
+
     def _is_reentrant(self) -> bool:
         return bool(getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False))
 
 
-def _require_one_gradient(args: tuple[Any, ...]) -> None:
-    tensors = [value for value in args if hasattr(value, "requires_grad") and value.is_floating_point()]
-    if tensors and not any(value.requires_grad for value in tensors):
-        tensors[0].requires_grad_(True)
+def _with_one_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args`, where none asks for a gradient with the first floating-point one replaced by an alias that does."""
+    floating = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()]
+    if not floating or any(args[i].requires_grad for i in floating):
+        return args
+    first = floating[0]
+    return (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])

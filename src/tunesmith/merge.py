@@ -19,30 +19,42 @@ from .errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-Originals = dict[tuple[str, str], nn.Parameter]  # {(module path, parameter): what merging replaced}
+Originals = dict[tuple[str, str], Tensor]  # {(module path, parameter or buffer): what merging replaced}
 
 
-def into_weights(base: nn.Module, tree: AdapterTree, safe: bool, keep: bool) -> Originals:
-    """Replace the parameters of `base` that `tree` changes; returns what was replaced when `keep` is set.
+def check(base: nn.Module, tree: AdapterTree) -> None:
+    """Find before anything changes what would keep `tree` from being merged.
 
     Raises:
-        UsageError: a weight is not there to be changed (offloaded), the method cannot be merged, or, with `safe`, a
-            merged value is not finite; the base is then as it was, provided `keep` or nothing was replaced yet.
+        UsageError: a weight is not there to be changed (offloaded), an adapter holds values that are not finite, or
+            what it computes is no change of its module's weight.
     """
     for path, adapter in tree.items():
-        if any(p.device.type == "meta" for p in base.get_submodule(path).parameters()):
+        module = base.get_submodule(path)
+        if any(p.device.type == "meta" for p in module.parameters()):
             raise UsageError(f"{path} is offloaded, so its weight is not here to be merged; load the base without offloading")
         if any(not torch.isfinite(p).all() for p in adapter.parameters()):
             raise UsageError(f"the adapter at {path} holds values that are not finite; it cannot be merged")
+        reason = adapter.merge_fault(view_of(module)) if isinstance(adapter, LinearAdapter) else None
+        if reason:
+            raise UsageError(f"{path} cannot be merged: {reason}")
+
+
+def into_weights(base: nn.Module, trees: list[AdapterTree], safe: bool, keep: bool) -> Originals:
+    """Replace the parameters of `base` that checked `trees` change; returns what was replaced when `keep` is set.
+
+    Raises:
+        UsageError: with `safe`, a merged value is not finite; the base is then as it was.
+    """
     originals: Originals = {}
     try:
-        for path, adapter in tree.items():
-            for name, value in _merged_values(base.get_submodule(path), adapter, path).items():
+        for path, adapter in (item for tree in trees for item in tree.items()):
+            for name, value in _merged_values(base.get_submodule(path), adapter).items():
                 if safe and not torch.isfinite(value).all():
                     raise UsageError(f"merging gives values that are not finite in {path}.{name}; nothing was merged")
                 old = _put(base, path, name, value)
-                if old is not None and (keep or safe):
-                    originals[path, name] = old
+                if keep or safe:
+                    originals.setdefault((path, name), old)
     except Exception:
         restore(base, originals)
         raise
@@ -50,10 +62,10 @@ def into_weights(base: nn.Module, tree: AdapterTree, safe: bool, keep: bool) -> 
 
 
 def restore(base: nn.Module, originals: Originals) -> None:
-    """Put replaced parameters back, the same objects."""
-    for (path, name), parameter in originals.items():
-        owner, _, leaf = name.rpartition(".")
-        base.get_submodule(f"{path}.{owner}" if owner else path)._parameters[leaf] = parameter
+    """Put replaced parameters and buffers back, the same objects."""
+    for (path, name), original in originals.items():
+        owner, leaf = _owner(base, path, name)
+        (owner._buffers if leaf in owner._buffers else owner._parameters)[leaf] = original
     if hasattr(base, "config") and base.__dict__.pop("_untied_by_tunesmith", False):
         base.config.tie_word_embeddings = True
 
@@ -64,34 +76,37 @@ def plain_copy(base: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _merged_values(module: nn.Module, adapter: Adapter, path: str) -> dict[str, Tensor]:
+def _merged_values(module: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     if isinstance(adapter, (ParameterAdapter, ModuleCopy)):
         return {name: value.detach().clone() for name, value in adapter.replaced().items()}
     assert isinstance(adapter, LinearAdapter)
     view: BaseView = view_of(module)
     wide = torch.promote_types(view.weight().dtype, torch.float32)
     bias = view.bias
-    try:
-        weight, new_bias = adapter.merge(view.weight().to(wide), None if bias is None else bias.to(wide), view)
-    except NotImplementedError as error:
-        raise UsageError(f"{path} cannot be merged: {error}") from error
+    weight, new_bias = adapter.merge(view.weight().to(wide), None if bias is None else bias.to(wide), view)
     values = {"weight": view.stored(weight).to(module.weight.dtype)}
     if bias is not None and new_bias is not None:
         values["bias"] = new_bias.to(bias.dtype)
     return values
 
 
-def _put(base: nn.Module, path: str, name: str, value: Tensor) -> nn.Parameter | None:
-    """Set one parameter (or buffer) to a new tensor; the old parameter, or None for a buffer."""
-    owner_path, _, leaf = name.rpartition(".")
-    owner = base.get_submodule(f"{path}.{owner_path}" if owner_path else path)
+def _put(base: nn.Module, path: str, name: str, value: Tensor) -> Tensor:
+    """Set one parameter or buffer to a new tensor; returns the old one."""
+    owner, leaf = _owner(base, path, name)
     if leaf in owner._buffers:
+        old = owner._buffers[leaf]
         owner._buffers[leaf] = value
-        return None
+        return old
     old = owner._parameters[leaf]
     _untie(base, old)
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     return old
+
+
+def _owner(base: nn.Module, path: str, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor `name` of the module at `path`, and the tensor's name there."""
+    owner, _, leaf = name.rpartition(".")
+    return base.get_submodule(f"{path}.{owner}" if owner else path), leaf
 
 
 def _untie(base: nn.Module, old: Tensor) -> None:

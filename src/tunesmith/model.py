@@ -23,7 +23,6 @@ from .checkpoint import load_adapter, save_adapters
 from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
 from .config import PeftConfig, PromptConfig, TaskType
-from .contracts import PromptAdapter
 from .errors import AdapterNameError, ConfigError, UsageError, did_you_mean
 from .frame import CarriesFrame, Frame, entered
 from .mirror import handle_class
@@ -38,6 +37,11 @@ class BaseRecord:
     def __init__(self, requires_grad: dict[str, bool]) -> None:
         self.requires_grad = requires_grad
         self.handles: weakref.WeakSet[PeftModel] = weakref.WeakSet()
+
+    def thaw(self, base: nn.Module) -> None:
+        """Give the parameters of `base`, or of a copy of it, their `requires_grad` back."""
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(self.requires_grad.get(name, False))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BaseRecord, (self.requires_grad,)
@@ -119,15 +123,14 @@ class PeftModel(nn.Module):
         """The base's forward with the active adapters acting; same arguments, same result type."""
         if preflight.is_due(self):
             return preflight.checked_forward(self, *args, **kwargs)
-        return self._forward(self._frame(), *args, **kwargs)
+        return self._forward(self._frame, *args, **kwargs)
 
     def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         with self._entered(frame):
-            prompt = self._prompt()
-            if prompt is None:
+            if not frame.prompts:
                 return self.base_model(*args, **kwargs)
             kwargs.update(zip(self._accepts, args))
-            return self.base_model(**self._with_virtual_tokens(prompt, kwargs))
+            return self.base_model(**self._with_virtual_tokens(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `generate` with the active adapters acting; same arguments, same result.
@@ -135,9 +138,8 @@ class PeftModel(nn.Module):
         Virtual tokens are no part of the result, and `max_length` counts without them.
         """
         with self._entered():
-            prompt = self._prompt()
-            if prompt is not None:
-                args, kwargs = self._generation_inputs(prompt, args, kwargs)
+            if self._frame.prompts:
+                args, kwargs = self._generation_inputs(args, kwargs)
             return self.base_model.generate(*args, **kwargs)
 
     def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -158,18 +160,23 @@ class PeftModel(nn.Module):
                 function = getattr(module, "_gradient_checkpointing_func", None)
                 if function is not None and not isinstance(function, CarriesFrame):
                     module._gradient_checkpointing_func = CarriesFrame(function)
-        return entered(self._frame() if frame is None else frame)
+        return entered(self._frame if frame is None else frame)
 
     def _acting(self) -> tuple[str, ...]:
         """Names of the adapters that act in a call: active, not disabled, not already in the weights."""
         return () if self._disabled else tuple(name for name in self._active if name not in self._merged)
 
-    def _frame(self) -> Frame:
+    def _settle(self) -> None:
+        """Make the frame that follows from the handle's state; to be called after each change of it.
+
+        Calls only read `_frame`: reading names there would compile one graph per name (the limit is 8).
+        """
         acting = self._acting()
-        frame = self._frames.get(acting)
-        if frame is None:
-            frame = self._frames[acting] = Frame(self._adapters_by_site(acting))
-        return frame
+        if acting not in self._frames:
+            trees = [(self.adapters[name].prompt, self.peft_config[name]) for name in acting]
+            prompts = tuple((prompt, config.num_virtual_tokens) for prompt, config in trees if prompt is not None)
+            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts)
+        self._frame = self._frames[acting]
 
     def _adapters_by_site(self, names: tuple[str, ...]) -> dict[site.Site, tuple]:
         """`{site: adapters}`, at each site in the order of `names` and, within one adapter, of its kinds."""
@@ -184,21 +191,18 @@ class PeftModel(nn.Module):
         """Drop what is derived from adapters and base, to be derived anew."""
         self._frames: dict[tuple[str, ...], Frame] = {}
         self._unchecked = True
+        self._settle()
 
     # --- virtual tokens -------------------------------------------------------------------------------------------
 
-    def _prompt(self) -> PromptAdapter | None:
-        prompts = [self.adapters[name].prompt for name in self._acting() if self.adapters[name].prompt is not None]
-        if len(prompts) > 1:
+    def _with_virtual_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if len(self._frame.prompts) > 1:
             raise UsageError("only one adapter with virtual tokens can be active at a time")
-        return prompts[0] if prompts else None
-
-    def _with_virtual_tokens(self, prompt: PromptAdapter, inputs: dict[str, Any]) -> dict[str, Any]:
-        config = next(self.peft_config[n] for n in self._acting() if self.adapters[n].prompt is prompt)
-        virtual = prompt()[: config.num_virtual_tokens]  # rows for a decoder follow; no method here uses them
+        prompt, tokens = self._frame.prompts[0]
+        virtual = prompt()[:tokens]  # rows for a decoder follow; no method here uses them
         return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance)
 
-    def _generation_inputs(self, prompt: PromptAdapter, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def _generation_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         if args:
             kwargs["input_ids"], *rest = args
             args = (None, *rest)
@@ -206,7 +210,7 @@ class PeftModel(nn.Module):
         kwargs = prompting.generation_inputs(self.base_model, ids, kwargs)
         named = ("attention_mask", "inputs_embeds", "token_type_ids")
         inputs = {"input_ids": ids, **{name: kwargs.pop(name) for name in named if kwargs.get(name) is not None}}
-        inputs = self._with_virtual_tokens(prompt, {k: v for k, v in inputs.items() if v is not None})
+        inputs = self._with_virtual_tokens({k: v for k, v in inputs.items() if v is not None})
         inputs.pop("position_ids", None)  # generate counts them from the mask itself
         if ids is not None and not self._entrance.encoder_decoder:
             inputs["input_ids"] = ids  # for the result and for processors that look at the text so far
@@ -326,6 +330,7 @@ class PeftModel(nn.Module):
         for name in names:
             self._known(name)
         self._active = names
+        self._settle()
         for name, tree in self.adapters.items():
             tree.requires_grad_(name in names and not inference_mode and not self.peft_config[name].inference_mode)
 
@@ -334,10 +339,10 @@ class PeftModel(nn.Module):
         self._known(adapter_name)
         if adapter_name in self._merged:
             raise UsageError(f'"{adapter_name}" is merged into the weights; call unmerge_adapter() first')
+        self._active = tuple(name for name in self._active if name != adapter_name)
         del self.adapters[adapter_name], self.peft_config[adapter_name]
         self._forget()
-        remaining = tuple(name for name in self._active if name != adapter_name)
-        self.set_adapter(remaining or tuple(self.peft_config)[:1])
+        self.set_adapter(self._active or tuple(self.peft_config)[:1])
 
     @property
     def active_adapter(self) -> str:
@@ -364,12 +369,12 @@ class PeftModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the handle computes exactly what its base does."""
         before, merged = self._disabled, list(self._merged)
-        self.unmerge_adapter()
-        self._disabled = True
+        self.disable_adapters()
         try:
             yield
         finally:
             self._disabled = before
+            self._settle()
             if merged:
                 self.merge_adapter(merged)
 
@@ -377,9 +382,11 @@ class PeftModel(nn.Module):
         """As `disable_adapter()`, until `enable_adapters()`."""
         self.unmerge_adapter()
         self._disabled = True
+        self._settle()
 
     def enable_adapters(self) -> None:
         self._disabled = False
+        self._settle()
 
     # --- merging --------------------------------------------------------------------------------------------------
 
@@ -391,13 +398,22 @@ class PeftModel(nn.Module):
         """
         names = [name for name in (adapter_names or self._active) if name not in self._merged]
         self._check_mergeable(names)
-        for name in names:
-            self._merged[name] = merge.into_weights(self.base_model, self.adapters[name], safe_merge, keep=True)
+        done: dict[str, merge.Originals] = {}
+        try:
+            for name in names:
+                done[name] = merge.into_weights(self.base_model, [self.adapters[name]], safe_merge, keep=True)
+        except Exception:
+            for originals in reversed(done.values()):
+                merge.restore(self.base_model, originals)
+            raise
+        self._merged.update(done)
+        self._settle()
 
     def unmerge_adapter(self) -> None:
         """Put back the very tensors that merging replaced."""
         for name in reversed(list(self._merged)):
             merge.restore(self.base_model, self._merged.pop(name))
+        self._settle()
 
     def merge_and_unload(
         self,
@@ -417,16 +433,17 @@ class PeftModel(nn.Module):
             UsageError: other handles use this base and no copy is asked for, or an adapter cannot be merged.
         """
         names = list(adapter_names or self._active)
+        self._check_mergeable(names, alone=not copy)
+        trees = [self.adapters[name] for name in names]
         if copy:
-            self._check_mergeable(names, alone=False)
-            base = merge.plain_copy(self.base_model)
-        else:
-            self.unmerge_adapter()
-            self._check_mergeable(names)
-            base = self.base_model
-        for name in names:
-            merge.into_weights(base, self.adapters[name], safe_merge, keep=False)
-        return base if copy else self._detach()
+            with self.disable_adapter():  # out of the weights, while they are copied
+                base = merge.plain_copy(self.base_model)
+            merge.into_weights(base, trees, safe_merge, keep=False)
+            self._record.thaw(base)
+            return base
+        self.unmerge_adapter()
+        merge.into_weights(self.base_model, trees, safe_merge, keep=False)
+        return self._detach()
 
     def unload(self) -> nn.Module:
         """The base as it was before: our sites removed, `requires_grad` restored (unless other handles use it)."""
@@ -450,6 +467,8 @@ class PeftModel(nn.Module):
         ]
         if fixed:
             raise UsageError(f"not a change of weights, so it cannot be merged: {', '.join(fixed)}; use the handle as it is")
+        for name in names:
+            merge.check(self.base_model, self.adapters[name])
 
     def _register(self) -> None:
         base = self.base_model
@@ -464,14 +483,14 @@ class PeftModel(nn.Module):
         base, record = self.base_model, self._record
         record.handles.discard(self)
         self._active = ()
+        self._settle()
         if not record.handles:
             for module in base.modules():
                 site.remove(module)
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 if isinstance(function, CarriesFrame):
                     module._gradient_checkpointing_func = function.checkpoint
-            for name, parameter in base.named_parameters():
-                parameter.requires_grad_(record.requires_grad.get(name, False))
+            record.thaw(base)
             _records.pop(base, None)
         return base
 
@@ -529,7 +548,7 @@ class Framed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if inspect.isgeneratorfunction(getattr(self._target, "__func__", None)):
             raise UsageError("a generator cannot keep adapters acting between its steps; call the base's own method")
-        if isinstance(self._target, nn.Module) and self._handle._prompt() is not None:
+        if isinstance(self._target, nn.Module) and self._handle._frame.prompts:
             raise UsageError("virtual tokens are put in by the handle's own forward and generate; call those")
         with self._handle._entered():
             return self._target(*args, **kwargs)

@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 def is_due(handle: PeftModel) -> bool:
     """Whether this forward is the handle's first one in training (compiled forwards are not looked into)."""
     return (
-        handle._unchecked
+        not torch.compiler.is_compiling()
+        and handle._unchecked
         and handle.training
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and bool(handle._acting())
     )
 
@@ -50,7 +50,7 @@ def checked_forward(handle: PeftModel, *args: Any, **kwargs: Any) -> Any:
     parents = {path.rpartition(".")[0] for path in paths}
     hooks = [_note(handle.base_model.get_submodule(parent), parent, ran) for parent in parents]
     try:
-        result = handle._forward(Frame(handle._frame().adapters, fired), *args, **kwargs)
+        result = handle._forward(Frame(handle._frame.adapters, handle._frame.prompts, fired), *args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -55,7 +55,7 @@ def extend(inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: 
     inputs = dict(inputs)
     n = virtual.shape[0]
     if _is_continuation(inputs):
-        return _continue(inputs, n)
+        return _continue(inputs, n, entrance)
 
     ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
@@ -75,6 +75,9 @@ def extend(inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: 
     for name, fill in per_token.items():
         if inputs.get(name) is not None:
             inputs[name] = _prepend(inputs[name], n, fill)
+    for name in ("start_positions", "end_positions"):  # answer spans are given in the user's tokens, which all move by n
+        if inputs.get(name) is not None and not entrance.encoder_decoder:
+            inputs[name] = inputs[name] + n
     if mask is None:
         if "attention_mask" in entrance.accepts:
             inputs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -173,12 +176,20 @@ def _is_continuation(inputs: dict[str, Any]) -> bool:
     return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
 
 
-def _continue(inputs: dict[str, Any], n: int) -> dict[str, Any]:
-    """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them."""
+def _continue(inputs: dict[str, Any], n: int, entrance: Entrance) -> dict[str, Any]:
+    """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them.
+
+    Positions go on counting from the mask, as they did in the first step.
+    """
     mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
     expected = inputs["past_key_values"].get_seq_length() + tokens.shape[1]
-    if mask is not None and mask.shape[1] == expected - n:
-        inputs["attention_mask"] = _prepend(mask, n, 1)
+    if mask is not None and mask.dim() == 2 and mask.shape[1] == expected - n:
+        mask = _prepend(mask, n, 1)
+        mask = inputs["attention_mask"] = mask.gather(1, _order(mask, n, entrance.last_token_decides))
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + n
+        elif entrance.mask_positions:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     return inputs
 
 

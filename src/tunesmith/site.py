@@ -6,6 +6,7 @@ and no strong reference, so handles are freed when dropped, and copies and pickl
 
 from __future__ import annotations
 
+import inspect
 import types
 import weakref
 from typing import Any
@@ -24,7 +25,7 @@ class Site:
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
         self.__name__ = "forward"
-        self.__wrapped__ = plain_forward(module).__func__  # what inspect.signature shows; a function, not a reference
+        self.__signature__ = inspect.signature(plain_forward(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module()
@@ -37,8 +38,11 @@ class Site:
         return fold(module, adapters)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or pickle of the module alone holds its plain forward."""
-        return plain_forward, (self.module(),)
+        """A copy or pickle of the module alone holds its plain forward (and needs no Tunesmith to be read).
+
+        It is rebuilt before the module's `__dict__` is, so the attribute found is the class's.
+        """
+        return getattr, (self.module(), "forward")
 
 
 def site_of(module: nn.Module) -> Site | None:

@@ -100,6 +100,9 @@ class Conv2dView(BaseView):
         return F.conv2d(h, b, groups=self.module.groups)
 
     def compose(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.module.groups > 1:
-            raise NotImplementedError("a low-rank change of a grouped convolution has no grouped weight to merge into")
+        assert self.compose_fault() is None
         return F.conv2d(a.transpose(0, 1), b).transpose(0, 1)
+
+    def compose_fault(self) -> str | None:
+        grouped = self.module.groups > 1
+        return "a low-rank change of a grouped convolution has no grouped weight to merge into" if grouped else None

@@ -61,6 +61,10 @@ class BaseView:
         """The change of `weight()` that A and B stand for."""
         return b @ a
 
+    def compose_fault(self) -> str | None:
+        """Why `compose` has no answer for this module; None where it has."""
+        return None
+
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """The class's forward bound to `module`: what the module computes with no site in its `__dict__`."""

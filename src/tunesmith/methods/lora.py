@@ -121,6 +121,9 @@ class Lora(LinearAdapter):
         change = base.compose(self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype))
         return weight + self.scale * change, bias
 
+    def merge_fault(self, base: BaseView) -> str | None:
+        return base.compose_fault()
+
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

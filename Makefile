@@ -1,0 +1,37 @@
+# One entry for everything; each target sets up what it needs in .venv. Python 3.10+, pip and make are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+METHOD ?= prompt-tuning
+
+.PHONY: demo test check format clean
+
+demo: .venv/runtime.stamp
+	$(BIN)/tunesmith demo --method $(METHOD)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/check_layers.py
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and by its exact version: a range may fetch gigabytes of CUDA packages.
+.venv/runtime.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[plot]'
+	touch $@
+
+.venv/dev.stamp: .venv/runtime.stamp
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache demo-out

@@ -1,0 +1,54 @@
+"""`tunesmith train`: a data file to an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="csv, json, jsonl or txt file with one text per row.")],
+    text_column: Annotated[str | None, typer.Option(help="Column or key that holds the text.")] = None,
+    base: Annotated[str, typer.Option("--base", "--model-name-or-path", help="sprout, a folder or a hub id.")] = "sprout",
+    output_dir: Annotated[Path, typer.Option(help="Where the adapter is written.")] = Path("adapter"),
+    method: Annotated[str, typer.Option(help="prompt-tuning or lora.")] = "prompt-tuning",
+    num_virtual_tokens: Annotated[int, typer.Option(help="Prompt tuning: how many virtual tokens.")] = 8,
+    prompt_tuning_init_text: Annotated[str | None, typer.Option(help="Prompt tuning: a text to start from.")] = None,
+    lora_r: Annotated[int, typer.Option(help="LoRA: rank.")] = 8,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA: strength (scale is alpha / r).")] = 16,
+    lora_dropout: Annotated[float, typer.Option(help="LoRA: dropout of the change's input.")] = 0.0,
+    lora_target_modules: Annotated[str | None, typer.Option(help="LoRA: comma-separated names or all-linear.")] = None,
+    num_train_epochs: Annotated[float, typer.Option("--num-train-epochs", "--epochs", help="Passes over the data.")] = 5,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 3e-2 for prompt tuning, 2e-3 for LoRA.")] = None,
+    per_device_train_batch_size: Annotated[int, typer.Option("--per-device-train-batch-size", "--batch-size")] = 8,
+    max_length: Annotated[int, typer.Option(help="Cut longer rows to so many tokens.")] = 256,
+    held_out: Annotated[float, typer.Option(help="Share of the rows kept for evaluation.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the split, the start values and the order of rows.")] = 0,
+) -> None:
+    """Train an adapter on your own texts.
+
+    Example: tunesmith train --data prompts.csv --text-column prompt --output-dir my-adapter
+    """
+    from rich.console import Console
+
+    from ..auto import load_base, load_tokenizer
+    from ..data.files import read_texts
+    from ..train import job, quiet
+
+    console = Console(highlight=False, soft_wrap=True)
+    settings = job.Settings(
+        method, num_virtual_tokens, prompt_tuning_init_text, lora_r, lora_alpha, lora_dropout, lora_target_modules,
+        num_train_epochs, per_device_train_batch_size, learning_rate, max_length, held_out, seed,
+    )  # fmt: skip
+    texts = read_texts(data, text_column)
+    quiet.hush()
+    console.print(f"{len(texts)} rows from {data}; base {base}, method {method}")
+    model, tokenizer = load_base(base), load_tokenizer(base)
+    result = job.train(model, tokenizer, texts, settings, title=method, console=console)
+    size = job.save(result, tokenizer, output_dir)
+    trainable, total = result.handle.get_nb_trainable_parameters()
+    console.print(f"trained {trainable:,} of {total:,} parameters; {result.sentence()}")
+    console.print(f"adapter: {output_dir} ({size / 1024:.1f} KB of tensors)")
+    console.print(f'use it: tunesmith generate --adapter {output_dir} --prompt "..."')

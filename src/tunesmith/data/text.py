@@ -1,0 +1,101 @@
+"""Texts to token batches for causal language models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..prompting import IGNORED
+
+Example = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Token ids of a set of texts, and how many texts were cut to fit."""
+
+    examples: list[Example]
+    cut: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example["input_ids"]) for example in self.examples)
+
+
+def split(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
+    """`(train, held out)`: a share of the rows (at least one) chosen by `seed`; the order of rows is kept."""
+    count = max(1, round(len(texts) * held_out)) if held_out > 0 and len(texts) > 1 else 0
+    chosen = set(random.Random(seed).sample(range(len(texts)), count))
+    return [t for i, t in enumerate(texts) if i not in chosen], [t for i, t in enumerate(texts) if i in chosen]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> Tokenized:
+    """Ids of each text with the end-of-text token behind it, so that the model learns to stop."""
+    examples, cut = [], 0
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        if ids and ids[-1] != tokenizer.eos_token_id:
+            ids = [*ids, tokenizer.eos_token_id]
+        cut += len(ids) > max_length
+        examples.append({"input_ids": ids[:max_length]})
+    return Tokenized(examples, cut)
+
+
+class PadRight:
+    """Collator: rows of one length, labels equal to the ids, padding masked and `IGNORED`.
+
+    Padding is told by position, never by id: where pad and end-of-text are one token, the real end is still learned.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        rows = [torch.tensor(example["input_ids"]) for example in examples]
+
+        def padded(value: int, tensors: list[Tensor]) -> Tensor:
+            return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row)), value=value) for row in tensors])
+
+        return {
+            "input_ids": padded(self.pad_id, rows),
+            "attention_mask": padded(0, [torch.ones_like(row) for row in rows]),
+            "labels": padded(IGNORED, rows),
+        }
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The padding token's id; any id will do where there is none, since padding is masked."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+
+def batches(examples: Sequence[Example], size: int, pad_id: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of neighbouring lengths, in no particular order: for evaluation."""
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    for start in range(0, len(ordered), size):
+        yield PadRight(pad_id)(ordered[start : start + size])
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, examples: Sequence[Example], pad_id: int, size: int = 16) -> float:
+    """Mean negative log-likelihood per token, in nats, over all rows; `exp` of it is the perplexity.
+
+    The first token of a row is not scored: only a model with virtual tokens has anything to predict it from, so all
+    models are compared on the same tokens.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches(examples, size, pad_id):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
+        total, count = total + losses.item(), count + int((labels != IGNORED).sum())
+    model.train(was_training)
+    return total / count

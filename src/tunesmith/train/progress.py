@@ -1,0 +1,48 @@
+"""What a person sees while training: a live bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class ShowProgress(TrainerCallback):
+    """Step, loss and time left; also keeps `losses`, the `(step, loss)` pairs logged."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        self.title = title
+        self.console = console
+        self.losses: list[tuple[int, float]] = []
+        self.bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.next_line = time.monotonic(), 0.0
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, loss="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.losses.append((state.global_step, float(logs["loss"])))
+        text = f"loss {float(logs['loss']):.3f}"
+        if self.bar is not None:
+            self.bar.update(self.task, loss=text)
+        elif state.global_step >= self.next_line:
+            self.next_line = state.global_step + state.max_steps / 8
+            seconds = time.monotonic() - self.started
+            self.console.print(f"{self.title}: step {state.global_step}/{state.max_steps}, {text}, {seconds:.0f} s")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests import tiny
+from tunesmith import DataError
+from tunesmith.data.files import read_texts
+from tunesmith.data.text import IGNORED, PadRight, mean_loss, split, tokenize
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        ("a.csv", 'text,other\n"one, two",x\nthree,y\n', "text"),
+        ("a.csv", "\ufefftext\none, two\nthree\n".replace("one, two", '"one, two"'), None),
+        ("a.json", '[{"text": "one, two"}, {"text": "three"}]', None),
+        ("a.json", '["one, two", "three"]', None),
+        ("a.jsonl", '{"text": "one, two", "n": 1}\n\n{"text": "three", "n": 2}\n', "text"),
+        ("a.txt", "one, two\n\nthree\n", None),
+    ],
+)
+def test_reads_every_kind_of_file(name, content, column, tmp_path):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    assert read_texts(path, column) == ["one, two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"text\n\xff\xfe\n", ["a.csv:2", "not UTF-8"]),
+        ("a.csv", b"text,b\none,two,three\n", ["a.csv:2", "2 columns"]),
+        ("a.csv", b'text\n"one\n', ["malformed csv"]),
+        ("a.csv", b"", ["no rows"]),
+        ("a.csv", b"text,b\n  ,x\n", ["a.csv:2", "expected text"]),
+        ("a.json", b'{"text": "one"}', ["dict", "list of objects"]),
+        ("a.json", b'[{"text": "one"},]', ["malformed json"]),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', ["a.jsonl:2", "malformed json"]),
+        ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', ["a.jsonl:2", 'no column "text"']),
+        ("a.jsonl", b'{"text": "one"}\n{"text": null}\n', ["a.jsonl:2", "None"]),
+        ("a.jsonl", b"3\n", ["a.jsonl:1", "expected an object"]),
+        ("a.xml", b"<a/>", ["unknown kind", ".csv"]),
+    ],
+)
+def test_bad_files_say_what_and_where(name, content, words, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_texts(path, "text")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_padding_is_told_by_position_so_that_the_end_is_learned():
+    batch = PadRight(pad_id=9)([{"input_ids": [4, 9]}, {"input_ids": [5, 6, 9]}])  # 9 is both pad and end of text
+    assert batch["labels"].tolist() == [[4, 9, IGNORED], [5, 6, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_split_is_seeded_disjoint_and_complete():
+    texts = [str(n) for n in range(50)]
+    train, held_out = split(texts, 0.1, seed=1)
+    assert len(held_out) == 5 and sorted(train + held_out, key=int) == texts
+    assert split(texts, 0.1, seed=1) == (train, held_out) != split(texts, 0.1, seed=2)
+
+
+def test_texts_end_with_the_end_token_and_cuts_are_counted():
+    class Words:
+        eos_token_id = 1
+
+        def __call__(self, text):
+            return {"input_ids": [len(word) for word in text.split()]}
+
+    done = tokenize(["aa bb", "aa bb cc dd"], Words(), max_length=3)
+    assert [example["input_ids"] for example in done.examples] == [[2, 2, 1], [2, 2, 2]] and done.cut == 1
+
+
+def test_mean_loss_is_the_mean_over_tokens_whatever_the_batches():
+    model = tiny.make("llama")
+    examples = [{"input_ids": [3, 4, 5, 6, 7]}, {"input_ids": [8, 9]}, {"input_ids": [10, 11, 12]}]
+    total = count = 0
+    for example in examples:
+        ids = torch.tensor([example["input_ids"]])
+        loss = model(input_ids=ids, labels=ids).loss.item()
+        total, count = total + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1
+    for size in (1, 2, 16):
+        assert math.isclose(mean_loss(model, examples, pad_id=0, size=size), total / count, rel_tol=1e-5)
