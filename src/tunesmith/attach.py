@@ -54,10 +54,15 @@ class Branch(nn.Module):
         assert kind in self.KINDS
         node: nn.Module = self
         for part in path.split("."):
-            if part not in node._modules:
-                node.add_module(part, Branch())
-            node = node._modules[part]
+            node = node._modules.setdefault(part, Branch())  # not add_module, which refuses names such as "items"
         node.add_module(kind, adapter)
+
+    def node(self, path: str) -> Branch:
+        """The node of a module; unlike `get_submodule`, with any name a base's module may have."""
+        node = self
+        for part in path.split("."):
+            node = node._modules[part]
+        return node
 
     def items(self, prefix: str = "") -> Iterator[tuple[str, Adapter]]:
         """`(path, adapter)` of every module adapter below."""
@@ -88,16 +93,27 @@ def match(model: nn.Module, config: PeftConfig) -> Plan:
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
         _resolve_default(model, config)
+        chosen = config.target_modules
         paths = _matched(model, modules, config, faults)
-        paths = [path for path in paths if not any(_inside(path, copied) for copied in plan.copied)]
+        free = [path for path in paths if not any(_inside(path, copied) for copied in plan.copied)]
+        twice = _trained_twice(config, paths, free)
+        if chosen == "all-linear":
+            config.target_modules -= set(twice)
+        else:
+            faults += [f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); '
+                       "leave it out" for name in twice]  # fmt: skip
+        paths = free
         plan.adapted = {path: config.settings(path) for path in paths}
         faults += _unmatched_pattern_keys(config, paths)
         faults += _unfit(modules, config, plan)
         plan.biases = _biases(modules, config, plan)
     for path in sorted(plan.paths()):
-        reason = site.fault(modules[path])
+        reason = site.fault(modules[path]) or _fused_fault(modules, path)
         if reason:
             faults.append(f"{path}: {reason}")
+    for path in (*plan.biases, *plan.copied):
+        if _is_offloaded(modules[path]):
+            faults.append(f"{path}: it is offloaded, so it cannot be copied to be trained; keep it on a device")
     if faults:
         raise TargetError(f"the adapter does not fit {type(model).__name__}:\n" + bullet_list(faults))
     return plan
@@ -158,6 +174,8 @@ def check_name(name: str, taken: Iterable[str]) -> None:
         raise AdapterNameError(
             f"adapter name {name!r} is not usable; use letters, digits, '_', '-' and spaces (it becomes a folder's name)"
         )
+    if hasattr(nn.ModuleDict(), name):
+        raise AdapterNameError(f'adapter name "{name}" is a word of PyTorch\'s own; take another')
     if name in taken:
         raise AdapterNameError(f'adapter name "{name}" is taken; names in use: {", ".join(taken)}')
 
@@ -171,6 +189,20 @@ def _parallel_faults(model: nn.Module) -> Iterator[str]:
         yield f"the base is wrapped in {type(model).__name__}; adapt the bare model, then wrap the result (never DataParallel)"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         yield "the base's weights are split by tensor parallelism; load it without tp_plan"
+
+
+def _fused_fault(modules: dict[str, nn.Module], path: str) -> str | None:
+    """torch's encoder layer, in eval mode without gradients, reads its children's weights past their forwards."""
+    parents = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""]
+    if torch.backends.mha.get_fastpath_enabled() and any(isinstance(modules[p], nn.TransformerEncoderLayer) for p in parents):
+        return "its fast inference path would pass the adapter by; call torch.backends.mha.set_fastpath_enabled(False) first"
+    return None
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's values elsewhere and puts them in place for the call."""
+    on_meta = any(p.device.type == "meta" for p in module.parameters())
+    return on_meta and any(hasattr(m, "_hf_hook") for m in module.modules())
 
 
 def _resolve_default(model: nn.Module, config: TargetedConfig) -> None:
@@ -256,6 +288,16 @@ def _copied(modules: dict[str, nn.Module], config: PeftConfig, faults: list[str]
     if heads:
         paths += [path for path in modules if path in HEAD_NAMES]
     return [path for path in dict.fromkeys(paths) if not any(_inside(path, other) for other in paths if other != path)]
+
+
+def _trained_twice(config: TargetedConfig, paths: list[str], free: list[str]) -> list[str]:
+    """Targets all of whose modules are trained whole, so that they would get no adapter."""
+    found, wanted = [], config.target_modules
+    for name in [wanted] if isinstance(wanted, str) else sorted(wanted):
+        one = name if isinstance(wanted, str) else {name}
+        if any(_names(one, path) for path in paths) and not any(_names(one, path) for path in free):
+            found.append(name)
+    return found
 
 
 def _inside(path: str, ancestor: str) -> bool:

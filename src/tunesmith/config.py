@@ -9,9 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
+import types
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
+
+from typing_extensions import dataclass_transform
 
 from .errors import ConfigError, did_you_mean
 
@@ -50,12 +56,13 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-C = TypeVar("C", bound=type)
+C = TypeVar("C", bound="type[PeftConfig]")
 
 
+@dataclass_transform()
 def config_class(cls: C) -> C:
     """Make `cls` a dataclass whose constructor answers an unknown keyword with the nearest real one."""
-    made = dataclass(cls)
+    made: Any = dataclass(cls)
     init = made.__init__
     names = [f.name for f in dataclasses.fields(made) if f.init]
 
@@ -66,7 +73,7 @@ def config_class(cls: C) -> C:
             raise ConfigError("; ".join(unknown_key(key, made, kwargs[key]) for key in wrong))
         init(self, *args, **kwargs)
 
-    made.__init__ = checked  # type: ignore[method-assign]
+    made.__init__ = checked
     return made
 
 
@@ -76,6 +83,30 @@ def unknown_key(key: str, cls: type, value: Any) -> str:
         return f"{cls.__name__}: {key}={value!r} is not supported by this version of Tunesmith; leave it out"
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     return f'{cls.__name__} has no field "{key}"{did_you_mean(key, names)}'
+
+
+def wrong_types(config: Any) -> Iterator[str]:
+    """A sentence for each field whose value is not of the annotated type (files can hold anything)."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, hints[field.name]):
+            yield f"{field.name}={value!r} must be of the type {str(field.type).replace(' | ', ' or ')}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or origin is typing.Literal:
+        return hint is Any or value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin in (list, set):
+        return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def is_off(value: Any) -> bool:
@@ -117,7 +148,7 @@ class PeftConfig:
                     + did_you_mean(str(self.task_type).upper(), known)
                 )
             self.task_type = TaskType(self.task_type)
-        faults = list(self.faults())
+        faults = list(wrong_types(self)) or list(self.faults())
         if faults:
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(faults))
 
@@ -182,6 +213,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _no_expression(text: str) -> str | None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        return str(error)
+    return None
+
+
 @config_class
 class TargetedConfig(PeftConfig):
     """Fields of methods that act on chosen modules of the base.
@@ -206,8 +245,10 @@ class TargetedConfig(PeftConfig):
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
                 setattr(self, name, set(value))
+        if self.layers_to_transform == []:
+            self.layers_to_transform = None
         super().__post_init__()
 
     def faults(self) -> list[str]:
@@ -218,6 +259,11 @@ class TargetedConfig(PeftConfig):
             found.append("layers_pattern needs layers_to_transform")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             found.append("layers_to_transform needs target_modules as a list; a regular expression names its layers itself")
+        expressions = {name: [getattr(self, name)] for name in ("target_modules", "exclude_modules")}
+        for name, keys in {**expressions, **self.pattern_keys()}.items():
+            for key in keys:
+                if isinstance(key, str) and (reason := _no_expression(key)):
+                    found.append(f'{name}: "{key}" is no regular expression ({reason})')
         return found
 
     def settings(self, path: str) -> dict[str, Any]:

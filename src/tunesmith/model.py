@@ -23,7 +23,7 @@ from .checkpoint import load_adapter, save_adapters
 from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
 from .config import PeftConfig, PromptConfig, TaskType
-from .errors import AdapterNameError, ConfigError, UsageError, did_you_mean
+from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
 from .frame import CarriesFrame, Frame, entered
 from .mirror import handle_class
 from .registry import method_named
@@ -90,6 +90,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
+        if any(handle._merged for handle in getattr(_records.get(model), "handles", ())):
+            raise UsageError("another handle's adapters are merged into this base's weights; call its unmerge_adapter() first")
         nn.Module.__init__(self)
         self._modules["base_model"] = model  # add_module refuses the names of properties
         self.adapters = nn.ModuleDict()
@@ -190,8 +192,24 @@ class PeftModel(nn.Module):
     def _forget(self) -> None:
         """Drop what is derived from adapters and base, to be derived anew."""
         self._frames: dict[tuple[str, ...], Frame] = {}
-        self._unchecked = True
+        self._checked: set[tuple[Frame, bool]] = set()  # frames that preflight has looked into, in eval or training
         self._settle()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's `resize_token_embeddings`, which gives all its handles another vocabulary.
+
+        Raises:
+            UsageError: an adapter sits on the embeddings or the output head, which would be replaced under it.
+        """
+        base = self.base_model
+        replaced = {base.get_input_embeddings(), base.get_output_embeddings()}
+        adapted = {path for handle in self._record.handles for tree in handle.adapters.values() for path, _ in tree.items()}
+        faults = [path for path in sorted(adapted) if replaced & set(base.get_submodule(path).modules())]
+        if faults:
+            raise UsageError(f"resizing would replace modules that carry adapters ({', '.join(faults)}); resize first, then attach")
+        result = base.resize_token_embeddings(*args, **kwargs)
+        base.requires_grad_(False)
+        return result
 
     # --- virtual tokens -------------------------------------------------------------------------------------------
 
@@ -230,6 +248,7 @@ class PeftModel(nn.Module):
         if isinstance(adapter_name, PeftConfig):  # transformers' mixin has the arguments the other way round
             adapter_name, peft_config = peft_config if isinstance(peft_config, str) else "default", adapter_name
         check_name(adapter_name, self.peft_config)
+        _check_config(peft_config)
         plan, config = self._plan(peft_config)
         tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True)
         self._take(adapter_name, config, tree)
@@ -269,15 +288,30 @@ class PeftModel(nn.Module):
             AdapterFileError: all faults of the files at once; the handle is then as it was.
         """
         folder = AdapterFolder.find(model_id, **kwargs)
-        if adapter_name in self.peft_config:
-            load_adapter.into(self.adapters[adapter_name], self.peft_config[adapter_name], folder, self.base_model)
-            return
-        check_name(adapter_name, self.peft_config)
-        plan, config = self._plan(folder.config())
+        self._load(folder, folder.config(), adapter_name, is_trainable, autocast_adapter_dtype)
+
+    def _load(
+        self, folder: AdapterFolder, stored: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
+    ) -> None:
+        if name in self._merged:
+            raise UsageError(f'"{name}" is merged into the weights; call unmerge_adapter() first')
+        if name not in self.peft_config:
+            check_name(name, self.peft_config)
+        try:
+            plan, config = self._plan(stored)
+        except (ConfigError, TargetError) as error:
+            raise type(error)(f'"{folder.name}"{load_adapter.made_for(stored)}: {error}') from error
         config.inference_mode = not is_trainable
-        tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False)
+        if name in self.peft_config:
+            load_adapter.check_alike(self.adapters[name], self.peft_config[name], plan, config, folder)
+            load_adapter.into(self.adapters[name], config, folder, self.base_model)
+            return
+        try:
+            tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False)
+        except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
+            raise AdapterFileError(f'"{folder.name}" describes an adapter that cannot be built here: {error}') from error
         load_adapter.into(tree, config, folder, self.base_model)
-        self._take(adapter_name, config, tree)
+        self._take(name, config, tree)
 
     @classmethod
     def from_pretrained(
@@ -294,12 +328,18 @@ class PeftModel(nn.Module):
 
         Args:
             is_trainable: go on training it; by default it only acts.
+            config: taken in place of the one in the folder.
             kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
         """
         folder = AdapterFolder.find(model_id, **kwargs)
-        task_class = TASK_CLASSES.get((config or folder.config()).task_type, PeftModel) if cls is PeftModel else cls
-        handle = task_class(model)
-        handle.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype, **kwargs)
+        stored = config or folder.config()
+        _check_config(stored)
+        handle = (TASK_CLASSES.get(stored.task_type, PeftModel) if cls is PeftModel else cls)(model)
+        try:
+            handle._load(folder, stored, adapter_name, is_trainable, autocast_adapter_dtype)
+        except BaseException:
+            handle._detach()
+            raise
         return handle
 
     def save_pretrained(
@@ -312,13 +352,25 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapters, and nothing of the base: `default` into the folder, others into `<folder>/<name>/`.
 
-        Each adapter is written whole or not at all. `state_dict` may hold gathered values of a sharded handle.
+        Each adapter is written whole or not at all. A sharded handle is gathered by all ranks together, so each of them
+        must call this, `is_main_process` says which one writes; or `state_dict` holds its gathered values.
         """
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
             self._known(name)
-        if is_main_process:
-            save_adapters.write(self, names, save_directory, state_dict)
+        save_adapters.write(self, names, save_directory, state_dict, is_main_process)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`{name in files: tensor}` of one adapter (by default the active one), copied to the CPU."""
+        name = adapter_name or self.active_adapter
+        self._known(name)
+        return save_adapters.tensors(self, name, state_dict)
+
+    def enable_peft_hotswap(self, *_: Any, **__: Any) -> None:
+        """Part of transformers' adapter mixin; there is nothing to enable here."""
+        raise UsageError("no preparation is needed: load_adapter under a name in use replaces its values, and switching is free")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes; returns the commit's address (kwargs: `private`, `token`, `revision`, ...)."""
@@ -334,13 +386,16 @@ class PeftModel(nn.Module):
         for name, tree in self.adapters.items():
             tree.requires_grad_(name in names and not inference_mode and not self.peft_config[name].inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; when it was active, the first remaining one becomes active."""
-        self._known(adapter_name)
-        if adapter_name in self._merged:
-            raise UsageError(f'"{adapter_name}" is merged into the weights; call unmerge_adapter() first')
-        self._active = tuple(name for name in self._active if name != adapter_name)
-        del self.adapters[adapter_name], self.peft_config[adapter_name]
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove adapters; when no active one is left, the first remaining one becomes active."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self._known(name)
+            if name in self._merged:
+                raise UsageError(f'"{name}" is merged into the weights; call unmerge_adapter() first')
+        self._active = tuple(name for name in self._active if name not in names)
+        for name in names:
+            del self.adapters[name], self.peft_config[name]
         self._forget()
         self.set_adapter(self._active or tuple(self.peft_config)[:1])
 
@@ -546,15 +601,18 @@ class Framed:
         self._target = target
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if inspect.isgeneratorfunction(getattr(self._target, "__func__", None)):
-            raise UsageError("a generator cannot keep adapters acting between its steps; call the base's own method")
         if isinstance(self._target, nn.Module) and self._handle._frame.prompts:
             raise UsageError("virtual tokens are put in by the handle's own forward and generate; call those")
         with self._handle._entered():
-            return self._target(*args, **kwargs)
+            result = self._target(*args, **kwargs)
+        if inspect.isgenerator(result) or inspect.iscoroutine(result):
+            result.close()
+        elif not inspect.isasyncgen(result):
+            return result
+        raise UsageError("a generator or coroutine cannot keep adapters acting between its steps; call the base's own method")
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
+        return inspect.signature(self._target) if name == "__signature__" else getattr(self._target, name)
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -609,10 +667,21 @@ def get_peft_model(
     Raises:
         ConfigError, TargetError: the configuration does not fit the model; the model is then as it was.
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise ConfigError(f"peft_config must be a configuration such as LoraConfig(...), got {type(peft_config).__name__}")
+    _check_config(peft_config)
     task_class = TASK_CLASSES.get(peft_config.task_type, PeftModel)
     return task_class(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+_HEADS = {
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+}
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, PeftConfig):
+        raise ConfigError(f"peft_config must be a configuration such as LoraConfig(...), got {type(config).__name__}")
 
 
 def check_task(model: nn.Module, config: PeftConfig) -> None:
@@ -625,6 +694,10 @@ def check_task(model: nn.Module, config: PeftConfig) -> None:
         raise ConfigError(f"task_type=CAUSAL_LM needs a decoder-only model, {name} has an encoder; use SEQ_2_SEQ_LM")
     if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and hasattr(model, "config") and not hasattr(model, "generate"):
         raise ConfigError(f"task_type={task.value} needs a model that generates, {name} does not; load it with its LM head")
+    if task in _HEADS and getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        raise ConfigError(
+            f"task_type={task.value} needs a model with a task head, {name} has a language model's; load it with {_HEADS[task]}"
+        )
     if isinstance(config, PromptConfig):
         if task is None:
             raise ConfigError("virtual tokens need a task_type (where do labels go?), e.g. task_type=TaskType.CAUSAL_LM")

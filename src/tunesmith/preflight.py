@@ -1,8 +1,8 @@
-"""The check of the first training step: every planned adapter really acts.
+"""The check of the first step: every planned adapter really acts.
 
-An adapter that is never reached trains nothing and says nothing: attention's `out_proj` whose weight is read past its
-forward, fused kernels, a forward patched after attaching. So the first training forward of a handle records which sites
-were reached, and which modules around them ran.
+An adapter that is never reached does nothing and says nothing: attention's `out_proj` whose weight is read past its
+forward, fused kernels, a forward patched after attaching. So the first forward of a handle with these adapters active,
+one in training and one in eval mode, records which sites were reached, and which modules around them ran.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from . import site
 from .errors import UsageError, bullet_list
-from .frame import Frame
+from .frame import Frame, current_frame
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -25,51 +26,54 @@ logger = logging.getLogger(__name__)
 
 
 def is_due(handle: PeftModel) -> bool:
-    """Whether this forward is the handle's first one in training (compiled forwards are not looked into)."""
-    return (
-        not torch.compiler.is_compiling()
-        and handle._unchecked
-        and handle.training
-        and torch.is_grad_enabled()
-        and bool(handle._acting())
-    )
+    """Whether this forward is the first of its kind (compiled forwards are not looked into)."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(handle._acting()) and (handle._frame, _trains(handle)) not in handle._checked
+
+
+def _trains(handle: PeftModel) -> bool:
+    return handle.training and torch.is_grad_enabled()
 
 
 def checked_forward(handle: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """The handle's forward, after which every site must have been reached.
 
     Raises:
-        UsageError: a site is gone, was passed by although the module around it ran, or no site was reached at all;
-            or the base is sharded and the adapters are not.
+        UsageError: a site is gone, was passed by although the module around it ran, or (in training) no site was
+            reached at all; or the base is sharded and the adapters are not.
     """
+    trains = _trains(handle)
     paths = {path for name in handle._acting() for path, _ in handle.adapters[name].items()}
     _check_sharding(handle)
     _check_installed(handle, paths)
     fired: set[site.Site] = set()
     ran: set[str] = set()
+    frame = Frame(handle._frame.adapters, handle._frame.prompts, fired)
     parents = {path.rpartition(".")[0] for path in paths}
-    hooks = [_note(handle.base_model.get_submodule(parent), parent, ran) for parent in parents]
+    hooks = [_note(handle.base_model.get_submodule(parent), parent, frame, ran) for parent in parents]
     try:
-        result = handle._forward(Frame(handle._frame.adapters, handle._frame.prompts, fired), *args, **kwargs)
+        result = handle._forward(frame, *args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
     missed = [path for path in sorted(paths) if site.site_of(handle.base_model.get_submodule(path)) not in fired]
     passed_by = [path for path in missed if path.rpartition(".")[0] in ran]
-    if passed_by or (paths and len(missed) == len(paths)):
+    if passed_by or (trains and missed and len(missed) == len(paths)):
         raise UsageError(
-            "these modules carry adapters but were not called in a training step, so their adapters would not train "
-            "(their weights are read directly, or a fused kernel replaces them); leave them out of target_modules:\n"
+            "these modules carry adapters but were not called, so their adapters would do nothing (their weights are "
+            "read directly, or a fused kernel replaces them); leave them out of target_modules:\n"
             + bullet_list(passed_by or missed)
         )
-    if missed:
+    if missed and trains:
         logger.warning("%d of %d adapted modules did not run in the first step (experts, unused parts)", len(missed), len(paths))
-    handle._unchecked = False
+    handle._checked.add((handle._frame, trains))
     return result
 
 
-def _note(module: nn.Module, path: str, ran: set[str]) -> Any:
-    return module.register_forward_pre_hook(lambda *_: ran.add(path))
+def _note(module: nn.Module, path: str, frame: Frame, ran: set[str]) -> Any:
+    """A hook that notes when the module runs in this very call, not in another thread's."""
+    return module.register_forward_pre_hook(lambda *_: ran.add(path) if current_frame() is frame else None)
 
 
 def _check_installed(handle: PeftModel, paths: set[str]) -> None:
@@ -87,6 +91,8 @@ def _check_installed(handle: PeftModel, paths: set[str]) -> None:
 
 def _check_sharding(handle: PeftModel) -> None:
     """Under FSDP2 adapters must be sharded with the base: else each rank keeps gradients of its own, silently."""
+    if isinstance(handle, FSDPModule):
+        return  # it shards all that is below it, and has gathered what it calls itself by now
     base_sharded = any(isinstance(p, DTensor) for p in handle.base_model.parameters())
     plain = [name for name, p in handle.adapters.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if base_sharded and plain and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

@@ -28,10 +28,10 @@ class Site:
         self.__signature__ = inspect.signature(plain_forward(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module()
+        module: Any = self.module()
         frame = current_frame()
         adapters = frame.adapters.get(self) if frame is not None else None
-        if not adapters:
+        if frame is None or not adapters:
             return type(module).forward(module, *args, **kwargs)
         if frame.fired is not None:
             frame.fired.add(self)

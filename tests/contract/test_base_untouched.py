@@ -132,6 +132,19 @@ def test_a_dropped_handle_is_freed_at_once(llama, llama_inputs, maker):
         gc.enable()
 
 
+def test_a_dropped_base_is_freed_at_once_with_its_sites():
+    base = nn.Sequential(nn.Linear(4, 4))
+    handle = lora(base, target_modules=["0"])
+    handle(torch.randn(2, 4))
+    references = weakref.ref(base), weakref.ref(base[0])
+    gc.disable()
+    try:
+        del base, handle
+        assert references[0]() is None and references[1]() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 def test_disable_adapter_is_exactly_the_base(llama, llama_inputs, maker):
     plain, handle = out(llama, llama_inputs), maker(llama)

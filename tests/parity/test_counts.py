@@ -25,7 +25,9 @@ MODELS = {
         )
     ),
     "llama-2-7b": lambda: tf.LlamaForCausalLM(
-        tf.LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+        tf.LlamaConfig(
+            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        )
     ),
     "opt-6.7b": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(
@@ -71,7 +73,7 @@ def test_printed_line_is_the_sources(source, capsys):
     assert all(p.device.type == "meta" for p in handle.parameters()), "nothing of that size may be made here"
 
 
-def test_the_embedded_heads_of_transformers_5_are_tied_so_shared_weights_count_once():
+def test_tied_head_counts_once_unlike_in_the_article():
     with torch.device("meta"):
         tied = ts.get_peft_model(MODELS["mt0-large"](), LORA(task_type="SEQ_2_SEQ_LM"))
     head = tied.base_model.lm_head.weight

@@ -302,7 +302,7 @@ NAMES = {
         "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight": (16, 4),
         "base_model.model.lm_head.weight": (96, 32),
     }),
-    "bias of an adapted module": ("opt", "lora", {"target_modules": ["k_proj"], "layers_to_transform": 0, "bias": "lora_only"}, {
+    "bias of a target": ("opt", "lora", {"target_modules": ["k_proj"], "layers_to_transform": 0, "bias": "lora_only"}, {
         "base_model.model.model.decoder.layers.0.self_attn.k_proj.lora_A.weight": (4, 32),
         "base_model.model.model.decoder.layers.0.self_attn.k_proj.lora_B.weight": (32, 4),
         "base_model.model.model.decoder.layers.0.self_attn.k_proj.base_layer.bias": (32,),

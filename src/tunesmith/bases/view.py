@@ -23,7 +23,7 @@ class BaseView:
     tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output, bit for bit."""

@@ -50,13 +50,17 @@ class AdapterFolder:
         Raises:
             AdapterFileError: neither is there.
         """
+        if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
+            raise AdapterFileError(f"{name_or_path!r} names no adapter; give a folder or the id of a hub repository")
+        if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+            raise AdapterFileError(f"subfolder={subfolder!r} leads out of the adapter's folder; give a folder inside it")
         folder = Path(name_or_path) / (subfolder or "")
-        if folder.is_dir():
+        if os.path.isdir(folder):  # unlike Path.is_dir, False for names that no file system takes
             return cls(str(folder), lambda filename: _present(folder, filename))
-        if folder.is_file():
+        if os.path.isfile(folder):
             raise AdapterFileError(f"{folder} is a file; give the folder that holds {CONFIG_FILE}")
         if Path(name_or_path).is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
-            raise AdapterFileError(f"there is no folder {folder}")
+            raise AdapterFileError(f"there is no folder {folder}; check the path")
         prefix = f"{subfolder}/" if subfolder else ""
         known = {k: v for k, v in hub.items() if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")}
         return cls(str(name_or_path), lambda filename: fetch(str(name_or_path), prefix + filename, **known))
@@ -73,10 +77,14 @@ class AdapterFolder:
             raise AdapterFileError(f'"{self.name}" holds no {CONFIG_FILE}, so it is not an adapter{self._hint()}')
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except OSError as error:
+            raise AdapterFileError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        except (ValueError, RecursionError) as error:
             raise AdapterFileError(f"{path} is not valid JSON ({error}); download or save the adapter again") from error
         if not isinstance(values, dict):
-            raise AdapterFileError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+            raise AdapterFileError(
+                f"{path} holds a {type(values).__name__}, expected a JSON object; download or save the adapter again"
+            )
         try:
             return cls.from_dict(values)
         except ConfigError as error:
@@ -106,10 +114,9 @@ class AdapterFolder:
 
 def _present(folder: Path, filename: str) -> Path | None:
     """The file in a folder; one of a finished but not yet moved write counts first."""
-    for path in (folder / COMMIT_FOLDER / filename, folder / filename):
-        if path.is_file():
-            return path
-    return None
+    commit = folder / COMMIT_FOLDER
+    places = (folder,) if commit.is_symlink() else (commit, folder)
+    return next((place / filename for place in places if (place / filename).is_file()), None)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -129,7 +136,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"ask its author for {WEIGHTS_FILE}"
         ) from error
     if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise AdapterFileError(f"{path} holds something else than named tensors")
+        raise AdapterFileError(f"{path} holds something else than named tensors; ask its author for {WEIGHTS_FILE}")
     return values
 
 
@@ -142,10 +149,19 @@ def write_folder(folder: str | os.PathLike, writers: dict[str, Callable[[Path], 
     folder = Path(folder)
     if folder.is_file():
         raise AdapterFileError(f"{folder} is a file; give a folder to save into")
-    folder.mkdir(parents=True, exist_ok=True)
-    _finish(folder)
-    for leftover in folder.glob(f"{STAGING_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _finish(folder)
+        for leftover in folder.glob(f"{STAGING_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        _stage(folder, writers)
+        _finish(folder)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"cannot save into {folder} ({error}); free it or give another folder") from error
+
+
+def _stage(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+    """Write files beside the old ones and make them the valid ones in one step."""
     staging = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     try:
@@ -158,13 +174,12 @@ def write_folder(folder: str | os.PathLike, writers: dict[str, Callable[[Path], 
         shutil.rmtree(staging, ignore_errors=True)
         raise
     _flush(folder)
-    _finish(folder)
 
 
 def _finish(folder: Path) -> None:
     """Move a committed write's files to their places; does nothing where none is waiting."""
     commit = folder / COMMIT_FOLDER
-    if not commit.is_dir():
+    if commit.is_symlink() or not commit.is_dir():  # a link is not ours: it would move another folder's files
         return
     for path in commit.iterdir():
         os.replace(path, folder / path.name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attach import AdapterTree
-from ..config import PeftConfig
+from ..attach import AdapterTree, Plan
+from ..config import PeftConfig, TargetedConfig
+from ..contracts import LinearAdapter
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from .files import AdapterFolder
 from .names import named_tensors
@@ -28,14 +29,39 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
         faults += _faults(key, stored[key], expected[key])
     if faults:
         raise AdapterFileError(
-            f'"{folder.name}" does not fit {type(base).__name__}'
-            + (f' (it was made for "{config.base_model_name_or_path}")' if config.base_model_name_or_path else "")
-            + f"; {len(faults)} faults, nothing was loaded:\n"
-            + bullet_list(sorted(faults))
+            f'"{folder.name}"{made_for(config)} does not fit {type(base).__name__}, nothing was loaded; '
+            "take the base it was made for, or download or save it again:\n" + bullet_list(sorted(faults))
         )
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(stored[key])
+
+
+def made_for(config: PeftConfig) -> str:
+    """` (made for "<base>")`, or nothing where the file names no base."""
+    return f' (made for "{config.base_model_name_or_path}")' if config.base_model_name_or_path else ""
+
+
+def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftConfig, folder: AdapterFolder) -> None:
+    """Values of an adapter can be replaced only by those of one that computes the same.
+
+    Raises:
+        AdapterFileError: the stored adapter's method or a setting (rank, scale) is another.
+    """
+    faults = []
+    if stored.peft_type != config.peft_type:
+        faults.append(f"it is {stored.method}, the adapter here is {config.method}")
+    elif isinstance(config, TargetedConfig):
+        here = {path: config.settings(path) for path, adapter in tree.items() if isinstance(adapter, LinearAdapter)}
+        for path in sorted(here.keys() | plan.adapted.keys()):
+            found, expected = plan.adapted.get(path, "not adapted"), here.get(path, "not adapted")
+            if found != expected:
+                faults.append(f"{path}: {found} there, {expected} here")
+    if faults:
+        raise AdapterFileError(
+            f'"{folder.name}" cannot take the place of an adapter with other settings; load it under another name:\n'
+            + bullet_list(faults)
+        )
 
 
 def _faults(key: str, found: Tensor, expected: Tensor) -> list[str]:
@@ -43,8 +69,8 @@ def _faults(key: str, found: Tensor, expected: Tensor) -> list[str]:
         return [f'"{key}" has the shape {tuple(found.shape)}, the base needs {tuple(expected.shape)}']
     if found.is_floating_point() != expected.is_floating_point():
         return [f'"{key}" holds {found.dtype}, expected a type like {expected.dtype}']
-    if found.is_floating_point() and not torch.isfinite(found).all():
-        return [f'"{key}" holds values that are not finite (NaN or infinity)']
+    if found.is_floating_point() and not torch.isfinite(found.to(expected.dtype)).all():
+        return [f'"{key}" holds values that are not finite (NaN or infinity) in {expected.dtype}']
     return []
 
 

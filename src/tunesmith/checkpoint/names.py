@@ -28,7 +28,7 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
             yield ("prompt_embeddings" if name == "embedding" else name), owned[tensor], tensor
     for path, adapter in tree.items():
         module = base.get_submodule(path)
-        adapted = tree.get_submodule(path)._modules.get("_adapter") is not None
+        adapted = tree.node(path)._modules.get("_adapter") is not None
         for name, tensor in adapter.state_dict(keep_vars=True).items():
             yield f"{prefix}{path}.{_in_file(name, adapter, module, config, adapted)}", owned[tensor], tensor
 

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from ..model import PeftModel
 
 
-def write(handle: PeftModel, names: list[str], directory: str, gathered: dict[str, Tensor] | None) -> None:
-    """Write the named adapters: `default` into `directory`, others into folders of their names."""
+def write(handle: PeftModel, names: list[str], directory: str, gathered: dict[str, Tensor] | None, is_main: bool = True) -> None:
+    """Write the named adapters: `default` into `directory`, others into folders of their names.
+
+    Gathering a sharded handle is collective, so ranks that do not write (`is_main=False`) take part in it, too.
+    """
     for name in names:
+        config, values = handle.peft_config[name], tensors(handle, name, gathered)
+        if not is_main:
+            continue
         folder = Path(directory) if name == "default" else Path(directory) / name
-        config, tensors = handle.peft_config[name], _tensors(handle, name, gathered)
         writers = {
-            WEIGHTS_FILE: lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"}),
+            WEIGHTS_FILE: lambda path, values=values: save_file(values, path, metadata={"format": "pt"}),
             CONFIG_FILE: lambda path, config=config: path.write_text(config_text(config), encoding="utf-8"),
         }
         if not (folder / CARD_FILE).exists():
@@ -30,7 +35,7 @@ def write(handle: PeftModel, names: list[str], directory: str, gathered: dict[st
         write_folder(folder, writers)
 
 
-def _tensors(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def tensors(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """`{name in file: tensor}`, from gathered values where a sharded handle's are given."""
     found = {}
     for in_file, in_tree, tensor in named_tensors(handle.adapters[name], handle.peft_config[name], handle.base_model):

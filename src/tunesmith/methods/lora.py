@@ -61,8 +61,11 @@ class LoraConfig(TargetedConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        ranks = {"r": self.r, **{f'rank_pattern["{key}"]': rank for key, rank in self.rank_pattern.items()}}
+        patterns = (self.rank_pattern or {}).items()
+        ranks = {"r": self.r, **{f'rank_pattern["{key}"]': rank for key, rank in patterns}}
         found += [f"{name}={r!r} must be a whole number of at least 1" for name, r in ranks.items() if not _is_rank(r)]
+        alphas = {"lora_alpha": self.lora_alpha, **{f'alpha_pattern["{key}"]': a for key, a in self.alpha_pattern.items()}}
+        found += [f"{name}={alpha!r} must be a finite number" for name, alpha in alphas.items() if not math.isfinite(alpha)]
         if not 0.0 <= self.lora_dropout < 1.0:
             found.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
         if self.bias not in ("none", "all", "lora_only"):
@@ -77,7 +80,7 @@ class LoraConfig(TargetedConfig):
         return {"r": r, "scale": alpha / math.sqrt(r) if self.use_rslora else alpha / r}
 
     def pattern_keys(self) -> dict[str, list[str]]:
-        return {"rank_pattern": list(self.rank_pattern), "alpha_pattern": list(self.alpha_pattern)}
+        return {"rank_pattern": list(self.rank_pattern or ()), "alpha_pattern": list(self.alpha_pattern or ())}
 
 
 @register(LoraConfig)
@@ -129,6 +132,6 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _by_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
+def _by_pattern(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key that matches the end of `path` at a dot, as a regular expression."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)

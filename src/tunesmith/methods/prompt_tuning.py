@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..assets import resolve
 from ..config import PromptConfig, config_class
 from ..contracts import PromptAdapter
+from ..errors import ConfigError
 from ..registry import register
 
 
@@ -87,7 +88,7 @@ class PromptTuning(PromptAdapter):
         if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
             ids = torch.randint(0, words.num_embeddings, (rows,))
         else:
-            ids = _text_ids(config, rows)
+            ids = _text_ids(config, rows, words.num_embeddings)
         with torch.no_grad():
             self.embedding.copy_(words(ids.to(words.weight.device)))
 
@@ -95,10 +96,22 @@ class PromptTuning(PromptAdapter):
         return self.embedding
 
 
-def _text_ids(config: PromptTuningConfig, rows: int) -> Tensor:
-    """`rows` token ids of the initial text, cut off or repeated in a circle."""
+def _text_ids(config: PromptTuningConfig, rows: int, words: int) -> Tensor:
+    """`rows` token ids of the initial text, cut off or repeated in a circle.
+
+    Raises:
+        ConfigError: the tokenizer is not there, makes no tokens of the text, or is not the base's.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(config.tokenizer_name_or_path), **(config.tokenizer_kwargs or {}))
+    name = config.tokenizer_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **(config.tokenizer_kwargs or {}))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'tokenizer_name_or_path: "{name}" holds no tokenizer that can be loaded; check the name') from error
     ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    if not ids:
+        raise ConfigError(f'prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens here; give it words')
+    if max(ids) >= words:
+        raise ConfigError(f'tokenizer_name_or_path: "{name}" makes token {max(ids)}, the base knows {words}; use its own')
     return torch.tensor((ids * (rows // len(ids) + 1))[:rows])
