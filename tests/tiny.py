@@ -26,11 +26,13 @@ def _llama_config(**kwargs):
 
 
 def _gpt2_config(**kwargs):
-    return tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1, pad_token_id=0, **kwargs)  # fmt: skip
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return tf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0, **kwargs)
 
 
 def _opt_config():
-    return tf.OPTConfig(vocab_size=VOCAB, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0)  # fmt: skip
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tf.OPTConfig(**sizes, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0)
 
 
 def _bert_config(**kwargs):

@@ -13,9 +13,11 @@ LAYERS = [
     ["cli"],
     ["train"],
     ["auto"],
+    ["tasks"],
     ["model"],
-    ["mirror", "preflight", "merge", "checkpoint", "data"],
+    ["mirror", "framed", "record", "preflight", "merge", "checkpoint", "data"],
     ["attach"],
+    ["match"],
     ["methods"],
     ["targets", "site", "prompting"],
     ["contracts"],
@@ -26,7 +28,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Public methods that must stand on a class below the layer that does the work, imported when called.
-ALLOWED = {("config", "checkpoint"), ("config", "registry"), ("registry", "methods")}
+ALLOWED = {("config", "checkpoint"), ("config", "registry"), ("registry", "methods"), ("model", "tasks")}
 
 
 def main() -> int:

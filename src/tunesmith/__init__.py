@@ -18,10 +18,12 @@ _PLACES = {
         "AutoPeftModelForTokenClassification", "load_base", "load_tokenizer",
     ],
     "config": ["PeftConfig", "PeftType", "TaskType"],
-    "errors": ["AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError"],
+    "errors": [
+        "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
+    ],
     "methods.lora": ["LoraConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
-    "model": [
+    "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ],
@@ -52,5 +54,5 @@ if TYPE_CHECKING:
     from .methods.lora import LoraConfig as LoraConfig
     from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
-    from .model import PeftModel as PeftModel
-    from .model import get_peft_model as get_peft_model
+    from .tasks import PeftModel as PeftModel
+    from .tasks import get_peft_model as get_peft_model

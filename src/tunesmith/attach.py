@@ -1,45 +1,23 @@
-"""From a config to adapters on a base: match every pattern to a plan, then build, then set sites.
+"""From a plan to adapters: the tree that holds an adapter's tensors, and how it is built.
 
-Nothing changes before the whole plan is known to work; every fault is reported at once.
+The adapters of a tree mirror the paths of the modules they belong to; the base itself is only read.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import site
-from .bases.view import view_of, view_type
-from .config import PeftConfig, PromptConfig, TargetedConfig, TaskType
+from .bases.view import view_of
+from .config import PeftConfig, PromptConfig
 from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, SublayerAdapter, adapter_dtype
-from .errors import AdapterNameError, TargetError, bullet_list, did_you_mean, nearest
+from .errors import AdapterNameError
+from .match import Plan
 from .registry import method_named
-from .targets import DEFAULT_TARGETS
-
-HEAD_NAMES = ("classifier", "score", "qa_outputs")  # task heads that transformers initialises anew
-
-
-@dataclass
-class Plan:
-    """What an adapter will consist of, by module path; nothing is built yet.
-
-    Args:
-        adapted: `{path: settings}` of modules that get the method's adapter.
-        biases: paths of modules whose bias is trained as a private copy.
-        copied: paths of modules trained whole, as private copies.
-    """
-
-    adapted: dict[str, dict[str, Any]] = field(default_factory=dict)
-    biases: list[str] = field(default_factory=list)
-    copied: list[str] = field(default_factory=list)
-
-    def paths(self) -> set[str]:
-        return {*self.adapted, *self.biases, *self.copied}
 
 
 class Branch(nn.Module):
@@ -52,14 +30,14 @@ class Branch(nn.Module):
 
     def add(self, path: str, kind: str, adapter: Adapter) -> None:
         assert kind in self.KINDS
-        node: nn.Module = self
+        node: Any = self
         for part in path.split("."):
             node = node._modules.setdefault(part, Branch())  # not add_module, which refuses names such as "items"
         node.add_module(kind, adapter)
 
     def node(self, path: str) -> Branch:
         """The node of a module; unlike `get_submodule`, with any name a base's module may have."""
-        node = self
+        node: Any = self
         for part in path.split("."):
             node = node._modules[part]
         return node
@@ -67,8 +45,9 @@ class Branch(nn.Module):
     def items(self, prefix: str = "") -> Iterator[tuple[str, Adapter]]:
         """`(path, adapter)` of every module adapter below."""
         for kind in self.KINDS:
-            if kind in self._modules:
-                yield prefix, self._modules[kind]
+            found: Any = self._modules.get(kind)
+            if found is not None:
+                yield prefix, found
         for name, child in self._modules.items():
             if isinstance(child, Branch):
                 yield from child.items(f"{prefix}.{name}" if prefix else name)
@@ -79,47 +58,11 @@ class AdapterTree(Branch):
 
     @property
     def prompt(self) -> PromptAdapter | None:
-        return self._modules.get("_prompt")
-
-def match(model: nn.Module, config: PeftConfig) -> Plan:
-    """Resolve every pattern of `config` on `model`.
-
-    Raises:
-        TargetError: naming every pattern and pattern key that matches nothing (with the nearest names), and every
-            matched module that cannot carry the adapter.
-    """
-    modules = dict(model.named_modules())
-    plan, faults = Plan(), list(_parallel_faults(model))
-    plan.copied = _copied(modules, config, faults)
-    if isinstance(config, TargetedConfig):
-        _resolve_default(model, config)
-        chosen = config.target_modules
-        paths = _matched(model, modules, config, faults)
-        free = [path for path in paths if not any(_inside(path, copied) for copied in plan.copied)]
-        twice = _trained_twice(config, paths, free)
-        if chosen == "all-linear":
-            config.target_modules -= set(twice)
-        else:
-            faults += [f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); '
-                       "leave it out" for name in twice]  # fmt: skip
-        paths = free
-        plan.adapted = {path: config.settings(path) for path in paths}
-        faults += _unmatched_pattern_keys(config, paths)
-        faults += _unfit(modules, config, plan)
-        plan.biases = _biases(modules, config, plan)
-    for path in sorted(plan.paths()):
-        reason = site.fault(modules[path]) or _fused_fault(modules, path)
-        if reason:
-            faults.append(f"{path}: {reason}")
-    for path in (*plan.biases, *plan.copied):
-        if _is_offloaded(modules[path]):
-            faults.append(f"{path}: it is offloaded, so it cannot be copied to be trained; keep it on a device")
-    if faults:
-        raise TargetError(f"the adapter does not fit {type(model).__name__}:\n" + bullet_list(faults))
-    return plan
+        found: Any = self._modules.get("_prompt")
+        return found
 
 
-def build(model: nn.Module, config: PeftConfig, plan: Plan, *, full_precision: bool, initialise: bool) -> AdapterTree:
+def build(model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, initialise: bool) -> AdapterTree:
     """Make the adapter that `plan` describes, on the devices of the modules it belongs to.
 
     Args:
@@ -146,9 +89,7 @@ def build(model: nn.Module, config: PeftConfig, plan: Plan, *, full_precision: b
     return tree
 
 
-def _build_one(
-    adapter_type: type[Adapter], module: nn.Module, config: PeftConfig, settings: dict[str, Any], initialise: bool
-) -> Adapter:
+def _build_one(adapter_type: Any, module: nn.Module, config: PeftConfig, settings: dict[str, Any], initialise: bool) -> Adapter:
     assert issubclass(adapter_type, (LinearAdapter, SublayerAdapter))
     base = view_of(module)
     with torch.device(execution_device(module)):
@@ -178,186 +119,3 @@ def check_name(name: str, taken: Iterable[str]) -> None:
         raise AdapterNameError(f'adapter name "{name}" is a word of PyTorch\'s own; take another')
     if name in taken:
         raise AdapterNameError(f'adapter name "{name}" is taken; names in use: {", ".join(taken)}')
-
-
-# --- matching -----------------------------------------------------------------------------------------------------
-
-
-def _parallel_faults(model: nn.Module) -> Iterator[str]:
-    """Forms of parallelism under which an adapter could not be exact."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        yield f"the base is wrapped in {type(model).__name__}; adapt the bare model, then wrap the result (never DataParallel)"
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        yield "the base's weights are split by tensor parallelism; load it without tp_plan"
-
-
-def _fused_fault(modules: dict[str, nn.Module], path: str) -> str | None:
-    """torch's encoder layer, in eval mode without gradients, reads its children's weights past their forwards."""
-    parents = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""]
-    if torch.backends.mha.get_fastpath_enabled() and any(isinstance(modules[p], nn.TransformerEncoderLayer) for p in parents):
-        return "its fast inference path would pass the adapter by; call torch.backends.mha.set_fastpath_enabled(False) first"
-    return None
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps the module's values elsewhere and puts them in place for the call."""
-    on_meta = any(p.device.type == "meta" for p in module.parameters())
-    return on_meta and any(hasattr(m, "_hf_hook") for m in module.modules())
-
-
-def _resolve_default(model: nn.Module, config: TargetedConfig) -> None:
-    if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        config.target_modules = set(DEFAULT_TARGETS[model_type]) if model_type in DEFAULT_TARGETS else "all-linear"
-
-
-def _matched(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig, faults: list[str]) -> list[str]:
-    """Paths that `target_modules` names, less the excluded ones and those of other layers."""
-    if config.target_modules == "all-linear":
-        config.target_modules = {path for path in _all_linear(model, modules)}
-    wanted = config.target_modules
-    paths = [path for path in modules if path and _names(wanted, path)]
-    if isinstance(wanted, str):
-        if not paths:
-            faults.append(f'no module matches the regular expression "{wanted}"; there are {_summary(modules)}')
-    else:
-        for name in sorted(wanted):
-            if not any(_names({name}, path) for path in paths):
-                faults.append(f'no module matches "{name}"; {_nearest_modules(name, modules)}')
-    if config.exclude_modules:
-        kept = [path for path in paths if not _names(config.exclude_modules, path)]
-        if paths and not kept:
-            faults.append("exclude_modules leaves out every target")
-        paths = kept
-    if config.layers_to_transform is not None:
-        paths = _of_layers(paths, config, faults)
-    return paths
-
-
-def _names(wanted: set[str] | list[str] | str, path: str) -> bool:
-    """A regular expression names whole paths, a list names path endings at a dot."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in wanted)
-
-
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """The shortest endings that name every linear module except the output head."""
-    from .bases.dense import LinearView
-
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {p for p, m in modules.items() if p and m is not head and issubclass(view_type(m) or object, LinearView)}
-    linear = {path for path in linear if path.rpartition(".")[2] not in HEAD_NAMES}
-    ambiguous = {ending for path in modules if path not in linear for ending in _endings(path)}
-    for path in linear:
-        yield next((ending for ending in _endings(path) if ending not in ambiguous), path)
-
-
-def _endings(path: str) -> list[str]:
-    """Every ending of `path` at a dot, the shortest first."""
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-
-
-def _of_layers(paths: list[str], config: TargetedConfig, faults: list[str]) -> list[str]:
-    wanted = config.layers_to_transform
-    indices = {wanted} if isinstance(wanted, int) else set(wanted or [])
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    finder = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, patterns))})\.(\d+)\." if patterns else r".*?\.(\d+)\."
-    found = {path: int(hit[1]) for path in paths if (hit := re.match(finder, path))}
-    missing = indices - set(found.values())
-    if missing:
-        present = sorted(set(found.values()))
-        faults.append(
-            f"layers_to_transform: no target in layer {', '.join(map(str, sorted(missing)))}; "
-            + (f"layers with targets: {present[0]} to {present[-1]}" if present else "the targets are in no numbered layer")
-        )
-    return [path for path in paths if found.get(path) in indices]
-
-
-def _copied(modules: dict[str, nn.Module], config: PeftConfig, faults: list[str]) -> list[str]:
-    """Modules trained whole: those that `modules_to_save` names, and the task head of a classifier."""
-    wanted = list(getattr(config, "modules_to_save", None) or [])
-    paths: list[str] = []
-    heads = config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
-    for name in wanted:
-        found = [path for path in modules if path and path.endswith(name)]
-        if not found and not (heads and name in HEAD_NAMES):  # the ecosystem's files name every usual head
-            faults.append(f'modules_to_save: no module matches "{name}"; {_nearest_modules(name, modules)}')
-        paths += found
-    if heads:
-        paths += [path for path in modules if path in HEAD_NAMES]
-    return [path for path in dict.fromkeys(paths) if not any(_inside(path, other) for other in paths if other != path)]
-
-
-def _trained_twice(config: TargetedConfig, paths: list[str], free: list[str]) -> list[str]:
-    """Targets all of whose modules are trained whole, so that they would get no adapter."""
-    found, wanted = [], config.target_modules
-    for name in [wanted] if isinstance(wanted, str) else sorted(wanted):
-        one = name if isinstance(wanted, str) else {name}
-        if any(_names(one, path) for path in paths) and not any(_names(one, path) for path in free):
-            found.append(name)
-    return found
-
-
-def _inside(path: str, ancestor: str) -> bool:
-    return path == ancestor or path.startswith(f"{ancestor}.")
-
-
-def _unmatched_pattern_keys(config: TargetedConfig, paths: list[str]) -> Iterator[str]:
-    for name, keys in config.pattern_keys().items():
-        for key in keys:
-            if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths):
-                yield f'{name} key "{key}" matches no target{did_you_mean(key, {p.rpartition(".")[2] for p in paths})}'
-
-
-def _unfit(modules: dict[str, nn.Module], config: TargetedConfig, plan: Plan) -> Iterator[str]:
-    """Matched modules that cannot carry the adapter, grouped by type."""
-    adapter_type = method_named(config.peft_type).adapter
-    if not issubclass(adapter_type, LinearAdapter):
-        return
-    by_type: dict[str, list[str]] = {}
-    for path, settings in plan.adapted.items():
-        module = modules[path]
-        if view_type(module) is None:
-            by_type.setdefault(type(module).__name__, []).append(path)
-        elif not module.weight.is_floating_point():
-            yield f"{path}: its weight is stored as {module.weight.dtype}, which this version cannot adapt"
-        elif reason := adapter_type.fault(view_of(module), config, settings):
-            yield f"{path}: {reason}"
-    for name, paths in by_type.items():
-        others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-        yield (
-            f"{paths[0]}{others} is a {name}, which cannot carry {adapter_type.__name__}; "
-            "name Linear, Conv1D, Embedding or Conv2d modules"
-        )
-
-
-def _biases(modules: dict[str, nn.Module], config: TargetedConfig, plan: Plan) -> list[str]:
-    which = getattr(config, "bias", "none")
-    if which == "none":
-        return []
-    paths = plan.adapted if which == "lora_only" else modules
-    return [
-        path
-        for path in paths
-        if modules[path]._parameters.get("bias") is not None and not any(_inside(path, copied) for copied in plan.copied)
-    ]
-
-
-def _nearest_modules(name: str, modules: dict[str, nn.Module]) -> str:
-    """`nearest: "q_proj" (32 modules), "k_proj" (32 modules)`."""
-    counts: dict[str, int] = {}
-    for path, module in modules.items():
-        if path and view_type(module) is not None:
-            leaf = path.rpartition(".")[2]
-            counts[leaf] = counts.get(leaf, 0) + 1
-    close = nearest(name.rpartition(".")[2], counts)
-    if close:
-        return "nearest: " + ", ".join(f'"{leaf}" ({counts[leaf]} modules)' for leaf in close)
-    return f"there are {_summary(modules)}"
-
-
-def _summary(modules: dict[str, nn.Module]) -> str:
-    leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if path and view_type(module))
-    return ", ".join(f'"{leaf}"' for leaf in list(leaves)[:12]) or "no modules that can carry an adapter"

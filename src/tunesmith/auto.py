@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from torch import nn
-
 from .assets import resolve
 from .checkpoint.files import AdapterFolder
 from .config import TaskType
@@ -25,7 +23,7 @@ _AUTO_CLASSES = {
 }
 
 
-def load_base(name_or_path: str, task_type: TaskType | str | None = TaskType.CAUSAL_LM, **kwargs: Any) -> nn.Module:
+def load_base(name_or_path: str, task_type: TaskType | str | None = TaskType.CAUSAL_LM, **kwargs: Any) -> Any:
     """The base model of that name, folder or hub id; "sprout" is the embedded one.
 
     kwargs go to transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
@@ -61,7 +59,7 @@ def _explained(name_or_path: str) -> Iterator[None]:
 class AutoPeftModel:
     """`from_pretrained(adapter)` loads the base that the adapter names, then the adapter on it."""
 
-    task_type: ClassVar[TaskType | None] = None
+    task_type: ClassVar[Any] = None
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(adapter)")
@@ -82,13 +80,13 @@ class AutoPeftModel:
         Raises:
             ConfigError: the adapter names no base, or was made for another task.
         """
-        where = {"revision": revision, "subfolder": subfolder, "token": token}
+        where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
         config = AdapterFolder.find(pretrained_model_name_or_path, **where).config()
         task = cls.task_type or config.task_type
-        if cls.task_type and config.task_type and config.task_type != cls.task_type:
+        if cls.task_type and isinstance(config.task_type, TaskType) and config.task_type != cls.task_type:
             raise ConfigError(f"the adapter was made for {config.task_type.value}; {cls.__name__} loads {cls.task_type.value}")
         if not config.base_model_name_or_path:
-            raise ConfigError("the adapter's file names no base model; load the base and call PeftModel.from_pretrained(base, ...)")
+            raise ConfigError("the adapter's file names no base; load the base and call PeftModel.from_pretrained(base, ...)")
         base = load_base(config.base_model_name_or_path, task, revision=config.revision or "main", **kwargs)
         return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, **where)
 

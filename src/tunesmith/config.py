@@ -257,7 +257,11 @@ class TargetedConfig(PeftConfig):
             found.append("target_modules is empty; name at least one module or leave it out")
         if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern needs layers_to_transform")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+        if (
+            self.layers_to_transform is not None
+            and isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+        ):
             found.append("layers_to_transform needs target_modules as a list; a regular expression names its layers itself")
         expressions = {name: [getattr(self, name)] for name in ("target_modules", "exclude_modules")}
         for name, keys in {**expressions, **self.pattern_keys()}.items():

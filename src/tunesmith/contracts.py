@@ -116,10 +116,10 @@ class PromptAdapter(Adapter):
     def prepare(cls, config: PromptConfig, model: nn.Module) -> None:
         """Fill the config's fields that follow from the model; raises where they contradict it."""
 
-    def __init__(self, config: PromptConfig, model: nn.Module) -> None:
+    def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__()
 
-    def reset_parameters(self, config: PromptConfig, model: nn.Module) -> None:
+    def reset_parameters(self, config: Any, model: Any) -> None:
         """Draw the initial values; not called when weights are about to be loaded."""
 
     def forward(self) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def into_weights(base: nn.Module, trees: list[AdapterTree], safe: bool, keep: bo
     return originals if keep else {}
 
 
-def restore(base: nn.Module, originals: Originals) -> None:
+def restore(base: Any, originals: Originals) -> None:
     """Put replaced parameters and buffers back, the same objects."""
     for (path, name), original in originals.items():
         owner, leaf = _owner(base, path, name)
@@ -76,7 +77,7 @@ def plain_copy(base: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _merged_values(module: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
     if isinstance(adapter, (ParameterAdapter, ModuleCopy)):
         return {name: value.detach().clone() for name, value in adapter.replaced().items()}
     assert isinstance(adapter, LinearAdapter)
@@ -103,7 +104,7 @@ def _put(base: nn.Module, path: str, name: str, value: Tensor) -> Tensor:
     return old
 
 
-def _owner(base: nn.Module, path: str, name: str) -> tuple[nn.Module, str]:
+def _owner(base: nn.Module, path: str, name: str) -> tuple[Any, str]:
     """The module that holds the tensor `name` of the module at `path`, and the tensor's name there."""
     owner, _, leaf = name.rpartition(".")
     return base.get_submodule(f"{path}.{owner}" if owner else path), leaf
@@ -112,7 +113,7 @@ def _owner(base: nn.Module, path: str, name: str) -> tuple[nn.Module, str]:
 def _untie(base: nn.Module, old: Tensor) -> None:
     """When `old` is shared by several modules, only this one changes: say so in the config, or it reloads wrongly."""
     shared = [name for name, p in base.named_parameters(remove_duplicate=False) if p is old]
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if len(shared) > 1 and getattr(config, "tie_word_embeddings", False):
         logger.warning("merging unties %s; config.tie_word_embeddings is now False", " and ".join(shared))
         config.tie_word_embeddings = False

@@ -29,9 +29,13 @@ class Mirrored:
         setattr(handle.base_model, self.name, value)
 
 
-@cache
-def handle_class(task_class: type, base_class: type) -> type:
+def handle_class(task_class: Any, base_class: Any) -> Any:
     """The class of handles of `task_class` on bases of `base_class`; it bears the task class's name."""
+    return _made(task_class, base_class)
+
+
+@cache
+def _made(task_class: Any, base_class: Any) -> Any:
     from transformers import PreTrainedModel
 
     namespace: dict[str, Any] = {
@@ -73,7 +77,7 @@ def _passed_on(name: str, found: Any, base_class: type) -> Any:
     return Mirrored(name, getattr(base_class, name, None))
 
 
-def _forward_like(task_class: type, base_class: type) -> Any:
+def _forward_like(task_class: Any, base_class: Any) -> Any:
     """A forward that runs the task class's and shows the base's signature (label names are found by reading it)."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,8 +7,6 @@ call enters the handle's frame, so its active adapters act during the call and n
 from __future__ import annotations
 
 import inspect
-import logging
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,36 +16,18 @@ from torch import nn
 
 from . import merge, preflight, prompting, site
 from .assets import public_name
-from .attach import AdapterTree, Plan, build, check_name, match
+from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
 from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
 from .config import PeftConfig, PromptConfig, TaskType
 from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
 from .frame import CarriesFrame, Frame, entered
+from .framed import Framed
+from .match import Plan, check_config, check_task, match
 from .mirror import handle_class
+from .record import BaseRecord, records
 from .registry import method_named
-
-logger = logging.getLogger(__name__)
-
-
-class BaseRecord:
-    """What all handles of one base share: its parameters' original `requires_grad`, and weak references to them."""
-
-    def __init__(self, requires_grad: dict[str, bool]) -> None:
-        self.requires_grad = requires_grad
-        self.handles: weakref.WeakSet[PeftModel] = weakref.WeakSet()
-
-    def thaw(self, base: nn.Module) -> None:
-        """Give the parameters of `base`, or of a copy of it, their `requires_grad` back."""
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(self.requires_grad.get(name, False))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BaseRecord, (self.requires_grad,)
-
-
-_records: weakref.WeakKeyDictionary[nn.Module, BaseRecord] = weakref.WeakKeyDictionary()
 
 
 class PeftModel(nn.Module):
@@ -70,8 +50,19 @@ class PeftModel(nn.Module):
     base_class: ClassVar[type | None] = None
     task_class: ClassVar[type]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Handle classes declare their base's class data themselves; PreTrainedModel's hook would rewrite it."""
+    _by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
+
+    def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
+        """Task classes name their task. (PreTrainedModel's hook, which would rewrite class data, is not called.)"""
+        if task is not None:
+            cls._by_task[task] = cls
+
+    @classmethod
+    def for_task(cls, task: Any) -> type[PeftModel]:
+        """The class of handles for a task."""
+        from . import tasks  # noqa: F401  (names the task classes)
+
+        return cls._by_task.get(task, PeftModel)
 
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
         if cls.base_class is not None:
@@ -90,7 +81,7 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        if any(handle._merged for handle in getattr(_records.get(model), "handles", ())):
+        if any(handle._merged for handle in getattr(records.get(model), "handles", ())):
             raise UsageError("another handle's adapters are merged into this base's weights; call its unmerge_adapter() first")
         nn.Module.__init__(self)
         self._modules["base_model"] = model  # add_module refuses the names of properties
@@ -100,7 +91,7 @@ class PeftModel(nn.Module):
         self._disabled = False
         self._merged: dict[str, merge.Originals] = {}
         self._accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._checkpointing: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._entrance = prompting.entrance_of(
             model, frozenset(self._accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
         )
@@ -111,9 +102,14 @@ class PeftModel(nn.Module):
         self.train(model.training)
 
     @property
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> Any:
         """The base itself, as it was given."""
         return self._modules["base_model"]
+
+    def tree(self, name: str) -> AdapterTree:
+        """The tensors of one adapter."""
+        found: Any = self.adapters[name]
+        return found
 
     def get_base_model(self) -> nn.Module:
         """The base itself, as it was given."""
@@ -175,7 +171,7 @@ class PeftModel(nn.Module):
         """
         acting = self._acting()
         if acting not in self._frames:
-            trees = [(self.adapters[name].prompt, self.peft_config[name]) for name in acting]
+            trees: list[Any] = [(self.tree(name).prompt, self.peft_config[name]) for name in acting]
             prompts = tuple((prompt, config.num_virtual_tokens) for prompt, config in trees if prompt is not None)
             self._frames[acting] = Frame(self._adapters_by_site(acting), prompts)
         self._frame = self._frames[acting]
@@ -184,7 +180,7 @@ class PeftModel(nn.Module):
         """`{site: adapters}`, at each site in the order of `names` and, within one adapter, of its kinds."""
         by_site: dict[site.Site, tuple] = {}
         for name in names:
-            for path, adapter in self.adapters[name].items():
+            for path, adapter in self.tree(name).items():
                 at = site.install(self.base_model.get_submodule(path))
                 by_site[at] = (*by_site.get(at, ()), adapter)
         return by_site
@@ -202,11 +198,14 @@ class PeftModel(nn.Module):
             UsageError: an adapter sits on the embeddings or the output head, which would be replaced under it.
         """
         base = self.base_model
-        replaced = {base.get_input_embeddings(), base.get_output_embeddings()}
-        adapted = {path for handle in self._record.handles for tree in handle.adapters.values() for path, _ in tree.items()}
+        replaced: set[Any] = {base.get_input_embeddings(), base.get_output_embeddings()}
+        trees = [handle.tree(name) for handle in self._record.handles for name in handle.peft_config]
+        adapted = {path for tree in trees for path, _ in tree.items()}
         faults = [path for path in sorted(adapted) if replaced & set(base.get_submodule(path).modules())]
         if faults:
-            raise UsageError(f"resizing would replace modules that carry adapters ({', '.join(faults)}); resize first, then attach")
+            raise UsageError(
+                f"resizing would replace modules that carry adapters ({', '.join(faults)}); resize first, then attach"
+            )
         result = base.resize_token_embeddings(*args, **kwargs)
         base.requires_grad_(False)
         return result
@@ -236,9 +235,7 @@ class PeftModel(nn.Module):
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
-    def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True, **_: Any
-    ) -> None:
+    def add_adapter(self, adapter_name: Any, peft_config: Any, autocast_adapter_dtype: bool = True, **_: Any) -> None:
         """Make a new adapter beside the others. The first one becomes active; later ones wait for `set_adapter`.
 
         Raises:
@@ -248,18 +245,19 @@ class PeftModel(nn.Module):
         if isinstance(adapter_name, PeftConfig):  # transformers' mixin has the arguments the other way round
             adapter_name, peft_config = peft_config if isinstance(peft_config, str) else "default", adapter_name
         check_name(adapter_name, self.peft_config)
-        _check_config(peft_config)
+        check_config(peft_config)
         plan, config = self._plan(peft_config)
         tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True)
         self._take(adapter_name, config, tree)
 
     def _plan(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
         """Everything that can be wrong with `config` on this base is found here; the config is a filled-in copy."""
-        config = type(config)(**{name: value for name, value in vars(config).items()})
+        config = type(config)(**vars(config))
         check_task(self.base_model, config)
         if isinstance(config, PromptConfig):
             prompting.fill_in(config, self.base_model)
-            method_named(config.peft_type).adapter.prepare(config, self.base_model)
+            adapter: Any = method_named(config.peft_type).adapter
+            adapter.prepare(config, self.base_model)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
         return match(self.base_model, config), config
@@ -303,8 +301,8 @@ class PeftModel(nn.Module):
             raise type(error)(f'"{folder.name}"{load_adapter.made_for(stored)}: {error}') from error
         config.inference_mode = not is_trainable
         if name in self.peft_config:
-            load_adapter.check_alike(self.adapters[name], self.peft_config[name], plan, config, folder)
-            load_adapter.into(self.adapters[name], config, folder, self.base_model)
+            load_adapter.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
+            load_adapter.into(self.tree(name), config, folder, self.base_model)
             return
         try:
             tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False)
@@ -333,8 +331,8 @@ class PeftModel(nn.Module):
         """
         folder = AdapterFolder.find(model_id, **kwargs)
         stored = config or folder.config()
-        _check_config(stored)
-        handle = (TASK_CLASSES.get(stored.task_type, PeftModel) if cls is PeftModel else cls)(model)
+        check_config(stored)
+        handle = (cls.for_task(stored.task_type) if cls is PeftModel else cls)(model)
         try:
             handle._load(folder, stored, adapter_name, is_trainable, autocast_adapter_dtype)
         except BaseException:
@@ -370,7 +368,7 @@ class PeftModel(nn.Module):
 
     def enable_peft_hotswap(self, *_: Any, **__: Any) -> None:
         """Part of transformers' adapter mixin; there is nothing to enable here."""
-        raise UsageError("no preparation is needed: load_adapter under a name in use replaces its values, and switching is free")
+        raise UsageError("nothing to prepare: load_adapter under a name in use replaces its values, and switching is free")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes; returns the commit's address (kwargs: `private`, `token`, `revision`, ...)."""
@@ -456,7 +454,7 @@ class PeftModel(nn.Module):
         done: dict[str, merge.Originals] = {}
         try:
             for name in names:
-                done[name] = merge.into_weights(self.base_model, [self.adapters[name]], safe_merge, keep=True)
+                done[name] = merge.into_weights(self.base_model, [self.tree(name)], safe_merge, keep=True)
         except Exception:
             for originals in reversed(done.values()):
                 merge.restore(self.base_model, originals)
@@ -489,7 +487,7 @@ class PeftModel(nn.Module):
         """
         names = list(adapter_names or self._active)
         self._check_mergeable(names, alone=not copy)
-        trees = [self.adapters[name] for name in names]
+        trees = [self.tree(name) for name in names]
         if copy:
             with self.disable_adapter():  # out of the weights, while they are copied
                 base = merge.plain_copy(self.base_model)
@@ -517,19 +515,19 @@ class PeftModel(nn.Module):
         fixed = [
             f"{name} ({type(adapter).__name__})"
             for name in names
-            for adapter in self.adapters[name].modules()
+            for adapter in self.tree(name).modules()
             if getattr(adapter, "mergeable", True) is False
         ]
         if fixed:
             raise UsageError(f"not a change of weights, so it cannot be merged: {', '.join(fixed)}; use the handle as it is")
         for name in names:
-            merge.check(self.base_model, self.adapters[name])
+            merge.check(self.base_model, self.tree(name))
 
     def _register(self) -> None:
         base = self.base_model
-        if base not in _records:
-            _records[base] = BaseRecord({name: p.requires_grad for name, p in base.named_parameters()})
-        self._record = _records[base]
+        if base not in records:
+            records[base] = BaseRecord({name: p.requires_grad for name, p in base.named_parameters()})
+        self._record = records[base]
         self._record.handles.add(self)
         for parameter in base.parameters():
             parameter.requires_grad_(False)
@@ -546,7 +544,7 @@ class PeftModel(nn.Module):
                 if isinstance(function, CarriesFrame):
                     module._gradient_checkpointing_func = function.checkpoint
             record.thaw(base)
-            _records.pop(base, None)
+            records.pop(base, None)
         return base
 
     # --- counts and looks -----------------------------------------------------------------------------------------
@@ -583,7 +581,7 @@ class PeftModel(nn.Module):
         super().__setstate__(state)
         self._forget()
         self._checkpointing = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
-        _records[self.base_model] = self._record
+        records[self.base_model] = self._record
         self._record.handles.add(self)
         self._adapters_by_site(tuple(self.peft_config))
 
@@ -591,118 +589,6 @@ class PeftModel(nn.Module):
         if name not in self.peft_config:
             known = ", ".join(f'"{known}"' for known in self.peft_config) or "none"
             raise AdapterNameError(f'no adapter "{name}"{did_you_mean(name, self.peft_config)}; adapters here: {known}')
-
-
-class Framed:
-    """A callable of the base, obtained from a handle: runs with the handle's adapters, and looks like itself."""
-
-    def __init__(self, handle: PeftModel, target: Any) -> None:
-        self._handle = handle
-        self._target = target
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self._target, nn.Module) and self._handle._frame.prompts:
-            raise UsageError("virtual tokens are put in by the handle's own forward and generate; call those")
-        with self._handle._entered():
-            result = self._target(*args, **kwargs)
-        if inspect.isgenerator(result) or inspect.iscoroutine(result):
-            result.close()
-        elif not inspect.isasyncgen(result):
-            return result
-        raise UsageError("a generator or coroutine cannot keep adapters acting between its steps; call the base's own method")
-
-    def __getattr__(self, name: str) -> Any:
-        return inspect.signature(self._target) if name == "__signature__" else getattr(self._target, name)
-
-
-class PeftModelForCausalLM(PeftModel):
-    """Text generation by a decoder."""
-
-    labels_per_token = True
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """Text generation by an encoder and a decoder."""
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    """One label per sequence; the head is trained as a private copy."""
-
-    classifies = True
-
-
-class PeftModelForTokenClassification(PeftModel):
-    """One label per token; the head is trained as a private copy."""
-
-    labels_per_token = True
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """Answer spans; the head is trained as a private copy."""
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """Hidden states of a base without a head."""
-
-
-TASK_CLASSES: dict[Any, type[PeftModel]] = {
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """A handle on `model` with one new adapter; call it again on the same base for another, independent handle.
-
-    Raises:
-        ConfigError, TargetError: the configuration does not fit the model; the model is then as it was.
-    """
-    _check_config(peft_config)
-    task_class = TASK_CLASSES.get(peft_config.task_type, PeftModel)
-    return task_class(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-_HEADS = {
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-}
-
-
-def _check_config(config: Any) -> None:
-    if not isinstance(config, PeftConfig):
-        raise ConfigError(f"peft_config must be a configuration such as LoraConfig(...), got {type(config).__name__}")
-
-
-def check_task(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse a task that the model cannot do, before anything is built."""
-    task, name = config.task_type, type(model).__name__
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
-    if task == TaskType.SEQ_2_SEQ_LM and encoder_decoder is False:
-        raise ConfigError(f"task_type=SEQ_2_SEQ_LM needs an encoder-decoder, {name} has none; use CAUSAL_LM")
-    if task == TaskType.CAUSAL_LM and encoder_decoder and hasattr(model, "get_encoder"):
-        raise ConfigError(f"task_type=CAUSAL_LM needs a decoder-only model, {name} has an encoder; use SEQ_2_SEQ_LM")
-    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and hasattr(model, "config") and not hasattr(model, "generate"):
-        raise ConfigError(f"task_type={task.value} needs a model that generates, {name} does not; load it with its LM head")
-    if task in _HEADS and getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        raise ConfigError(
-            f"task_type={task.value} needs a model with a task head, {name} has a language model's; load it with {_HEADS[task]}"
-        )
-    if isinstance(config, PromptConfig):
-        if task is None:
-            raise ConfigError("virtual tokens need a task_type (where do labels go?), e.g. task_type=TaskType.CAUSAL_LM")
-        if not hasattr(model, "get_input_embeddings"):
-            raise ConfigError(f"virtual tokens need a model with input embeddings, {name} has none")
 
 
 def _empty_handle(task_class: type[PeftModel], base_class: type[nn.Module]) -> PeftModel:

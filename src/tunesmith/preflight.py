@@ -44,7 +44,7 @@ def checked_forward(handle: PeftModel, *args: Any, **kwargs: Any) -> Any:
             reached at all; or the base is sharded and the adapters are not.
     """
     trains = _trains(handle)
-    paths = {path for name in handle._acting() for path, _ in handle.adapters[name].items()}
+    paths = {path for name in handle._acting() for path, _ in handle.tree(name).items()}
     _check_sharding(handle)
     _check_installed(handle, paths)
     fired: set[site.Site] = set()
@@ -66,7 +66,7 @@ def checked_forward(handle: PeftModel, *args: Any, **kwargs: Any) -> Any:
             + bullet_list(passed_by or missed)
         )
     if missed and trains:
-        logger.warning("%d of %d adapted modules did not run in the first step (experts, unused parts)", len(missed), len(paths))
+        logger.warning("%d of %d adapted modules did not run in the first step (unused parts)", len(missed), len(paths))
     handle._checked.add((handle._frame, trains))
     return result
 

@@ -113,14 +113,14 @@ def entrance_of(model: nn.Module, accepts: frozenset[str], *, labels_per_token: 
     )
 
 
-def fill_in(config: PromptConfig, model: nn.Module) -> None:
+def fill_in(config: PromptConfig, model: Any) -> None:
     """Fill the fields of a prompt config that follow from the base, as the ecosystem's files hold them."""
     table = model.get_input_embeddings()
     dim = getattr(table, "embedding_dim", None) or table.weight.shape[1]
     if config.token_dim not in (None, dim):
         raise ConfigError(f"token_dim={config.token_dim}, but {type(model).__name__} embeds tokens in {dim} dimensions")
     config.token_dim = dim
-    base = getattr(model, "config", None)
+    base: Any = getattr(model, "config", None)
     base = base.get_text_config() if hasattr(base, "get_text_config") else base
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
@@ -135,7 +135,7 @@ _CONFIG_NAMES = {
 }
 
 
-def generation_inputs(model: nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `generate` in which lengths count new tokens only, and padding has a mask.
 
     `generate` counts embeddings into `max_length`; users do not count virtual tokens, so `max_length` and `min_length`
@@ -176,7 +176,7 @@ def _is_continuation(inputs: dict[str, Any]) -> bool:
     return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
 
 
-def _continue(inputs: dict[str, Any], n: int, entrance: Entrance) -> dict[str, Any]:
+def _continue(inputs: Any, n: int, entrance: Entrance) -> dict[str, Any]:
     """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them.
 
     Positions go on counting from the mask, as they did in the first step.

@@ -60,7 +60,6 @@ def method_named(name: object) -> Method:
     known = all_methods()
     if key not in known:
         raise ConfigError(
-            f'peft_type "{key}" is not known to this version of Tunesmith; known: {", ".join(known)}'
-            + did_you_mean(key, known)
+            f'peft_type "{key}" is not known to this version of Tunesmith; known: {", ".join(known)}' + did_you_mean(key, known)
         )
     return known[key]

@@ -94,8 +94,4 @@ def _slot(module: nn.Module) -> str:
 
 def _is_plain(module: nn.Module, forward: Any) -> bool:
     """Whether `forward` is the class's own, bound to this module (accelerate leaves such ones behind)."""
-    return (
-        isinstance(forward, types.MethodType)
-        and forward.__self__ is module
-        and forward.__func__ is type(module).forward
-    )
+    return isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward

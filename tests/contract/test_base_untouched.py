@@ -57,7 +57,10 @@ def test_attaching_changes_no_name_type_signature_or_output(name):
 def test_an_exception_inside_a_forward_leaves_nothing_behind(llama, llama_inputs, maker):
     plain, handle = out(llama, llama_inputs), maker(llama)
     expected = out(handle, llama_inputs)
-    for wrong in ({"input_ids": torch.tensor([[10**6]])}, {"input_ids": llama_inputs["input_ids"], "labels": torch.ones(3, 3).long()}):
+    for wrong in (
+        {"input_ids": torch.tensor([[10**6]])},
+        {"input_ids": llama_inputs["input_ids"], "labels": torch.ones(3, 3).long()},
+    ):
         with pytest.raises((IndexError, ValueError, RuntimeError)):
             handle(**wrong)
         with pytest.raises((IndexError, ValueError, RuntimeError, TypeError)):

@@ -111,7 +111,9 @@ def _compare(loss, handle, kind):
     found = gradients(handle)
     for name, gradient in gradients(reference).items():
         assert gradient is not None and found[name] is not None, name
-        torch.testing.assert_close(_whole(found[name]), gradient, rtol=1e-8, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            _whole(found[name]), gradient, rtol=1e-8, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def _shard(handle):

@@ -65,7 +65,14 @@ def test_instance_data_is_the_bases(name):
     handle = _handle(name)
     base = handle.base_model
     wrong = {}
-    for key in _data(type(base)).keys() | {"config", "device", "dtype", "name_or_path", "is_gradient_checkpointing", "loss_function"}:
+    for key in _data(type(base)).keys() | {
+        "config",
+        "device",
+        "dtype",
+        "name_or_path",
+        "is_gradient_checkpointing",
+        "loss_function",
+    }:
         if key in DIFFERENT:
             continue
         found, value = getattr(handle, key, "absent"), getattr(base, key)
@@ -110,7 +117,9 @@ def test_setting_mirrored_data_sets_it_on_the_base(llama):
 
 # --- the adapter mixin of transformers ---------------------------------------------------------------------------
 
-MIXIN = sorted(name for name in vars(PeftAdapterMixin) if not name.startswith("_") and callable(getattr(PeftAdapterMixin, name)))
+MIXIN = sorted(
+    name for name in vars(PeftAdapterMixin) if not name.startswith("_") and callable(getattr(PeftAdapterMixin, name))
+)
 
 
 def test_the_mixins_public_names_are_known():
@@ -195,7 +204,9 @@ def test_encoder_decoder_generation_acts_on_the_encoder(name):
     """`generate` calls the encoder past the model's forward."""
     torch.manual_seed(1)
     base, ids = tiny.make(name), tiny.inputs_for(name)["input_ids"]
-    config = LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=r"encoder.*\.(q|v|o|wo)", init_lora_weights=False, lora_alpha=64)
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM", target_modules=r"encoder.*\.(q|v|o|wo)", init_lora_weights=False, lora_alpha=64
+    )
     handle = get_peft_model(base, config)
     acted = set()
     for path, adapter in handle.adapters["default"].items():

@@ -189,7 +189,11 @@ def test_unsafe_adapter_names_are_refused(llama, name):
 
 
 def test_resizing_the_vocabulary_under_an_adapter_on_it_is_refused(llama, llama_inputs):
-    for fields in ({"target_modules": ["lm_head", "q_proj"]}, {"target_modules": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}):
+    for fields in (
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+    ):
         handle = lora(llama, **fields)
         expected = out(handle, llama_inputs)
         with pytest.raises(UsageError, match=r"lm_head|embed_tokens"):

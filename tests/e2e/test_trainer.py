@@ -77,9 +77,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, tmp_path):
 
 
 def test_best_adapter_is_reloaded_at_the_end(tmp_path):
-    trainer = make_trainer(
-        tunesmith.Trainer, tmp_path, CONFIGS["lora"](), load_best_model_at_end=True, learning_rate=1.0, metric_for_best_model="eval_loss"
-    )  # fmt: skip
+    best_at_end = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    trainer = make_trainer(tunesmith.Trainer, tmp_path, CONFIGS["lora"](), learning_rate=1.0, **best_at_end)
     trainer.train()
     losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
     best = min(losses, key=losses.get)

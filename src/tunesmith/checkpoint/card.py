@@ -21,9 +21,15 @@ def card_text(config: PeftConfig) -> str:
     lines = ["---", "library_name: peft"]
     lines += [f"base_model: {base}"] if base else []
     lines += ["tags:", *([f"- base_model:adapter:{base}"] if base else []), f"- {method}", "- tunesmith"]
-    if config.task_type in _PIPELINES:
+    if isinstance(config.task_type, TaskType):
         lines.append(f"pipeline_tag: {_PIPELINES[config.task_type]}")
     lines += ["---", "", f"# {method} adapter" + (f" for {base}" if base else ""), ""]
     lines += ["Trained with Tunesmith. It holds no weights of the base model.", ""]
-    lines += ["```python", "from tunesmith import PeftModel", "", 'model = PeftModel.from_pretrained(base, "this/folder")', "```"]
+    lines += [
+        "```python",
+        "from tunesmith import PeftModel",
+        "",
+        'model = PeftModel.from_pretrained(base, "this/folder")',
+        "```",
+    ]
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise AdapterFileError(f"{path} is damaged or no safetensors file ({error}); download or save the adapter again") from error
+        raise AdapterFileError(f"{path} is damaged or no safetensors file ({error}); download or save it again") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return values
 
 
-def write_folder(folder: str | os.PathLike, writers: dict[str, Callable[[Path], None]]) -> None:
+def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write files into `folder`, all of them or none; other files there stay.
 
     Args:
@@ -160,7 +160,7 @@ def write_folder(folder: str | os.PathLike, writers: dict[str, Callable[[Path], 
         raise AdapterFileError(f"cannot save into {folder} ({error}); free it or give another folder") from error
 
 
-def _stage(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+def _stage(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write files beside the old ones and make them the valid ones in one step."""
     staging = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex[:8]}"
     staging.mkdir()

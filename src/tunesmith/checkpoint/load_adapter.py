@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,9 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
     expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
     stored = _without_copies_of_the_base(stored, expected, base)
     faults = [f'"{key}" is missing' for key in expected if key not in stored]
-    faults += [f'"{key}" belongs to no part of the adapter{did_you_mean(key, expected)}' for key in stored if key not in expected]
+    faults += [
+        f'"{key}" belongs to no part of the adapter{did_you_mean(key, expected)}' for key in stored if key not in expected
+    ]
     for key in expected.keys() & stored.keys():
         faults += _faults(key, stored[key], expected[key])
     if faults:
@@ -78,7 +82,7 @@ def _without_copies_of_the_base(stored: dict[str, Tensor], expected: dict[str, T
     """Drop what some writers add: second names of copied modules' biases, and frozen weights equal to this base's."""
     kept = {key: tensor for key, tensor in stored.items() if not _is_second_name(key, stored)}
     for key, tensor in list(kept.items()):
-        path, dot, leaf = key.removeprefix("base_model.model.").rpartition(".")
+        path, _, leaf = key.removeprefix("base_model.model.").rpartition(".")
         path = path.removesuffix(".base_layer")
         if key in expected or leaf != "weight" or not isinstance(_submodule(base, path), nn.Embedding | nn.Linear):
             continue
@@ -92,7 +96,7 @@ def _is_second_name(key: str, stored: dict[str, Tensor]) -> bool:
     return any(mark in key and key.replace(mark, ".") in stored for mark in (".modules_to_save.", ".original_module."))
 
 
-def _submodule(base: nn.Module, path: str) -> nn.Module | None:
+def _submodule(base: nn.Module, path: str) -> Any:
     try:
         return base.get_submodule(path)
     except AttributeError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from ..model import PeftModel
 
 
-def write(handle: PeftModel, names: list[str], directory: str, gathered: dict[str, Tensor] | None, is_main: bool = True) -> None:
+def write(
+    handle: PeftModel, names: list[str], directory: str, gathered: dict[str, Tensor] | None, is_main: bool = True
+) -> None:
     """Write the named adapters: `default` into `directory`, others into folders of their names.
 
     Gathering a sharded handle is collective, so ranks that do not write (`is_main=False`) take part in it, too.
@@ -26,19 +30,23 @@ def write(handle: PeftModel, names: list[str], directory: str, gathered: dict[st
         if not is_main:
             continue
         folder = Path(directory) if name == "default" else Path(directory) / name
-        writers = {
-            WEIGHTS_FILE: lambda path, values=values: save_file(values, path, metadata={"format": "pt"}),
-            CONFIG_FILE: lambda path, config=config: path.write_text(config_text(config), encoding="utf-8"),
+        writers: dict[str, Callable[[Path], object]] = {
+            WEIGHTS_FILE: partial(save_file, values, metadata={"format": "pt"}),
+            CONFIG_FILE: partial(_write_text, config_text(config)),
         }
         if not (folder / CARD_FILE).exists():
-            writers[CARD_FILE] = lambda path, config=config: path.write_text(card_text(config), encoding="utf-8")
+            writers[CARD_FILE] = partial(_write_text, card_text(config))
         write_folder(folder, writers)
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def tensors(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """`{name in file: tensor}`, from gathered values where a sharded handle's are given."""
     found = {}
-    for in_file, in_tree, tensor in named_tensors(handle.adapters[name], handle.peft_config[name], handle.base_model):
+    for in_file, in_tree, tensor in named_tensors(handle.tree(name), handle.peft_config[name], handle.base_model):
         value = (gathered or {}).get(f"adapters.{name}.{in_tree}", tensor).detach()
         if hasattr(value, "full_tensor"):  # a DTensor of a sharded handle; every rank takes part
             value = value.full_tensor()

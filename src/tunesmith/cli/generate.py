@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
 
-    def show(title: str, model: torch.nn.Module) -> None:
+    def show(title: str, model: Any) -> None:
         torch.manual_seed(seed)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling)
         if compare:

@@ -61,10 +61,12 @@ class LoraConfig(TargetedConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        patterns = (self.rank_pattern or {}).items()
-        ranks = {"r": self.r, **{f'rank_pattern["{key}"]': rank for key, rank in patterns}}
+        ranks = {"r": self.r} | {f'rank_pattern["{k}"]': r for k, r in (self.rank_pattern or {}).items()}
         found += [f"{name}={r!r} must be a whole number of at least 1" for name, r in ranks.items() if not _is_rank(r)]
-        alphas = {"lora_alpha": self.lora_alpha, **{f'alpha_pattern["{key}"]': a for key, a in self.alpha_pattern.items()}}
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f'alpha_pattern["{key}"]': a for key, a in (self.alpha_pattern or {}).items()},
+        }
         found += [f"{name}={alpha!r} must be a finite number" for name, alpha in alphas.items() if not math.isfinite(alpha)]
         if not 0.0 <= self.lora_dropout < 1.0:
             found.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")

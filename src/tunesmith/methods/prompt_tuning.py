@@ -74,12 +74,12 @@ class PromptTuningConfig(PromptConfig):
 class PromptTuning(PromptAdapter):
     """The virtual tokens of one adapter, `(num_virtual_tokens * submodules, dim)` in fp32."""
 
-    def __init__(self, config: PromptTuningConfig, model: nn.Module) -> None:
+    def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__(config, model)
         rows = config.num_virtual_tokens * config.num_transformer_submodules
         self.embedding = nn.Parameter(torch.empty(rows, config.token_dim))
 
-    def reset_parameters(self, config: PromptTuningConfig, model: nn.Module) -> None:
+    def reset_parameters(self, config: Any, model: Any) -> None:
         words = model.get_input_embeddings()
         rows = self.embedding.shape[0]
         if config.prompt_tuning_init == PromptTuningInit.RANDOM:
@@ -104,14 +104,14 @@ def _text_ids(config: PromptTuningConfig, rows: int, words: int) -> Tensor:
     """
     from transformers import AutoTokenizer
 
-    name = config.tokenizer_name_or_path
+    name = config.tokenizer_name_or_path or ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), **(config.tokenizer_kwargs or {}))
     except (OSError, ValueError) as error:
         raise ConfigError(f'tokenizer_name_or_path: "{name}" holds no tokenizer that can be loaded; check the name') from error
     ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not ids:
-        raise ConfigError(f'prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens here; give it words')
+        raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens here; give it words")
     if max(ids) >= words:
         raise ConfigError(f'tokenizer_name_or_path: "{name}" makes token {max(ids)}, the base knows {words}; use its own')
     return torch.tensor((ids * (rows // len(ids) + 1))[:rows])

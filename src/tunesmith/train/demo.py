@@ -83,7 +83,7 @@ def _generation_table(base: nn.Module, results: dict[str, job.Result], tokenizer
     return table
 
 
-def _continuation(model: nn.Module, tokenizer: Any, prompt: str, seed: int) -> str:
+def _continuation(model: Any, tokenizer: Any, prompt: str, seed: int) -> str:
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.2)

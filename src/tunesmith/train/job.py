@@ -18,7 +18,7 @@ from ..data.text import PadRight, mean_loss, pad_id_of, split, tokenize
 from ..errors import ConfigError, DataError
 from ..methods.lora import LoraConfig
 from ..methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
-from ..model import PeftModel, get_peft_model
+from ..tasks import PeftModel, get_peft_model
 
 METHODS = ("prompt-tuning", "lora")
 
