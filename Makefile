@@ -10,7 +10,8 @@ demo: .venv/runtime.stamp
 	$(BIN)/tunesmith demo --method $(METHOD)
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
+	$(BIN)/python -m pytest -m timing
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

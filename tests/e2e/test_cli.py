@@ -38,6 +38,7 @@ def imported_by(statement: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
 
 
+@pytest.mark.timing
 def test_importing_tunesmith_is_quick_and_pulls_in_no_torch():
     assert not {"torch", "transformers", "typer", "rich"} & imported_by("import tunesmith")
     assert not {"torch", "transformers"} & imported_by("import tunesmith.cli")
@@ -50,6 +51,7 @@ def test_importing_tunesmith_is_quick_and_pulls_in_no_torch():
     assert min(seconds("import tunesmith") for _ in range(5)) - min(seconds("pass") for _ in range(5)) < 0.1
 
 
+@pytest.mark.timing
 def test_help_is_quick():
     def seconds() -> float:
         started = time.perf_counter()
