@@ -19,11 +19,11 @@ LAYERS = [
     ["attach"],
     ["match"],
     ["methods"],
-    ["targets", "site", "prompting"],
+    ["site", "prompting"],
     ["contracts"],
     ["registry"],
     ["config", "frame", "bases"],
-    ["assets", "errors"],
+    ["assets", "errors", "targets"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

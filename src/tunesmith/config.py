@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 from typing_extensions import dataclass_transform
 
 from .errors import ConfigError, did_you_mean
+from .targets import DEFAULT_TARGETS
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +270,12 @@ class TargetedConfig(PeftConfig):
                 if isinstance(key, str) and (reason := _no_expression(key)):
                     found.append(f'{name}: "{key}" is no regular expression ({reason})')
         return found
+
+    def resolve_targets(self, model_type: str | None) -> None:
+        """Fill in `target_modules` where the user names none."""
+        if self.target_modules is None:
+            usual = DEFAULT_TARGETS.get(model_type or "")
+            self.target_modules = set(usual) if usual else "all-linear"
 
     def settings(self, path: str) -> dict[str, Any]:
         """What the adapter at `path` is built with, where a pattern gives single modules other values."""

@@ -17,7 +17,6 @@ from .config import PeftConfig, PromptConfig, TargetedConfig, TaskType
 from .contracts import LinearAdapter
 from .errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
 from .registry import method_named
-from .targets import DEFAULT_TARGETS
 
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # task heads that transformers initialises anew
 
@@ -51,7 +50,7 @@ def match(model: nn.Module, config: PeftConfig) -> Plan:
     plan, faults = Plan(), list(_parallel_faults(model))
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
-        _resolve_default(model, config)
+        config.resolve_targets(getattr(getattr(model, "config", None), "model_type", None))
         chosen = config.target_modules
         paths = _matched(model, modules, config, faults)
         free = [path for path in paths if not any(_inside(path, copied) for copied in plan.copied)]
@@ -132,12 +131,6 @@ def _is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps the module's values elsewhere and puts them in place for the call."""
     on_meta = any(p.device.type == "meta" for p in module.parameters())
     return on_meta and any(hasattr(m, "_hf_hook") for m in module.modules())
-
-
-def _resolve_default(model: nn.Module, config: TargetedConfig) -> None:
-    if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        config.target_modules = set(DEFAULT_TARGETS[model_type]) if model_type in DEFAULT_TARGETS else "all-linear"
 
 
 def _matched(model: nn.Module, modules: dict[str, Any], config: TargetedConfig, faults: list[str]) -> list[str]:

@@ -9,7 +9,12 @@ from torch._dynamo.utils import counters
 from tests import tiny
 from tests.contract.handles import lora, out, prompted
 
-BOTH = {"q_proj": None, "down_proj": None}
+
+@pytest.fixture
+def llama():
+    """One layer is enough: compiling takes most of the time of these tests."""
+    torch.manual_seed(0)
+    return tiny.tf.LlamaForCausalLM(tiny._llama_config(num_hidden_layers=1)).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +26,7 @@ def fresh_dynamo():
 
 
 def test_twelve_handles_and_the_bare_base_compile_into_two_full_graphs(llama, llama_inputs):
-    models = [lora(llama, seed, target_modules=list(BOTH)) for seed in range(12)] + [llama]
+    models = [lora(llama, seed, target_modules=["q_proj", "down_proj"]) for seed in range(12)] + [llama]
     expected = [out(model, llama_inputs) for model in models]
     compiled = [torch.compile(model, fullgraph=True, backend="eager") for model in models]
     for _ in range(2):
@@ -85,12 +90,12 @@ def test_generation_with_a_compiled_forward(llama):
     """What static caches do: the base's own forward, compiled, called inside `generate`."""
     ids = tiny.inputs_for("llama")["input_ids"]
     handle = lora(llama, 1)
-    expected = handle.generate(ids, max_new_tokens=3, do_sample=False)
-    plain = llama.generate(ids, max_new_tokens=3, do_sample=False)
+    expected = handle.generate(ids, max_new_tokens=2, do_sample=False)
+    plain = llama.generate(ids, max_new_tokens=2, do_sample=False)
     llama.forward = torch.compile(llama.forward, backend="eager", dynamic=True)
     try:
-        assert torch.equal(handle.generate(ids, max_new_tokens=3, do_sample=False), expected)
-        assert torch.equal(llama.generate(ids, max_new_tokens=3, do_sample=False), plain)
+        assert torch.equal(handle.generate(ids, max_new_tokens=2, do_sample=False), expected)
+        assert torch.equal(llama.generate(ids, max_new_tokens=2, do_sample=False), plain)
     finally:
         del llama.forward
 
