@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import merge, preflight, prompting, site
+from . import preflight, prompting, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
@@ -25,12 +25,14 @@ from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError
 from .frame import CarriesFrame, Frame, entered
 from .framed import Framed
 from .match import Plan, check_config, check_task, match
+from .merge import Originals
+from .mergeable import Mergeable
 from .mirror import handle_class
-from .record import BaseRecord, records
+from .record import records
 from .registry import method_named
 
 
-class PeftModel(nn.Module):
+class PeftModel(Mergeable, nn.Module):
     """A base model with adapters beside it.
 
     Args:
@@ -89,7 +91,7 @@ class PeftModel(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: tuple[str, ...] = ()
         self._disabled = False
-        self._merged: dict[str, merge.Originals] = {}
+        self._merged: dict[str, Originals] = {}
         self._accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._checkpointing: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._entrance = prompting.entrance_of(
@@ -440,112 +442,6 @@ class PeftModel(nn.Module):
     def enable_adapters(self) -> None:
         self._disabled = False
         self._settle()
-
-    # --- merging --------------------------------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Put adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
-
-        Raises:
-            UsageError: other handles use this base, or the adapter cannot be merged.
-        """
-        names = [name for name in (adapter_names or self._active) if name not in self._merged]
-        self._check_mergeable(names)
-        done: dict[str, merge.Originals] = {}
-        try:
-            for name in names:
-                done[name] = merge.into_weights(self.base_model, [self.tree(name)], safe_merge, keep=True)
-        except Exception:
-            for originals in reversed(done.values()):
-                merge.restore(self.base_model, originals)
-            raise
-        self._merged.update(done)
-        self._settle()
-
-    def unmerge_adapter(self) -> None:
-        """Put back the very tensors that merging replaced."""
-        for name in reversed(list(self._merged)):
-            merge.restore(self.base_model, self._merged.pop(name))
-        self._settle()
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        copy: bool = False,
-    ) -> nn.Module:
-        """The base with the adapters in its weights: a plain model again.
-
-        Args:
-            safe_merge: check that every merged weight is finite.
-            adapter_names: which ones; by default the active ones.
-            copy: merge into a copy and leave the base and this handle alone.
-
-        Raises:
-            UsageError: other handles use this base and no copy is asked for, or an adapter cannot be merged.
-        """
-        names = list(adapter_names or self._active)
-        self._check_mergeable(names, alone=not copy)
-        trees = [self.tree(name) for name in names]
-        if copy:
-            with self.disable_adapter():  # out of the weights, while they are copied
-                base = merge.plain_copy(self.base_model)
-            merge.into_weights(base, trees, safe_merge, keep=False)
-            self._record.thaw(base)
-            return base
-        self.unmerge_adapter()
-        merge.into_weights(self.base_model, trees, safe_merge, keep=False)
-        return self._detach()
-
-    def unload(self) -> nn.Module:
-        """The base as it was before: our sites removed, `requires_grad` restored (unless other handles use it)."""
-        self.unmerge_adapter()
-        return self._detach()
-
-    def _check_mergeable(self, names: list[str], alone: bool = True) -> None:
-        for name in names:
-            self._known(name)
-        others = [handle for handle in self._record.handles if handle is not self]
-        if alone and others:
-            raise UsageError(
-                f"{len(others)} other handle(s) use this base, whose weights merging would change under them; "
-                "call merge_and_unload(copy=True), or delete or unload the others first"
-            )
-        fixed = [
-            f"{name} ({type(adapter).__name__})"
-            for name in names
-            for adapter in self.tree(name).modules()
-            if getattr(adapter, "mergeable", True) is False
-        ]
-        if fixed:
-            raise UsageError(f"not a change of weights, so it cannot be merged: {', '.join(fixed)}; use the handle as it is")
-        for name in names:
-            merge.check(self.base_model, self.tree(name))
-
-    def _register(self) -> None:
-        base = self.base_model
-        if base not in records:
-            records[base] = BaseRecord({name: p.requires_grad for name, p in base.named_parameters()})
-        self._record = records[base]
-        self._record.handles.add(self)
-        for parameter in base.parameters():
-            parameter.requires_grad_(False)
-
-    def _detach(self) -> nn.Module:
-        base, record = self.base_model, self._record
-        record.handles.discard(self)
-        self._active = ()
-        self._settle()
-        if not record.handles:
-            for module in base.modules():
-                site.remove(module)
-                function = module.__dict__.get("_gradient_checkpointing_func")
-                if isinstance(function, CarriesFrame):
-                    module._gradient_checkpointing_func = function.checkpoint
-            record.thaw(base)
-            records.pop(base, None)
-        return base
 
     # --- counts and looks -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,123 @@
+"""A handle's relation to its base: taking it up, merging adapters into it, leaving it as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import site
+from .errors import UsageError
+from .frame import CarriesFrame
+from .merge import Originals, check, into_weights, plain_copy, restore
+from .record import BaseRecord, records
+
+
+class Mergeable:
+    """The part of a `PeftModel` that changes its base, and puts it back."""
+
+    _active: tuple[str, ...]
+
+    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
+
+        Raises:
+            UsageError: other handles use this base, or the adapter cannot be merged.
+        """
+        names = [name for name in (adapter_names or self._active) if name not in self._merged]
+        self._check_mergeable(names)
+        done: dict[str, Originals] = {}
+        try:
+            for name in names:
+                done[name] = into_weights(self.base_model, [self.tree(name)], safe_merge, keep=True)
+        except Exception:
+            for originals in reversed(done.values()):
+                restore(self.base_model, originals)
+            raise
+        self._merged.update(done)
+        self._settle()
+
+    def unmerge_adapter(self: Any) -> None:
+        """Put back the very tensors that merging replaced."""
+        for name in reversed(list(self._merged)):
+            restore(self.base_model, self._merged.pop(name))
+        self._settle()
+
+    def merge_and_unload(
+        self: Any,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        copy: bool = False,
+    ) -> nn.Module:
+        """The base with the adapters in its weights: a plain model again.
+
+        Args:
+            safe_merge: check that every merged weight is finite.
+            adapter_names: which ones; by default the active ones.
+            copy: merge into a copy and leave the base and this handle alone.
+
+        Raises:
+            UsageError: other handles use this base and no copy is asked for, or an adapter cannot be merged.
+        """
+        names = list(adapter_names or self._active)
+        self._check_mergeable(names, alone=not copy)
+        trees = [self.tree(name) for name in names]
+        if copy:
+            with self.disable_adapter():  # out of the weights, while they are copied
+                base = plain_copy(self.base_model)
+            into_weights(base, trees, safe_merge, keep=False)
+            self._record.thaw(base)
+            return base
+        self.unmerge_adapter()
+        into_weights(self.base_model, trees, safe_merge, keep=False)
+        return self._detach()
+
+    def unload(self: Any) -> nn.Module:
+        """The base as it was before: our sites removed, `requires_grad` restored (unless other handles use it)."""
+        self.unmerge_adapter()
+        return self._detach()
+
+    def _check_mergeable(self: Any, names: list[str], alone: bool = True) -> None:
+        for name in names:
+            self._known(name)
+        others = [handle for handle in self._record.handles if handle is not self]
+        if alone and others:
+            raise UsageError(
+                f"{len(others)} other handle(s) use this base, whose weights merging would change under them; "
+                "call merge_and_unload(copy=True), or delete or unload the others first"
+            )
+        fixed = [
+            f"{name} ({type(adapter).__name__})"
+            for name in names
+            for adapter in self.tree(name).modules()
+            if getattr(adapter, "mergeable", True) is False
+        ]
+        if fixed:
+            raise UsageError(f"not a change of weights, so it cannot be merged: {', '.join(fixed)}; use the handle as it is")
+        for name in names:
+            check(self.base_model, self.tree(name))
+
+    def _register(self: Any) -> None:
+        base = self.base_model
+        if base not in records:
+            records[base] = BaseRecord({name: p.requires_grad for name, p in base.named_parameters()})
+        self._record = records[base]
+        self._record.handles.add(self)
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+
+    def _detach(self: Any) -> nn.Module:
+        base, record = self.base_model, self._record
+        record.handles.discard(self)
+        self._active = ()
+        self._settle()
+        if not record.handles:
+            for module in base.modules():
+                site.remove(module)
+                function = module.__dict__.get("_gradient_checkpointing_func")
+                if isinstance(function, CarriesFrame):
+                    module._gradient_checkpointing_func = function.checkpoint
+            record.thaw(base)
+            records.pop(base, None)
+        return base
