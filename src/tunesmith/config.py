@@ -69,6 +69,7 @@ def config_class(cls: C) -> C:
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs = {key: value for key, value in kwargs.items() if key in names or not _means_off(made, key, value)}
         wrong = [key for key in kwargs if key not in names]
         if wrong:
             raise ConfigError("; ".join(unknown_key(key, made, kwargs[key]) for key in wrong))
@@ -108,6 +109,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def _means_off(cls: type, key: str, value: Any) -> bool:
+    """Whether a known but unsupported key says that its feature is not used (scripts spell out such defaults)."""
+    off: dict[str, tuple] = getattr(cls, "not_supported", {})
+    return key in off and (is_off(value) or value in off[key])
 
 
 def is_off(value: Any) -> bool:

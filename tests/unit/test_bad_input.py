@@ -973,3 +973,10 @@ def test_adapter_that_names_no_base_cannot_bring_it(saved):
 def test_auto_class_of_another_task(saved):
     with one_error(ConfigError, "was made for CAUSAL_LM; AutoPeftModelForSeq2SeqLM loads SEQ_2_SEQ_LM"):
         ts.AutoPeftModelForSeq2SeqLM.from_pretrained(saved)
+
+
+def test_an_unknown_loading_option_is_an_error_and_the_ecosystems_placement_options_are_not(tmp_path):
+    get_peft_model(tiny.make("llama"), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="revison.*revision"):
+        PeftModel.from_pretrained(tiny.make("llama"), tmp_path, revison="main")
+    PeftModel.from_pretrained(tiny.make("llama"), tmp_path, device_map="auto", low_cpu_mem_usage=True)

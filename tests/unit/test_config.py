@@ -337,3 +337,9 @@ def test_all_wrong_values_are_named_at_once():
 def test_scale_is_alpha_over_rank_or_its_root(rank):
     assert LoraConfig(r=rank, lora_alpha=6).settings("any")["scale"] == 6 / rank
     assert LoraConfig(r=rank, lora_alpha=6, use_rslora=True).settings("any")["scale"] == 6 / rank**0.5
+
+
+def test_unsupported_features_may_be_named_to_say_that_they_are_off():
+    assert LoraConfig(r=4, use_dora=False, layer_replication=None, megatron_core="megatron.core") == LoraConfig(r=4)
+    with pytest.raises(ConfigError, match="use_dora=True is not supported"):
+        LoraConfig(use_dora=True)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import PeftConfig
-from ..errors import AdapterFileError, ConfigError
+from ..errors import AdapterFileError, ConfigError, did_you_mean
 from .hub import fetch
 
 CONFIG_FILE = "adapter_config.json"
@@ -34,6 +34,14 @@ OLD_WEIGHTS_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 COMMIT_FOLDER = ".adapter-commit"
 STAGING_PREFIX = ".adapter-staging-"
+
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Of the ecosystem's calls; an adapter goes where the base is, however it was asked to be placed.
+_IGNORED_OPTIONS = (
+    "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "offload_buffers", "torch_device",
+    "low_cpu_mem_usage", "ephemeral_gpu_offload", "use_safetensors", "proxies", "resume_download",
+)  # fmt: skip
 
 
 class AdapterFolder:
@@ -50,6 +58,9 @@ class AdapterFolder:
         Raises:
             AdapterFileError: neither is there.
         """
+        strange = [key for key in hub if key not in _HUB_OPTIONS and key not in _IGNORED_OPTIONS]
+        if strange:
+            raise ConfigError(f'no option "{strange[0]}" for loading an adapter{did_you_mean(strange[0], _HUB_OPTIONS)}')
         if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
             raise AdapterFileError(f"{name_or_path!r} names no adapter; give a folder or the id of a hub repository")
         if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
@@ -59,10 +70,10 @@ class AdapterFolder:
             return cls(str(folder), lambda filename: _present(folder, filename))
         if os.path.isfile(folder):
             raise AdapterFileError(f"{folder} is a file; give the folder that holds {CONFIG_FILE}")
-        if Path(name_or_path).is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
-            raise AdapterFileError(f"there is no folder {folder}; check the path")
+        if Path(name_or_path).is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
+            raise AdapterFileError(f"there is no folder {folder}; check the path (hub repositories are written owner/name)")
         prefix = f"{subfolder}/" if subfolder else ""
-        known = {k: v for k, v in hub.items() if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")}
+        known = {k: v for k, v in hub.items() if k in _HUB_OPTIONS}
         return cls(str(name_or_path), lambda filename: fetch(str(name_or_path), prefix + filename, **known))
 
     def config(self, cls: type[PeftConfig] = PeftConfig) -> PeftConfig:

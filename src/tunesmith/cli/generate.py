@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
+
 
 def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
@@ -17,12 +19,15 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.9,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repetition.")] = 1.3,
     compare: Annotated[bool, typer.Option(help="Show the bare base's text, too.")] = False,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
 ) -> None:
     """Go on from a prompt.
 
     Example: tunesmith generate --adapter my-adapter --prompt "I want you to act as"
     """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0 or not prompt:
+        raise ConfigError("needs a prompt, --max-new-tokens of at least 1, --temperature of at least 0, --top-p above 0 and "
+                          "at most 1, --repetition-penalty above 0")  # fmt: skip
     import torch
     from rich.console import Console
 

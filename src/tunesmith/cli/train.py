@@ -18,14 +18,16 @@ def train(
     prompt_tuning_init_text: Annotated[str | None, typer.Option(help="Prompt tuning: a text to start from.")] = None,
     lora_r: Annotated[int, typer.Option(help="LoRA: rank.")] = 8,
     lora_alpha: Annotated[int, typer.Option(help="LoRA: strength (scale is alpha / r).")] = 16,
-    lora_dropout: Annotated[float, typer.Option(help="LoRA: dropout of the change's input.")] = 0.0,
+    lora_dropout: Annotated[float, typer.Option(help="LoRA: dropout while training.")] = 0.0,
     lora_target_modules: Annotated[str | None, typer.Option(help="LoRA: comma-separated names or all-linear.")] = None,
     num_train_epochs: Annotated[float, typer.Option("--num-train-epochs", "--epochs", help="Passes over the data.")] = 5,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 3e-2 for prompt tuning, 2e-3 for LoRA.")] = None,
-    per_device_train_batch_size: Annotated[int, typer.Option("--per-device-train-batch-size", "--batch-size")] = 8,
+    per_device_train_batch_size: Annotated[
+        int, typer.Option("--per-device-train-batch-size", "--batch-size", help="Rows per step.")
+    ] = 8,
     max_length: Annotated[int, typer.Option(help="Cut longer rows to so many tokens.")] = 256,
     held_out: Annotated[float, typer.Option(help="Share of the rows kept for evaluation.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the split, the start values and the order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides the held-out rows, start values and order of rows.")] = 0,
 ) -> None:
     """Train an adapter on your own texts.
 
@@ -33,8 +35,12 @@ def train(
     """
     from rich.console import Console
 
+    from ..data.files import check_folder, read_texts
+
+    texts = read_texts(data, text_column)  # before torch is imported: a mistake in the data shows at once
+    check_folder(output_dir)
+
     from ..auto import load_base, load_tokenizer
-    from ..data.files import read_texts
     from ..train import job, quiet
 
     console = Console(highlight=False, soft_wrap=True)
@@ -42,7 +48,6 @@ def train(
         method, num_virtual_tokens, prompt_tuning_init_text, lora_r, lora_alpha, lora_dropout, lora_target_modules,
         num_train_epochs, per_device_train_batch_size, learning_rate, max_length, held_out, seed,
     )  # fmt: skip
-    texts = read_texts(data, text_column)
     quiet.hush()
     console.print(f"{len(texts)} rows from {data}; base {base}, method {method}")
     model, tokenizer = load_base(base), load_tokenizer(base)

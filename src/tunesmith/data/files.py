@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, did_you_mean
+from ..errors import ConfigError, DataError, did_you_mean
 
 Row = dict[str, Any]
 
@@ -26,13 +26,15 @@ def read_texts(path: str | Path, column: str | None = None) -> list[str]:
     path = Path(path)
     rows = list(_rows(path))
     if not rows:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(f"{path} holds no rows; give a file with one text per row")
     column = column or _only_column(path, rows[0][1])
+    if path.suffix.lower() == ".csv" and column not in rows[0][1]:
+        raise DataError(_no_column(path, column, rows[0][1]))
     texts, faults = [], []
     for line, row in rows:
         value = row.get(column)
         if column not in row:
-            faults.append(f'{path}:{line}: no column "{column}"{did_you_mean(column, row)}; columns: {", ".join(row)}')
+            faults.append(_no_column(f"{path}:{line}", column, row))
         elif not isinstance(value, str) or not value.strip():
             faults.append(f'{path}:{line}: column "{column}" holds {value!r}, expected text')
         else:
@@ -41,6 +43,28 @@ def read_texts(path: str | Path, column: str | None = None) -> list[str]:
         more = f"\n... and {len(faults) - 5} more rows" if len(faults) > 5 else ""
         raise DataError("\n".join(faults[:5]) + more)
     return texts
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that results can be written into `folder`, before any work is done.
+
+    Raises:
+        ConfigError: it is a file, or may not be written to.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".tunesmith-probe"
+        probe.touch()
+        probe.unlink()
+        if made:
+            folder.rmdir()
+    except OSError as error:
+        raise ConfigError(f"cannot write into {folder} ({error.strerror}); give another --output-dir") from error
+
+
+def _no_column(where: object, column: str, row: Row) -> str:
+    return f'{where}: no column "{column}"; columns: {", ".join(row)}{did_you_mean(column, row)}'
 
 
 def _only_column(path: Path, row: Row) -> str:

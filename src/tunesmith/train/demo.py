@@ -14,7 +14,7 @@ from torch import nn
 
 from ..assets import FOLDER
 from ..auto import load_base, load_tokenizer
-from ..data.files import read_texts
+from ..data.files import check_folder, read_texts
 from ..data.text import mean_loss, pad_id_of
 from . import job, quiet
 
@@ -26,6 +26,7 @@ SPECIALISTS = {
 
 def tell(method: str, output_dir: Path, num_train_epochs: float, seed: int) -> dict[str, dict[str, float]]:
     """Run the demo; returns the perplexities `{model: {data: perplexity}}`."""
+    check_folder(output_dir)
     started, console = time.monotonic(), Console(highlight=False)
     quiet.hush()
     base, tokenizer = load_base("sprout", dtype=torch.float32).eval(), load_tokenizer("sprout")

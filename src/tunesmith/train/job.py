@@ -54,8 +54,10 @@ class Settings:
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out} must be at least 0 and below 1")
         for name in ("num_train_epochs", "per_device_train_batch_size", "max_length"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate} must be above 0")
         self.peft_config("sprout")  # its own faults show now, before anything is loaded
 
     def peft_config(self, base_name: str) -> PeftConfig:

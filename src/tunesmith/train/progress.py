@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+SECONDS_BETWEEN_LINES = 20  # at the most, in a log
+
 
 class ShowProgress(TrainerCallback):
     """Step, loss and time left; also keeps `losses`, the `(step, loss)` pairs logged."""
@@ -20,7 +22,8 @@ class ShowProgress(TrainerCallback):
         self.bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.next_line = time.monotonic(), 0.0
+        self.started = self.last_line = time.monotonic()
+        self.next_line = 0.0
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
@@ -38,8 +41,8 @@ class ShowProgress(TrainerCallback):
         text = f"loss {float(logs['loss']):.3f}"
         if self.bar is not None:
             self.bar.update(self.task, loss=text)
-        elif state.global_step >= self.next_line:
-            self.next_line = state.global_step + state.max_steps / 8
+        elif state.global_step >= self.next_line or time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.next_line, self.last_line = state.global_step + state.max_steps / 8, time.monotonic()
             seconds = time.monotonic() - self.started
             self.console.print(f"{self.title}: step {state.global_step}/{state.max_steps}, {text}, {seconds:.0f} s")
 
