@@ -135,7 +135,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise AdapterFileError(f"{path} is damaged or no safetensors file ({error}); download or save it again") from error
+        message = f"{path} is damaged or no safetensors file ({error}); download or save the adapter again"
+        raise AdapterFileError(message) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
