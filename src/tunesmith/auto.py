@@ -86,7 +86,8 @@ class AutoPeftModel:
         if cls.task_type and isinstance(config.task_type, TaskType) and config.task_type != cls.task_type:
             raise ConfigError(f"the adapter was made for {config.task_type.value}; {cls.__name__} loads {cls.task_type.value}")
         if not config.base_model_name_or_path:
-            raise ConfigError("the adapter's file names no base model; load it and call PeftModel.from_pretrained(base, ...)")
+            message = "the adapter's file names no base model; load the base and call PeftModel.from_pretrained(base, ...)"
+            raise ConfigError(message)
         base = load_base(config.base_model_name_or_path, task, revision=config.revision or "main", **kwargs)
         return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, **where)
 
