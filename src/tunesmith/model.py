@@ -121,6 +121,7 @@ class PeftModel(Mergeable, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with the active adapters acting; same arguments, same result type."""
+        _refuse_rows(kwargs)
         if preflight.is_due(self):
             return preflight.checked_forward(self, *args, **kwargs)
         return self._forward(self._frame, *args, **kwargs)
@@ -137,6 +138,7 @@ class PeftModel(Mergeable, nn.Module):
 
         Virtual tokens are no part of the result, and `max_length` counts without them.
         """
+        _refuse_rows(kwargs)
         with self._entered():
             if self._frame.prompts:
                 args, kwargs = self._generation_inputs(args, kwargs)
@@ -485,6 +487,14 @@ class PeftModel(Mergeable, nn.Module):
         if name not in self.peft_config:
             known = ", ".join(f'"{known}"' for known in self.peft_config) or "none"
             raise AdapterNameError(f'no adapter "{name}"{did_you_mean(name, self.peft_config)}; adapters here: {known}')
+
+
+def _refuse_rows(kwargs: dict[str, Any]) -> None:
+    """Many bases take any keyword, so an adapter per row would be asked for and ignored."""
+    if kwargs.pop("adapter_names", None) is not None:
+        raise UsageError(
+            "one adapter per row (adapter_names) is not built yet; group the rows and call set_adapter for each group"
+        )
 
 
 def _empty_handle(task_class: type[PeftModel], base_class: type[nn.Module]) -> PeftModel:
