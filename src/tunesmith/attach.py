@@ -14,10 +14,10 @@ from torch import nn
 
 from .bases.view import view_of
 from .config import PeftConfig, PromptConfig
-from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, SublayerAdapter, adapter_dtype
+from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, adapter_dtype
 from .errors import AdapterNameError
 from .match import Plan
-from .registry import method_named
+from .registry import adapter_type
 
 
 class Branch(nn.Module):
@@ -61,6 +61,11 @@ class AdapterTree(Branch):
         found: Any = self._modules.get("_prompt")
         return found
 
+    @property
+    def shared(self) -> nn.Module | None:
+        """Tensors that all module adapters of this tree use."""
+        return self._modules.get("_shared")
+
 
 def build(model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, initialise: bool) -> AdapterTree:
     """Make the adapter that `plan` describes, on the devices of the modules it belongs to.
@@ -70,18 +75,22 @@ def build(model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, i
         initialise: draw initial values; False when weights are about to be loaded.
     """
     tree = AdapterTree()
-    method = method_named(config.peft_type)
+    kind = adapter_type(config)
     if isinstance(config, PromptConfig):
-        assert issubclass(method.adapter, PromptAdapter)
+        assert issubclass(kind, PromptAdapter)
         with torch.device(execution_device(model.get_input_embeddings())):
-            prompt = method.adapter(config, model)
+            prompt = kind(config, model)
             if initialise:
-                prompt.reset_parameters(config, model)
+                prompt.reset_parameters(model)
         tree.add_module("_prompt", prompt)
+    modules = {path: model.get_submodule(path) for path in plan.adapted}
+    shared = kind.shared_tensors(config, modules) if modules else None
+    if shared is not None:
+        first = next(iter(modules.values()))
+        tree.add_module("_shared", shared.to(execution_device(first), adapter_dtype(first, full_precision)))
     for path, settings in plan.adapted.items():
-        module = model.get_submodule(path)
-        adapter = _build_one(method.adapter, module, config, settings, initialise)
-        tree.add(path, "_adapter", adapter.to(adapter_dtype(module, full_precision)))
+        adapter = _build_one(kind, modules[path], config, settings, shared, initialise)
+        tree.add(path, "_adapter", adapter.to(adapter_dtype(modules[path], full_precision)))
     for path in plan.biases:
         tree.add(path, "_biases", ParameterAdapter(model.get_submodule(path), ["bias"]))
     for path in plan.copied:
@@ -89,11 +98,11 @@ def build(model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, i
     return tree
 
 
-def _build_one(adapter_type: Any, module: nn.Module, config: PeftConfig, settings: dict[str, Any], initialise: bool) -> Adapter:
-    assert issubclass(adapter_type, (LinearAdapter, SublayerAdapter))
-    base = view_of(module)
+def _build_one(kind: Any, module: nn.Module, config: Any, settings: dict[str, Any], shared: Any, initialise: bool) -> Adapter:
+    base = view_of(module) if issubclass(kind, LinearAdapter) else module
     with torch.device(execution_device(module)):
-        adapter = adapter_type(base, config, settings)
+        adapter = kind(base, config, settings)
+        adapter.__dict__["shared"] = shared  # the tree's own module, registered there and nowhere else
         if initialise:
             adapter.reset_parameters(base)
     return adapter

@@ -15,13 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from .bases.view import BaseView, compute_dtype, plain_forward, view_of, view_type
-from .config import PeftConfig, PromptConfig
+from .config import PromptConfig
 
 
 class Adapter(nn.Module):
     """What every adapter is: parameters of its own, beside the base."""
 
     mergeable: ClassVar[bool] = True
+    shared: nn.Module | None = None  # what `shared_tensors` made; belongs to the tree, not to this module
+
+    @classmethod
+    def fault(cls, base: Any, config: Any, settings: dict[str, Any]) -> str | None:
+        """Why this module cannot carry the adapter, checked before anything changes; None where it can."""
+        return None
+
+    @classmethod
+    def shared_tensors(cls, config: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
+        """Tensors that the adapters of all these modules (by path) use together, made once per adapter."""
+        return None
+
+    def reset_parameters(self, base: Any) -> None:
+        """Draw the initial values; not called when weights are about to be loaded."""
 
 
 class LinearAdapter(Adapter):
@@ -31,16 +45,8 @@ class LinearAdapter(Adapter):
     the folded computation.
     """
 
-    @classmethod
-    def fault(cls, base: BaseView, config: PeftConfig, settings: dict[str, Any]) -> str | None:
-        """Why this module cannot carry the adapter, checked before anything changes; None where it can."""
-        return None
-
-    def __init__(self, base: BaseView, config: PeftConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: Any, settings: dict[str, Any]) -> None:
         super().__init__()
-
-    def reset_parameters(self, base: BaseView) -> None:
-        """Draw the initial values; not called when weights are about to be loaded."""
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output for the input `x` of the module that `base` views."""
@@ -95,12 +101,21 @@ class Adapted(BaseView):
 
 
 class SublayerAdapter(Adapter):
-    """An adapter on a whole block: sees the block's call and its result (bottleneck adapters)."""
+    """An adapter on a whole block of any type: changes what the block computed (bottleneck adapters, adaption prompts)."""
 
     mergeable = False
 
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The adapted result; `call(*args, **kwargs)` is the block's own."""
+    def __init__(self, module: nn.Module, config: Any, settings: dict[str, Any]) -> None:
+        super().__init__()
+
+    def forward(self, hidden: Tensor, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The adapted output.
+
+        Args:
+            hidden: the block's output; of a tuple, its first part.
+            module: the block itself.
+            args, kwargs: what the block was called with; in a mixed batch, these rows' share of each tensor.
+        """
         raise NotImplementedError
 
 
@@ -118,9 +133,7 @@ class PromptAdapter(Adapter):
 
     def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__()
-
-    def reset_parameters(self, config: Any, model: Any) -> None:
-        """Draw the initial values; not called when weights are about to be loaded."""
+        self.config = config
 
     def forward(self) -> Tensor:
         raise NotImplementedError
@@ -145,7 +158,7 @@ class ParameterAdapter(Adapter):
         twin.__dict__["_parameters"] = {**module._parameters, **self._parameters}
         return twin
 
-    def replaced(self) -> dict[str, Tensor]:
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter: value}` that merging puts into the module."""
         return dict(self.named_parameters())
 
@@ -160,7 +173,7 @@ class ModuleCopy(Adapter):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def replaced(self) -> dict[str, Tensor]:
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter or buffer: value}` that merging puts into the module."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
@@ -175,9 +188,18 @@ def fold(module: nn.Module, adapters: tuple[Adapter, ...]) -> Callable[..., Any]
         if isinstance(adapter, LinearAdapter):
             assert isinstance(call, BaseView), "linear adapters come before whole-module ones"
             call = Adapted(adapter, call)
-        elif not isinstance(adapter, ParameterAdapter):
+        elif isinstance(adapter, SublayerAdapter):
+            call = functools.partial(_adapted_block, adapter, module, call)
+        elif isinstance(adapter, ModuleCopy):
             call = functools.partial(adapter, call)
     return call
+
+
+def _adapted_block(adapter: SublayerAdapter, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = call(*args, **kwargs)
+    if isinstance(result, Tensor):
+        return adapter(result, module, args, kwargs)
+    return (adapter(result[0], module, args, kwargs), *result[1:])
 
 
 def adapter_dtype(module: nn.Module, full_precision: bool) -> torch.dtype:

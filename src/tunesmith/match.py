@@ -16,7 +16,7 @@ from .bases.view import view_of, view_type
 from .config import PeftConfig, PromptConfig, TargetedConfig, TaskType
 from .contracts import LinearAdapter
 from .errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
-from .registry import method_named
+from .registry import adapter_type
 
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # task heads that transformers initialises anew
 
@@ -234,22 +234,25 @@ def _unmatched_pattern_keys(config: TargetedConfig, paths: list[str]) -> Iterato
 
 def _unfit(modules: dict[str, Any], config: TargetedConfig, plan: Plan) -> Iterator[str]:
     """Matched modules that cannot carry the adapter, grouped by type."""
-    adapter_type = method_named(config.peft_type).adapter
-    if not issubclass(adapter_type, LinearAdapter):
-        return
+    adapter = adapter_type(config)
     by_type: dict[str, list[str]] = {}
     for path, settings in plan.adapted.items():
         module = modules[path]
-        if view_type(module) is None:
+        if not issubclass(adapter, LinearAdapter):
+            reason = adapter.fault(module, config, settings)
+        elif view_type(module) is None:
             by_type.setdefault(type(module).__name__, []).append(path)
+            continue
         elif not module.weight.is_floating_point():
-            yield f"{path}: its weight is stored as {module.weight.dtype}, which this version cannot adapt"
-        elif reason := adapter_type.fault(view_of(module), config, settings):
+            reason = f"its weight is stored as {module.weight.dtype}, which this version cannot adapt"
+        else:
+            reason = adapter.fault(view_of(module), config, settings)
+        if reason:
             yield f"{path}: {reason}"
     for name, paths in by_type.items():
         others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
         yield (
-            f"{paths[0]}{others} is a {name}, which cannot carry {adapter_type.__name__}; "
+            f"{paths[0]}{others} is a {name}, which cannot carry {adapter.__name__}; "
             "name Linear, Conv1D, Embedding or Conv2d modules"
         )
 

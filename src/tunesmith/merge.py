@@ -79,7 +79,7 @@ def plain_copy(base: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
     if isinstance(adapter, (ParameterAdapter, ModuleCopy)):
-        return {name: value.detach().clone() for name, value in adapter.replaced().items()}
+        return {name: value.detach().clone() for name, value in adapter.replaced(module).items()}
     assert isinstance(adapter, LinearAdapter)
     view: BaseView = view_of(module)
     wide = torch.promote_types(view.weight().dtype, torch.float32)

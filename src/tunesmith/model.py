@@ -29,7 +29,7 @@ from .merge import Originals
 from .mergeable import Mergeable
 from .mirror import handle_class
 from .record import records
-from .registry import method_named
+from .registry import adapter_type
 
 
 class PeftModel(Mergeable, nn.Module):
@@ -260,8 +260,7 @@ class PeftModel(Mergeable, nn.Module):
         check_task(self.base_model, config)
         if isinstance(config, PromptConfig):
             prompting.fill_in(config, self.base_model)
-            adapter: Any = method_named(config.peft_type).adapter
-            adapter.prepare(config, self.base_model)
+            adapter_type(config).prepare(config, self.base_model)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
         return match(self.base_model, config), config

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ConfigError, did_you_mean
 
@@ -18,23 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """One adapter method: its name in files, its config class and its adapter class."""
+    """One adapter method: its name in files, its config class, its adapter class and the variants that flags choose."""
 
     name: str
     config: type[PeftConfig]
     adapter: type[Adapter]
 
 
+_variants: dict[str, dict[str, type[Adapter]]] = {}  # {method: {config field: adapter class where it is set}}
 _methods: dict[str, Method] = {}
 A = TypeVar("A", bound=type)
 
 
-def register(config: type[PeftConfig]) -> Callable[[A], A]:
-    """Class decorator of an adapter class: `@register(LoraConfig)`."""
+def register(config: type[PeftConfig], flag: str | None = None) -> Callable[[A], A]:
+    """Class decorator of an adapter class: `@register(LoraConfig)`; of a variant: `@register(LoraConfig, flag="use_dora")`."""
 
     def add(adapter: A) -> A:
         assert config.method is not None, f"{config.__name__} names no method"
-        _methods[config.method] = Method(config.method, config, adapter)
+        if flag is None:
+            _methods[config.method] = Method(config.method, config, adapter)
+        else:
+            _variants.setdefault(config.method, {})[flag] = adapter
         return adapter
 
     return add
@@ -52,6 +56,19 @@ def all_methods() -> dict[str, Method]:
     """Every method, by its name in files, in alphabetical order."""
     _import_methods()
     return dict(sorted(_methods.items()))
+
+
+def adapter_type(config: PeftConfig) -> Any:
+    """The adapter class that `config` asks for: its method's, or the variant whose flag is set.
+
+    Raises:
+        ConfigError: the flags of several variants are set.
+    """
+    method = method_named(config.peft_type)
+    chosen = {flag: variant for flag, variant in _variants.get(method.name, {}).items() if getattr(config, flag)}
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} cannot be combined; choose one")
+    return next(iter(chosen.values()), method.adapter)
 
 
 def method_named(name: object) -> Method:

@@ -26,6 +26,9 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
     if tree.prompt is not None:
         for name, tensor in tree.prompt.state_dict(keep_vars=True).items():
             yield ("prompt_embeddings" if name == "embedding" else name), owned[tensor], tensor
+    if tree.shared is not None:
+        for name, tensor in tree.shared.state_dict(keep_vars=True).items():
+            yield f"base_model.{name}", owned[tensor], tensor
     for path, adapter in tree.items():
         module = base.get_submodule(path)
         adapted = tree.node(path)._modules.get("_adapter") is not None

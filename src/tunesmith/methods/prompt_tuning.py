@@ -79,8 +79,8 @@ class PromptTuning(PromptAdapter):
         rows = config.num_virtual_tokens * config.num_transformer_submodules
         self.embedding = nn.Parameter(torch.empty(rows, config.token_dim))
 
-    def reset_parameters(self, config: Any, model: Any) -> None:
-        words = model.get_input_embeddings()
+    def reset_parameters(self, base: Any) -> None:
+        config, words = self.config, base.get_input_embeddings()
         rows = self.embedding.shape[0]
         if config.prompt_tuning_init == PromptTuningInit.RANDOM:
             nn.init.normal_(self.embedding)
