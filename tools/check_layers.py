@@ -21,6 +21,7 @@ LAYERS = [
     ["match"],
     ["methods"],
     ["site", "prompting"],
+    ["mixing"],
     ["contracts"],
     ["registry"],
     ["config", "frame", "bases"],

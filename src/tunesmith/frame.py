@@ -10,6 +10,7 @@ import copy
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Frame:
         adapters: what acts at each site, the first one nearest to the base module.
         prompts: what acts at the model's entrance, each with the number of its virtual tokens.
         fired: where given, collects the sites that were reached (the check of the first training step).
+        mixture: for a batch whose rows have different adapters, the frames of its parts; `adapters` is then empty.
     """
 
     def __init__(
@@ -31,10 +33,46 @@ class Frame:
         adapters: dict[Site, tuple[Adapter, ...]],
         prompts: tuple[tuple[PromptAdapter, int], ...] = (),
         fired: set[Site] | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         self.adapters = adapters
         self.prompts = prompts
         self.fired = fired
+        self.mixture = mixture
+
+    def noting(self, fired: set[Site]) -> Frame:
+        """This frame, with the sites that it reaches collected in `fired`."""
+        mixture = self.mixture
+        if mixture is not None:
+            mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
+        return Frame(self.adapters, self.prompts, fired, mixture)
+
+
+class Mixture:
+    """The frames of a mixed batch, and which rows each one is for.
+
+    Args:
+        frames: one per group of rows.
+        groups: for each frame the indices of its rows, together all of `0 .. size - 1`.
+    """
+
+    def __init__(self, frames: list[Frame], groups: list[Tensor]) -> None:
+        self.frames = frames
+        self.groups = groups
+        self.size = sum(len(rows) for rows in groups)
+        self._by_length: dict[int, tuple[list[Tensor], Tensor]] = {}
+
+    def rows(self, length: int) -> tuple[list[Tensor], Tensor]:
+        """The groups' indices in a tensor of `length` rows, and the order that undoes putting them one after another.
+
+        Beams and flattened tokens follow each other row by row, so `length` may be a multiple of the batch's size;
+        a length of 1 stands for a value that all rows share.
+        """
+        if length not in self._by_length:
+            each = max(length // self.size, 1)
+            groups = [(rows[:, None] * each + torch.arange(each, device=rows.device)).flatten() for rows in self.groups]
+            self._by_length[length] = groups, torch.cat(groups).argsort()
+        return self._by_length[length]
 
 
 class _Local(threading.local):

@@ -7,6 +7,7 @@ call enters the handle's frame, so its active adapters act during the call and n
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
 from .config import PeftConfig, PromptConfig, TaskType
 from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
-from .frame import CarriesFrame, Frame, entered
+from .frame import CarriesFrame, Frame, Mixture, entered
 from .framed import Framed
 from .match import Plan, check_config, check_task, match
 from .merge import Originals
@@ -30,6 +31,8 @@ from .mergeable import Mergeable
 from .mirror import handle_class
 from .record import records
 from .registry import adapter_type
+
+BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
 
 
 class PeftModel(Mergeable, nn.Module):
@@ -120,28 +123,36 @@ class PeftModel(Mergeable, nn.Module):
     # --- calls ----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward with the active adapters acting; same arguments, same result type."""
-        _refuse_rows(kwargs)
-        if preflight.is_due(self):
-            return preflight.checked_forward(self, *args, **kwargs)
-        return self._forward(self._frame, *args, **kwargs)
+        """The base's forward with the active adapters acting; same arguments, same result type.
+
+        Args:
+            adapter_names: for each row the name of the adapter that acts on it (in place of the active ones), or
+                "__base__" for none; of any methods, in training and in evaluation.
+        """
+        names = kwargs.pop("adapter_names", None)
+        frame, acting = (self._frame, self._acting()) if names is None else self._mixed(names, args, kwargs)
+        if preflight.is_due(self, acting):
+            return preflight.checked_forward(self, frame, acting, *args, **kwargs)
+        return self._forward(frame, *args, **kwargs)
 
     def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         with self._entered(frame):
             if not frame.prompts:
                 return self.base_model(*args, **kwargs)
             kwargs.update(zip(self._accepts, args))
-            return self.base_model(**self._with_virtual_tokens(kwargs))
+            return self.base_model(**self._with_virtual_tokens(kwargs, frame))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `generate` with the active adapters acting; same arguments, same result.
 
-        Virtual tokens are no part of the result, and `max_length` counts without them.
+        Virtual tokens are no part of the result, and `max_length` counts without them. `adapter_names` is one name
+        for each row, as in `forward`.
         """
-        _refuse_rows(kwargs)
-        with self._entered():
-            if self._frame.prompts:
-                args, kwargs = self._generation_inputs(args, kwargs)
+        names = kwargs.pop("adapter_names", None)
+        frame = self._frame if names is None else self._mixed(names, args, kwargs)[0]
+        with self._entered(frame):
+            if frame.prompts:
+                args, kwargs = self._generation_inputs(args, kwargs, frame)
             return self.base_model.generate(*args, **kwargs)
 
     def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -173,12 +184,53 @@ class PeftModel(Mergeable, nn.Module):
 
         Calls only read `_frame`: reading names there would compile one graph per name (the limit is 8).
         """
-        acting = self._acting()
+        self._frame = self._frame_of(self._acting())
+
+    def _frame_of(self, acting: tuple[str, ...]) -> Frame:
         if acting not in self._frames:
             trees: list[Any] = [(self.tree(name).prompt, self.peft_config[name]) for name in acting]
             prompts = tuple((prompt, config.num_virtual_tokens) for prompt, config in trees if prompt is not None)
             self._frames[acting] = Frame(self._adapters_by_site(acting), prompts)
-        self._frame = self._frames[acting]
+        return self._frames[acting]
+
+    def _mixed(self, names: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Frame, tuple[str, ...]]:
+        """The frame of a batch with one adapter per row, and the names that act in it.
+
+        Raises:
+            UsageError: there is not one name for each row, or the base's weights are not its own now.
+            AdapterNameError: an adapter is not here.
+        """
+        names = list(names)
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if isinstance(first, torch.Tensor) and len(names) != first.shape[0]:
+            raise UsageError(f"adapter_names holds {len(names)} names for {first.shape[0]} rows; give one for each row")
+        for name in dict.fromkeys(names):
+            if name != BASE_ROW:
+                self._known(name)
+                self._check_splits(name)
+        if self._merged:
+            merged = ", ".join(f'"{name}"' for name in self._merged)
+            raise UsageError(f"{merged} is merged into the weights, so it would act on every row; call unmerge_adapter() first")
+        by_name: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            by_name.setdefault(BASE_ROW if self._disabled else name, []).append(row)
+        frames = [self._frame_of(() if name == BASE_ROW else (name,)) for name in by_name]
+        acting = tuple(sorted(by_name.keys() - {BASE_ROW}))
+        if len(frames) == 1:
+            return frames[0], acting
+        device = None if first is None else first.device
+        groups = [torch.tensor(rows, device=device) for rows in by_name.values()]
+        return Frame({}, mixture=Mixture(frames, groups)), acting
+
+    def _check_splits(self, name: str) -> None:
+        """Modules of a list of experts get tokens of any rows in any order, so they cannot be told apart by rows."""
+        if name not in self._splits:
+            self._splits[name] = [path for path, _ in self.tree(name).items() if re.search(r"(^|\.)experts\.\d+(\.|$)", path)]
+        if self._splits[name]:
+            raise UsageError(
+                f'"{name}" adapts single experts ({self._splits[name][0]}, ...), whose tokens are of no known row; '
+                "run such a batch adapter by adapter"
+            )
 
     def _adapters_by_site(self, names: tuple[str, ...]) -> dict[site.Site, tuple]:
         """`{site: adapters}`, at each site in the order of `names` and, within one adapter, of its kinds."""
@@ -192,7 +244,8 @@ class PeftModel(Mergeable, nn.Module):
     def _forget(self) -> None:
         """Drop what is derived from adapters and base, to be derived anew."""
         self._frames: dict[tuple[str, ...], Frame] = {}
-        self._checked: set[tuple[Frame, bool]] = set()  # frames that preflight has looked into, in eval or training
+        self._splits: dict[str, list[str]] = {}  # per adapter, the paths that keep it out of mixed batches
+        self._checked: set[tuple[tuple[str, ...], bool]] = set()  # what preflight has looked into, in eval or training
         self._settle()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,14 +269,14 @@ class PeftModel(Mergeable, nn.Module):
 
     # --- virtual tokens -------------------------------------------------------------------------------------------
 
-    def _with_virtual_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if len(self._frame.prompts) > 1:
+    def _with_virtual_tokens(self, inputs: dict[str, Any], frame: Frame) -> dict[str, Any]:
+        if len(frame.prompts) > 1:
             raise UsageError("only one adapter with virtual tokens can be active at a time")
-        prompt, tokens = self._frame.prompts[0]
+        prompt, tokens = frame.prompts[0]
         virtual = prompt()[:tokens]  # rows for a decoder follow; no method here uses them
         return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance)
 
-    def _generation_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def _generation_inputs(self, args: tuple, kwargs: dict[str, Any], frame: Frame) -> tuple[tuple, dict]:
         if args:
             kwargs["input_ids"], *rest = args
             args = (None, *rest)
@@ -231,7 +284,7 @@ class PeftModel(Mergeable, nn.Module):
         kwargs = prompting.generation_inputs(self.base_model, ids, kwargs)
         named = ("attention_mask", "inputs_embeds", "token_type_ids")
         inputs = {"input_ids": ids, **{name: kwargs.pop(name) for name in named if kwargs.get(name) is not None}}
-        inputs = self._with_virtual_tokens({k: v for k, v in inputs.items() if v is not None})
+        inputs = self._with_virtual_tokens({k: v for k, v in inputs.items() if v is not None}, frame)
         inputs.pop("position_ids", None)  # generate counts them from the mask itself
         if ids is not None and not self._entrance.encoder_decoder:
             inputs["input_ids"] = ids  # for the result and for processors that look at the text so far
@@ -486,14 +539,6 @@ class PeftModel(Mergeable, nn.Module):
         if name not in self.peft_config:
             known = ", ".join(f'"{known}"' for known in self.peft_config) or "none"
             raise AdapterNameError(f'no adapter "{name}"{did_you_mean(name, self.peft_config)}; adapters here: {known}')
-
-
-def _refuse_rows(kwargs: dict[str, Any]) -> None:
-    """Many bases take any keyword, so an adapter per row would be asked for and ignored."""
-    if kwargs.pop("adapter_names", None) is not None:
-        raise UsageError(
-            "one adapter per row (adapter_names) is not built yet; group the rows and call set_adapter for each group"
-        )
 
 
 def _empty_handle(task_class: type[PeftModel], base_class: type[nn.Module]) -> PeftModel:

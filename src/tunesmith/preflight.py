@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def is_due(handle: PeftModel) -> bool:
-    """Whether this forward is the first of its kind (compiled forwards are not looked into)."""
+def is_due(handle: PeftModel, acting: tuple[str, ...]) -> bool:
+    """Whether this is the first forward with these adapters in this mode (compiled forwards are not looked into)."""
     if torch.compiler.is_compiling():
         return False
-    return bool(handle._acting()) and (handle._frame, _trains(handle)) not in handle._checked
+    return bool(acting) and (acting, _trains(handle)) not in handle._checked
 
 
 def _trains(handle: PeftModel) -> bool:
     return handle.training and torch.is_grad_enabled()
 
 
-def checked_forward(handle: PeftModel, *args: Any, **kwargs: Any) -> Any:
+def checked_forward(handle: PeftModel, frame: Frame, acting: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
     """The handle's forward, after which every site must have been reached.
 
     Raises:
@@ -44,12 +44,12 @@ def checked_forward(handle: PeftModel, *args: Any, **kwargs: Any) -> Any:
             reached at all; or the base is sharded and the adapters are not.
     """
     trains = _trains(handle)
-    paths = {path for name in handle._acting() for path, _ in handle.tree(name).items()}
+    paths = {path for name in acting for path, _ in handle.tree(name).items()}
     _check_sharding(handle)
     _check_installed(handle, paths)
     fired: set[site.Site] = set()
     ran: set[str] = set()
-    frame = Frame(handle._frame.adapters, handle._frame.prompts, fired)
+    frame = frame.noting(fired)
     parents = {path.rpartition(".")[0] for path in paths}
     hooks = [_note(handle.base_model.get_submodule(parent), parent, frame, ran) for parent in parents]
     try:
@@ -67,7 +67,7 @@ def checked_forward(handle: PeftModel, *args: Any, **kwargs: Any) -> Any:
         )
     if missed and trains:
         logger.warning("%d of %d adapted modules did not run in the first step (unused parts)", len(missed), len(paths))
-    handle._checked.add((handle._frame, trains))
+    handle._checked.add((acting, trains))
     return result
 
 

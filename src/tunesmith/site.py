@@ -16,7 +16,8 @@ from torch import nn
 from .bases.view import plain_forward
 from .contracts import fold
 from .errors import TargetError
-from .frame import current_frame
+from .frame import Frame, current_frame
+from .mixing import run_by_rows
 
 
 class Site:
@@ -30,12 +31,25 @@ class Site:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module()
         frame = current_frame()
-        adapters = frame.adapters.get(self) if frame is not None else None
-        if frame is None or not adapters:
+        if frame is None:
+            return type(module).forward(module, *args, **kwargs)
+        if frame.mixture is not None:
+            return self._mixed(module, frame, args, kwargs)
+        adapters = frame.adapters.get(self)
+        if not adapters:
             return type(module).forward(module, *args, **kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
         return fold(module, adapters)(*args, **kwargs)
+
+    def _mixed(self, module: Any, frame: Frame, args: tuple, kwargs: dict[str, Any]) -> Any:
+        mixture: Any = frame.mixture
+        adapters = [part.adapters.get(self, ()) for part in mixture.frames]
+        if not any(adapters):
+            return type(module).forward(module, *args, **kwargs)
+        if frame.fired is not None:
+            frame.fired.add(self)
+        return run_by_rows(module, mixture, adapters, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or pickle of the module alone holds its plain forward (and needs no Tunesmith to be read).

@@ -398,12 +398,3 @@ def test_a_copied_handle_with_merged_adapters_can_be_unmerged(llama, llama_input
     assert torch.equal(out(twin.base_model, llama_inputs), plain)
     assert twin.base_model.lm_head.weight is twin.base_model.model.embed_tokens.weight
     assert not torch.equal(out(base, llama_inputs), plain)
-
-
-def test_adapters_per_row_are_refused_rather_than_ignored(llama, llama_inputs):
-    handle = lora(llama)
-    for call in (handle, handle.generate):
-        with pytest.raises(UsageError, match="adapter_names"):
-            call(**llama_inputs, adapter_names=["default", "__base__"])
-    assert current_frame() is None
-    assert handle(**llama_inputs, adapter_names=None).logits.shape[0] == 2
