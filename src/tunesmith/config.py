@@ -142,6 +142,7 @@ class PeftConfig:
 
     method: ClassVar[str | None] = None
     is_prompt_learning: ClassVar[bool] = False
+    usual_learning_rate: ClassVar[float] = 2e-3  # what a training job takes when the user names none
     # Keys of the ecosystem's files that this version cannot act on, with the values (beyond `is_off`) that mean "off".
     not_supported: ClassVar[dict[str, tuple]] = {}
 

@@ -12,6 +12,8 @@ import time
 import pytest
 
 from tunesmith.cli.app import main
+from tunesmith.cli.train import read_options
+from tunesmith.train import job
 
 TEXTS = [f"I want you to act as a gardener of plot {n}. Tell me what grows there and keep it short." for n in range(20)]
 
@@ -102,6 +104,8 @@ def test_train_then_generate(method, data_file, tmp_path, capsys):
         (["train", "--data", "{data}", "--text-column", "prompt", "--base", "./nowhere"], 1, ["nowhere"]),
         (["generate", "--adapter", "./nowhere", "--prompt", "x"], 1, ["nowhere"]),
         (["train", "--dtaa", "{data}"], 2, ["--data"]),
+        (["train", "--data", "{data}", "--text-column", "prompt", "--option", "r"], 2, ["--option r", "name=value"]),
+        (["train", "--data", "{data}", "--text-column", "prompt", "--option", "rr=3"], 2, ["no field", "rr"]),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
 )
@@ -112,6 +116,24 @@ def test_mistakes_give_one_clear_error(arguments, code, words, data_file, tmp_pa
     assert all(word in printed.err for word in words), printed.err
     assert "Traceback" not in printed.err
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("method", job.method_names())
+def test_every_method_is_a_choice_of_train_and_in_the_list(method, capsys):
+    config = job.Settings(method).peft_config("sprout")
+    assert method.upper().replace("-", "_") == config.method
+    assert run("methods") == 0
+    assert f"\n{method} " in capsys.readouterr().out
+
+
+def test_options_are_fields_of_the_config_and_win():
+    assert read_options(["r=3", "init_lora_weights=gaussian", 'target-modules=["q_proj"]']) == {
+        "r": 3,
+        "init_lora_weights": "gaussian",
+        "target_modules": ["q_proj"],
+    }
+    config = job.Settings("lora", lora_r=4, options={"r": 3}).peft_config("sprout")
+    assert config.r == 3 and config.lora_alpha == 16
 
 
 def test_demo_makes_two_specialists(tmp_path, monkeypatch, capsys):

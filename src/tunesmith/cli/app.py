@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, TunesmithError
-from . import demo, generate, train
+from . import demo, generate, methods, train
 
 EXIT_FAILED, EXIT_USAGE, EXIT_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("methods")(methods.methods)
 
 
 def _show_version(wanted: bool) -> None:

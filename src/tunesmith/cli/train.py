@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ..errors import ConfigError
 
 
 def train(
@@ -13,15 +16,19 @@ def train(
     text_column: Annotated[str | None, typer.Option(help="Column or key that holds the text.")] = None,
     base: Annotated[str, typer.Option("--base", "--model-name-or-path", help="sprout, a folder or a hub id.")] = "sprout",
     output_dir: Annotated[Path, typer.Option(help="Where the adapter is written.")] = Path("adapter"),
-    method: Annotated[str, typer.Option(help="prompt-tuning or lora.")] = "prompt-tuning",
-    num_virtual_tokens: Annotated[int, typer.Option(help="Prompt tuning: how many virtual tokens.")] = 8,
+    method: Annotated[str, typer.Option(help="prompt-tuning, lora, or any of `tunesmith methods`.")] = "prompt-tuning",
+    num_virtual_tokens: Annotated[int, typer.Option(help="Prompt methods: how many virtual tokens.")] = 8,
     prompt_tuning_init_text: Annotated[str | None, typer.Option(help="Prompt tuning: a text to start from.")] = None,
-    lora_r: Annotated[int, typer.Option(help="LoRA: rank.")] = 8,
+    lora_r: Annotated[int, typer.Option(help="LoRA and its kin: rank.")] = 8,
     lora_alpha: Annotated[int, typer.Option(help="LoRA: strength (scale is alpha / r).")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="LoRA: dropout while training.")] = 0.0,
-    lora_target_modules: Annotated[str | None, typer.Option(help="LoRA: comma-separated names or all-linear.")] = None,
+    lora_target_modules: Annotated[str | None, typer.Option(help="Comma-separated names or all-linear.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="A field of the method's config, e.g. use_dora=true; repeatable."),
+    ] = None,
     num_train_epochs: Annotated[float, typer.Option("--num-train-epochs", "--epochs", help="Passes over the data.")] = 5,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: 3e-2 for prompt tuning, 2e-3 for LoRA.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the method's usual one.")] = None,
     per_device_train_batch_size: Annotated[
         int, typer.Option("--per-device-train-batch-size", "--batch-size", help="Rows per step.")
     ] = 8,
@@ -37,6 +44,7 @@ def train(
 
     from ..data.files import check_folder, read_texts
 
+    options = read_options(option or [])
     texts = read_texts(data, text_column)  # before torch is imported: a mistake in the data shows at once
     check_folder(output_dir)
 
@@ -46,7 +54,7 @@ def train(
     console = Console(highlight=False, soft_wrap=True)
     settings = job.Settings(
         method, num_virtual_tokens, prompt_tuning_init_text, lora_r, lora_alpha, lora_dropout, lora_target_modules,
-        num_train_epochs, per_device_train_batch_size, learning_rate, max_length, held_out, seed,
+        num_train_epochs, per_device_train_batch_size, learning_rate, max_length, held_out, seed, options,
     )  # fmt: skip
     quiet.hush()
     console.print(f"{len(texts)} rows from {data}; base {base}, method {method}")
@@ -57,3 +65,22 @@ def train(
     console.print(f"trained {trainable:,} of {total:,} parameters; {result.sentence()}")
     console.print(f"adapter: {output_dir} ({size / 1024:.1f} KB of tensors)")
     console.print(f'use it: tunesmith generate --adapter {output_dir} --prompt "..."')
+
+
+def read_options(pairs: list[str]) -> dict[str, Any]:
+    """`["r=16", "use_dora=true"]` as a dictionary; values are JSON, or else plain text.
+
+    Raises:
+        ConfigError: a pair has no `=`, or a name comes twice.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or name in options:
+            raise ConfigError(f"--option {pair}: give each field once, as name=value, e.g. --option use_dora=true")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options

@@ -47,6 +47,7 @@ class PromptTuningConfig(PromptConfig):
     tokenizer_kwargs: dict[str, Any] | None = None
 
     method: ClassVar[str] = "PROMPT_TUNING"
+    usual_learning_rate: ClassVar[float] = 3e-2
 
     def __post_init__(self) -> None:
         if self.prompt_tuning_init in [choice.value for choice in PromptTuningInit]:

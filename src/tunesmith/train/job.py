@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import time
@@ -15,12 +16,15 @@ from torch import nn
 
 from ..config import PeftConfig, TaskType
 from ..data.text import PadRight, mean_loss, pad_id_of, split, tokenize
-from ..errors import ConfigError, DataError
-from ..methods.lora import LoraConfig
+from ..errors import ConfigError, DataError, did_you_mean
 from ..methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from ..registry import all_methods, method_named
 from ..tasks import PeftModel, get_peft_model
 
-METHODS = ("prompt-tuning", "lora")
+
+def method_names() -> list[str]:
+    """Every method as the command line spells it: `lora`, `prompt-tuning`, ..."""
+    return [name.lower().replace("_", "-") for name in all_methods()]
 
 
 @dataclass
@@ -28,7 +32,9 @@ class Settings:
     """What a job can be told; every name is a flag of `tunesmith train`, under the ecosystem's names.
 
     Args:
-        num_virtual_tokens, prompt_tuning_init_text: for prompt tuning; a text is where the tokens start.
+        num_virtual_tokens, prompt_tuning_init_text: for methods with virtual tokens; a text is where prompt tuning starts.
+        lora_r, lora_alpha, lora_dropout, lora_target_modules: for methods whose configuration has such fields.
+        options: further fields of the method's configuration, which win over the above.
         learning_rate: None takes the method's usual one.
         held_out: share of the rows kept for evaluation.
         max_length: longer rows are cut to so many tokens, virtual ones included.
@@ -47,10 +53,13 @@ class Settings:
     max_length: int = 256
     held_out: float = 0.1
     seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f'method "{self.method}" is unknown; use {" or ".join(METHODS)}')
+        if self.method not in method_names():
+            raise ConfigError(
+                f'method "{self.method}" is unknown{did_you_mean(self.method, method_names())}; use {", ".join(method_names())}'
+            )
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out} must be at least 0 and below 1")
         for name in ("num_train_epochs", "per_device_train_batch_size", "max_length"):
@@ -60,30 +69,34 @@ class Settings:
             raise ConfigError(f"learning_rate={self.learning_rate} must be above 0")
         self.peft_config("sprout")  # its own faults show now, before anything is loaded
 
-    def peft_config(self, base_name: str) -> PeftConfig:
-        if self.method == "lora":
-            targets: Any = self.lora_target_modules
-            if targets and targets != "all-linear":
-                targets = [name.strip() for name in targets.split(",")]
-            return LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
-                r=self.lora_r,
-                lora_alpha=self.lora_alpha,
-                lora_dropout=self.lora_dropout,
-                target_modules=targets,
-            )
+    @property
+    def config_type(self) -> type[PeftConfig]:
+        return method_named(self.method.upper().replace("-", "_")).config
+
+    def peft_config(self, base_name: str, steps: int = 1000) -> PeftConfig:
+        """The method's configuration, of the settings that have a field there; `steps` is the length of the training."""
+        targets: Any = self.lora_target_modules
+        if targets and targets != "all-linear":
+            targets = [name.strip() for name in targets.split(",")]
         text = self.prompt_tuning_init_text
-        return PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM,
-            num_virtual_tokens=self.num_virtual_tokens,
-            prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.SAMPLE_VOCAB,
-            prompt_tuning_init_text=text,
-            tokenizer_name_or_path=base_name,
-        )
+        values = {
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": targets,
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "total_step": steps,
+        }
+        if issubclass(self.config_type, PromptTuningConfig):
+            values["prompt_tuning_init"] = PromptTuningInit.TEXT if text else PromptTuningInit.SAMPLE_VOCAB
+            values |= {"prompt_tuning_init_text": text, "tokenizer_name_or_path": base_name}
+        fields = {known.name for known in dataclasses.fields(self.config_type) if known.init}
+        values = {name: value for name, value in values.items() if name in fields}
+        return self.config_type(task_type=TaskType.CAUSAL_LM, **{**values, **self.options})
 
     @property
     def rate(self) -> float:
-        return self.learning_rate or {"prompt-tuning": 3e-2, "lora": 2e-3}[self.method]
+        return self.learning_rate or self.config_type.usual_learning_rate
 
 
 @dataclass
@@ -123,7 +136,7 @@ def train(base: nn.Module, tokenizer: Any, texts: Sequence[str], settings: Setti
     train_texts, held_out_texts = split(texts, settings.held_out, settings.seed)
     if not train_texts:
         raise DataError(f"{len(texts)} row(s) leave nothing to train on; add rows or set --held-out 0")
-    room = settings.max_length - (settings.num_virtual_tokens if settings.method == "prompt-tuning" else 0)
+    room = settings.max_length - getattr(settings.peft_config("sprout"), "num_virtual_tokens", 0)
     if room < 2:
         raise ConfigError(f"max_length={settings.max_length} leaves no room for text beside the virtual tokens; raise it")
     data, held_out = tokenize(train_texts, tokenizer, room), tokenize(held_out_texts, tokenizer, room)
@@ -132,12 +145,12 @@ def train(base: nn.Module, tokenizer: Any, texts: Sequence[str], settings: Setti
 
     torch.manual_seed(settings.seed)
     name = getattr(base, "name_or_path", "")
-    handle = get_peft_model(base, settings.peft_config(name))
+    steps = int(math.ceil(len(data.examples) / settings.per_device_train_batch_size) * settings.num_train_epochs)
+    handle = get_peft_model(base, settings.peft_config(name, max(steps, 1)))
     pad_id = pad_id_of(tokenizer)
     before = mean_loss(base, held_out.examples, pad_id) if held_out.examples else None
     progress = ShowProgress(title, console)
     with tempfile.TemporaryDirectory() as scratch:
-        steps = math.ceil(len(data.examples) / settings.per_device_train_batch_size) * settings.num_train_epochs
         arguments = TrainingArguments(
             output_dir=scratch,
             save_strategy="no",
@@ -145,8 +158,8 @@ def train(base: nn.Module, tokenizer: Any, texts: Sequence[str], settings: Setti
             per_device_train_batch_size=settings.per_device_train_batch_size,
             learning_rate=settings.rate,
             lr_scheduler_type="cosine",
-            warmup_steps=min(10, max(1, int(steps) // 10)),
-            logging_steps=max(1, int(steps) // 30),
+            warmup_steps=min(10, max(1, steps // 10)),
+            logging_steps=max(1, steps // 30),
             seed=settings.seed,
             data_seed=settings.seed,
             report_to=[],
