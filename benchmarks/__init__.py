@@ -1,0 +1,1 @@
+"""Benchmarks: one case per file in `cases/`, one harness; tables in the docs are generated from their results."""

@@ -1,0 +1,1 @@
+"""The cases. Each has `VARIANTS`, `run(variant, ...)` (called in a fresh process) and `report(records)`."""

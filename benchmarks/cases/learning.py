@@ -1,0 +1,83 @@
+"""Does each method learn? Every method trains sprout on the same rows; perplexity on rows it has not seen."""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PAGE = "benchmarks/learning.md"
+MARGIN = 0.04  # a method must lower the held-out loss (nats per token) by this share at least
+EPOCHS = 4
+DATA = Path(__file__).parents[3] / "shared" / "data" / "prompts.csv"  # real rows; without them, the demo's
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LoRA": {"method": "lora"},
+    "LoRA, all-linear": {"method": "lora", "options": {"target_modules": "all-linear"}},
+    "IA3": {"method": "ia3", "learning_rate": 2e-2},
+    "prompt tuning": {"method": "prompt-tuning"},
+}
+
+
+def run(method: str, learning_rate: float | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    from rich.console import Console
+
+    from tunesmith.assets import FOLDER
+    from tunesmith.auto import load_base, load_tokenizer
+    from tunesmith.data.files import read_texts
+    from tunesmith.train import job, quiet
+
+    quiet.hush()
+    texts = read_texts(DATA if DATA.is_file() else FOLDER / "demo" / "prompts.csv", "prompt")
+    base, tokenizer = load_base("sprout").float().eval(), load_tokenizer("sprout")
+    settings = job.Settings(method, num_train_epochs=EPOCHS, learning_rate=learning_rate, options=options or {}, held_out=0.15)
+    started = time.monotonic()
+    result = job.train(base, tokenizer, texts, settings, title=method, console=Console(file=io.StringIO()))
+    with tempfile.TemporaryDirectory() as folder:
+        size = job.save(result, tokenizer, Path(folder))
+    assert result.held_out_before is not None and result.held_out_after is not None
+    return {
+        "config": type(result.handle.active_peft_config).__name__,
+        "learning_rate": settings.rate,
+        "trained": result.handle.get_nb_trainable_parameters()[0],
+        "bytes": size,
+        "seconds": result.seconds,
+        "all_seconds": time.monotonic() - started,
+        "before": result.held_out_before,
+        "after": result.held_out_after,
+        "rows": len(texts),
+        "held_out_rows": len(result.held_out),
+        "data": "prompts.csv (real prompts)" if DATA.is_file() else "the demo's prompts",
+    }
+
+
+def learned(record: dict[str, Any]) -> bool:
+    return bool(record["after"] <= (1 - MARGIN) * record["before"])
+
+
+def report(records: list[dict[str, Any]]) -> str:
+    done = [record for record in records if "error" not in record]
+    first = done[0]
+    lines = [
+        "# Does every method learn?",
+        "",
+        f"Each method trains *sprout* (8 M parameters, fp32) for {EPOCHS} epochs on "
+        f"{first['rows'] - first['held_out_rows']} rows of {first['data']}; perplexity is of {first['held_out_rows']} rows held "
+        f"out, {math.exp(first['before']):.1f} without an adapter. A method passes when its held-out loss falls by at least "
+        f"{MARGIN:.0%}. Settings are the job's defaults; this compares no methods at their best.",
+        "",
+        "| method | trained parameters | file | training | peak memory | learning rate | held-out perplexity | loss falls by |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in records:
+        if "error" in r:
+            lines.append(f"| {r['variant']} | failed: {r['error'][0]} | | | | | | |")
+            continue
+        fall = f"{1 - r['after'] / r['before']:.1%}" + ("" if learned(r) else " **(does not pass)**")
+        cells = (r["variant"], f"{r['trained']:,}", f"{r['bytes'] / 1024:.1f} KB", f"{r['seconds']:.0f} s")
+        cells += (f"{r['peak_mb']:.0f} MB", f"{r['learning_rate']:g}", f"{math.exp(r['after']):.1f}", fall)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
