@@ -24,7 +24,7 @@ LAYERS = [
     ["mixing"],
     ["contracts"],
     ["registry"],
-    ["config", "frame", "bases"],
+    ["config", "frame", "bases", "kernels"],
     ["assets", "errors", "targets"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

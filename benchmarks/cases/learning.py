@@ -65,9 +65,9 @@ def report(records: list[dict[str, Any]]) -> str:
         "# Does every method learn?",
         "",
         f"Each method trains *sprout* (8 M parameters, fp32) for {EPOCHS} epochs on "
-        f"{first['rows'] - first['held_out_rows']} rows of {first['data']}; perplexity is of {first['held_out_rows']} rows held "
-        f"out, {math.exp(first['before']):.1f} without an adapter. A method passes when its held-out loss falls by at least "
-        f"{MARGIN:.0%}. Settings are the job's defaults; this compares no methods at their best.",
+        f"{first['rows'] - first['held_out_rows']} rows of {first['data']}; perplexity is of {first['held_out_rows']} rows "
+        f"held out, {math.exp(first['before']):.1f} without an adapter. A method passes when its held-out loss falls by at "
+        f"least {MARGIN:.0%}. Settings are the job's defaults; this compares no methods at their best.",
         "",
         "| method | trained parameters | file | training | peak memory | learning rate | held-out perplexity | loss falls by |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -1,0 +1,16 @@
+"""The plain twins: what each fused operation computes, as short as it can be said."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Sum over rows of the cross-entropy of `hidden @ weight.T + bias` with `labels`, in fp32.
+
+    With smoothing e the target is `(1 - e) onehot(label) + e / V` (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567).
+    """
+    logits = F.linear(hidden, weight, bias)
+    wide = logits.double() if logits.dtype.itemsize == 8 else logits.float()
+    return F.cross_entropy(wide, labels, reduction="sum", label_smoothing=smoothing)
