@@ -25,7 +25,7 @@ def ours_on(base: nn.Module, kind: str, task: str | None, **options: Any) -> ts.
     """Our handle with a new adapter whose every tensor is random, so that each part of it acts."""
     config, _, defaults = CONFIGS[kind]
     handle = ts.get_peft_model(base, config(task_type=task, **{**defaults, **options}))
-    return _scrambled(handle).eval()
+    return scrambled(handle).eval()
 
 
 def theirs_on(base: nn.Module, kind: str, task: str | None, **options: Any) -> peft.PeftModel:
@@ -33,7 +33,7 @@ def theirs_on(base: nn.Module, kind: str, task: str | None, **options: Any) -> p
     _, config, defaults = CONFIGS[kind]
     with quiet():
         model = peft.get_peft_model(copy.deepcopy(base), config(task_type=task, **{**defaults, **options}))
-    return _scrambled(model).eval()
+    return scrambled(model).eval()
 
 
 def read_by_peft(base: nn.Module, folder: Path, **kwargs: Any) -> peft.PeftModel:
@@ -107,7 +107,7 @@ def agree(base: nn.Module, kind: str, task: str | None, inputs: dict[str, Tensor
         torch.testing.assert_close(output(mine, inputs), expected, atol=1e-5, rtol=0)
 
 
-def _scrambled(model: Any) -> Any:
+def scrambled(model: Any) -> Any:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

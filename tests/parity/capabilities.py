@@ -1,0 +1,206 @@
+"""What each method can do, found out by doing it: the source of the table in docs/methods.md and of `test_capabilities.py`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+import tunesmith as ts
+from tests import tiny
+from tests.parity.oracle import output, quiet, read_by_peft, scrambled, written_by_peft
+from tunesmith.config import PeftConfig
+from tunesmith.registry import all_methods
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+TARGETS = ["q_proj", "v_proj"]
+
+
+@dataclass
+class Case:
+    """One method, or one variant of it that a flag chooses.
+
+    Args:
+        name: as the table shows it.
+        config: our configuration class.
+        fields: for both libraries' configurations.
+        reference: the reference library's configuration class; None where it has no such method.
+        base: which tiny model.
+    """
+
+    name: str
+    config: type[PeftConfig]
+    fields: dict[str, Any] = field(default_factory=dict)
+    reference: Any = None
+    base: str = "llama"
+
+    def ours(self) -> Any:
+        return scrambled(ts.get_peft_model(tiny.make(self.base), self.config(task_type=self.task, **self.fields))).eval()
+
+    def theirs(self) -> Any:
+        with quiet():
+            config = self.reference(task_type=self.task, **self.fields)
+            return scrambled(peft.get_peft_model(tiny.make(self.base), config)).eval()
+
+    @property
+    def task(self) -> str:
+        return tiny.task_of(self.base)
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return tiny.inputs_for(self.base, rows=3)
+
+
+def cases() -> list[Case]:
+    """Every registered method, and the variants of LoRA."""
+    made = []
+    for name, method in all_methods().items():
+        own = dict(FIELDS.get(name, {}))
+        base = own.pop("base", "llama")
+        if "target_modules" in inspect.signature(method.config).parameters and base == "llama":
+            own.setdefault("target_modules", TARGETS)
+        reference = getattr(peft, method.config.__name__, None)
+        made.append(Case(title(method.config), method.config, own, reference, base))
+        if name == "LORA":
+            made += [Case(label, method.config, {**own, **extra}, reference) for label, extra in VARIANTS.items()]
+    return made
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+}
+VARIANTS: dict[str, dict[str, Any]] = {"rsLoRA": {"use_rslora": True}}
+
+
+def title(config: type[PeftConfig]) -> str:
+    """The method's name as its module's first sentence has it."""
+    return (inspect.getdoc(inspect.getmodule(config)) or config.__name__).partition(":")[0]
+
+
+def paper(config: type[PeftConfig]) -> str:
+    found = re.findall(r"arxiv\.org/abs/([\d.]*\d)", inspect.getdoc(inspect.getmodule(config)) or "")
+    return f"[{found[0]}](https://arxiv.org/abs/{found[0]})" if found else ""
+
+
+# --- what is tried; each returns "yes", "no" or "-" (where the question makes no sense), or raises -------------------------
+
+
+def trains(case: Case) -> str:
+    torch.manual_seed(0)
+    handle = ts.get_peft_model(tiny.make(case.base), case.config(task_type=case.task, **case.fields)).train()
+    optimizer = torch.optim.Adam([p for p in handle.parameters() if p.requires_grad], lr=1e-2)
+    inputs = case.inputs
+    labels = torch.arange(3) % 3 if case.task == "SEQ_CLS" else inputs.get("decoder_input_ids", inputs["input_ids"])
+    losses = []
+    for _ in range(12):
+        loss = handle(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1e-3, losses
+    return "yes"
+
+
+def saves_and_loads(case: Case) -> str:
+    handle = case.ours()
+    with tempfile.TemporaryDirectory() as folder:
+        handle.save_pretrained(folder)
+        again = ts.PeftModel.from_pretrained(tiny.make(case.base), folder).eval()
+    assert torch.equal(output(again, case.inputs), output(handle, case.inputs))
+    return "yes"
+
+
+def loads_theirs(case: Case) -> str:
+    if case.reference is None:
+        return "-"
+    theirs = case.theirs()
+    with tempfile.TemporaryDirectory() as folder:
+        written_by_peft(theirs, Path(folder))
+        mine = ts.PeftModel.from_pretrained(tiny.make(case.base), folder).eval()
+    _assert_alike(mine, theirs, case)
+    return "yes"
+
+
+def they_load_ours(case: Case) -> str:
+    if case.reference is None:
+        return "-"
+    mine = case.ours()
+    with tempfile.TemporaryDirectory() as folder:
+        mine.save_pretrained(folder)
+        theirs = read_by_peft(tiny.make(case.base), Path(folder))
+    _assert_alike(mine, theirs, case)
+    return "yes"
+
+
+def merges(case: Case) -> str:
+    handle = case.ours()
+    try:
+        merged = handle.merge_and_unload(copy=True)
+    except ts.UsageError as error:
+        assert "cannot be merged" in str(error)
+        return "no"
+    torch.testing.assert_close(output(merged, case.inputs), output(handle, case.inputs), atol=1e-4, rtol=1e-4)
+    return "yes"
+
+
+def mixes(case: Case) -> str:
+    """A batch of three rows: this adapter, none, this adapter."""
+    handle = case.ours()
+    with torch.no_grad():
+        mixed = tiny.main_output(handle(**case.inputs, adapter_names=["default", "__base__", "default"]))
+    with handle.disable_adapter():
+        plain = output(handle, case.inputs)
+    mixed = mixed[:, -plain.shape[1] :]
+    expected = output(handle, case.inputs)[:, -plain.shape[1] :]
+    torch.testing.assert_close(mixed[1], plain[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixed[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-4)
+    return "yes"
+
+
+CAPABILITIES: dict[str, Callable[[Case], str]] = {
+    "trains": trains,
+    "saves": saves_and_loads,
+    "loads peft's": loads_theirs,
+    "peft loads ours": they_load_ours,
+    "merges": merges,
+    "mixes by row": mixes,
+}
+
+
+def _assert_alike(mine: Any, theirs: Any, case: Case) -> None:
+    expected = output(theirs, case.inputs)
+    with torch.no_grad():
+        plain = tiny.main_output(copy.deepcopy(mine).unload()(**case.inputs))
+    assert (expected[:, -plain.shape[1] :] - plain).abs().max() > 1e-3, "the adapter does nothing; this proves nothing"
+    torch.testing.assert_close(output(mine, case.inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def page(results: dict[str, dict[str, str]]) -> str:
+    """The methods' page."""
+    listed = {case.name: case for case in cases()}
+    lines = [
+        "# Methods",
+        "",
+        "Generated by `python tools/methods_page.py` from what was tried in `tests/parity/capabilities.py`; the test suite",
+        "tries it all again. *loads peft's* and *peft loads ours*: the files of either library give the same outputs in the",
+        "other (a dash: the reference library has no such method). *merges*: into the weights of the base. *mixes by row*: in",
+        "one batch with rows of other adapters or none, in training and inference.",
+        "",
+        f"| method | configuration | paper | {' | '.join(CAPABILITIES)} |",
+        f"|---|---|---|{'---|' * len(CAPABILITIES)}",
+    ]
+    for name, answers in results.items():
+        config = listed[name].config
+        answered = " | ".join(answers[capability] for capability in CAPABILITIES)
+        lines.append(f"| {name} | `{config.__name__}` | {paper(config)} | {answered} |")
+    return "\n".join(lines) + "\n"
