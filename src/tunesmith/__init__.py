@@ -22,8 +22,11 @@ _PLACES = {
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],
     "methods.ia3": ["IA3Config"],
+    "methods.loha": ["LoHaConfig"],
+    "methods.lokr": ["LoKrConfig"],
     "methods.lora": ["LoraConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
+    "methods.vera": ["VeraConfig"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",

@@ -84,6 +84,9 @@ class Adapted(BaseView):
         y, bias = self(x), self.bias
         return y if bias is None else y - bias
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.base.product(x, weight)
+
     def stored(self, weight: Tensor) -> Tensor:
         return self.base.stored(weight)
 

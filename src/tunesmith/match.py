@@ -261,7 +261,7 @@ def _biases(modules: dict[str, Any], config: TargetedConfig, plan: Plan) -> list
     which = getattr(config, "bias", "none")
     if which == "none":
         return []
-    paths = plan.adapted if which == "lora_only" else modules
+    paths = modules if which == "all" else plan.adapted  # "lora_only", "vera_only", ...
     return [
         path
         for path in paths
