@@ -17,11 +17,14 @@ CONFIGS.update(
         "vera": (ts.VeraConfig, peft.VeraConfig, {"r": 16, "init_weights": False}),
         "loha": (ts.LoHaConfig, peft.LoHaConfig, {"r": 4, "init_weights": False}),
         "lokr": (ts.LoKrConfig, peft.LoKrConfig, {"r": 2, "alpha": 2, "init_weights": False}),
+        "oft": (ts.OFTConfig, peft.OFTConfig, {"oft_block_size": 8}),
+        "hra": (ts.HRAConfig, peft.HRAConfig, {"r": 4}),
+        "boft": (ts.BOFTConfig, peft.BOFTConfig, {"boft_block_size": 4}),
     }
 )
-LINEAR_ONLY = ("loha", "lokr", "oft", "hra")  # the reference has no Conv1D for these
+LINEAR_ONLY = ("loha", "lokr", "oft", "hra", "boft")  # the reference has no Conv1D for these
 BASES = ["llama", "gpt2", "opt", "bloom", "t5", "mt5", "bert-classifier"]
-KINDS = ["vera", "loha", "lokr"]
+KINDS = ["vera", "loha", "lokr", "oft", "hra", "boft"]
 CASES = [(kind, name) for kind in KINDS for name in BASES if not (name == "gpt2" and kind in LINEAR_ONLY)]
 
 
@@ -45,6 +48,25 @@ OPTIONS = {
     "lokr: factor above the root": ("lokr", "llama", {"decompose_factor": 16}),
     "lokr: factor that does not divide": ("lokr", "llama", {"decompose_factor": 5}),
     "lokr: exclude": ("lokr", "llama", {"target_modules": "all-linear", "exclude_modules": ["down_proj"]}),
+    "oft: number of blocks": ("oft", "llama", {"r": 4, "oft_block_size": 0}),
+    "oft: size that does not divide": ("oft", "llama", {"oft_block_size": 7, "target_modules": "all-linear"}),
+    "oft: size between two divisors": ("oft", "llama", {"oft_block_size": 12}),
+    "oft: size beyond the input": ("oft", "llama", {"oft_block_size": 100}),
+    "oft: number that does not divide": ("oft", "llama", {"r": 5, "oft_block_size": 0}),
+    "oft: exact inverse": ("oft", "llama", {"use_cayley_neumann": False}),
+    **{f"oft: {n} terms": ("oft", "llama", {"num_cayley_neumann_terms": n}) for n in (2, 3, 4, 6, 9)},
+    "oft: one block for all": ("oft", "llama", {"block_share": True}),
+    "oft: constrained": ("oft", "llama", {"coft": True, "eps": 0.3}),
+    "oft: constrained, one block for all": ("oft", "llama", {"coft": True, "eps": 0.3, "block_share": True}),
+    "oft: embedding": ("oft", "llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "oft: bias oft_only": ("oft", "opt", {"bias": "oft_only"}),
+    "hra: odd": ("hra", "llama", {"r": 3}),
+    "hra: Gram-Schmidt": ("hra", "llama", {"apply_GS": True, "init_weights": False}),
+    "hra: bias hra_only": ("hra", "opt", {"bias": "hra_only"}),
+    "hra: wide": ("hra", "llama", {"r": 6, "target_modules": ["down_proj", "q_proj"]}),
+    "boft: number of blocks": ("boft", "llama", {"boft_block_size": 0, "boft_block_num": 2}),
+    "boft: odd size": ("boft", "opt", {"boft_block_size": 0, "boft_block_num": 32}),
+    "boft: bias boft_only": ("boft", "opt", {"bias": "boft_only"}),
 }
 
 
@@ -58,9 +80,11 @@ CONVOLUTIONS = {
     "loha": ("loha", ["plain", "strided", "grouped", "head"], {}),
     "loha by cores": ("loha", ["plain", "strided", "grouped"], {"use_effective_conv2d": True, "alpha": 2000}),
     "lokr": ("lokr", ["plain", "strided", "grouped", "dilated", "head"], {"r": 1}),
-    "lokr by a core": ("lokr", ["plain", "strided", "grouped"], {"r": 1, "use_effective_conv2d": True}),
-    "lokr whole": ("lokr", ["plain", "strided"], {"r": 64, "alpha": 64}),
+    "lokr by a core": ("lokr", ["plain", "strided", "grouped"], {"r": 1, "use_effective_conv2d": True, "alpha": 200}),
+    "lokr whole": ("lokr", ["plain", "strided"], {"r": 64, "alpha": 640}),
     "lokr both low-rank": ("lokr", ["plain", "grouped"], {"r": 1, "decompose_both": True}),
+    "hra": ("hra", ["plain", "head"], {"r": 3}),
+    "boft": ("boft", ["plain", "head"], {"boft_block_size": 0, "boft_block_num": 1}),
 }
 
 
@@ -167,3 +191,66 @@ def test_vera_projections_are_read_from_the_file_where_it_has_them(tmp_path):
     again = ts.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(output(again, inputs), output(handle, inputs))
     torch.testing.assert_close(output(read_by_peft(base, tmp_path), inputs), output(handle, inputs), atol=1e-5, rtol=0)
+
+
+# --- OFT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"oft_block_size": 9}, {"oft_block_size": 3, "block_share": True}], ids=str)
+def test_oft_of_a_larger_kernel_is_what_the_references_merged_weight_computes(options, tmp_path):
+    """The reference's forward folds overlapping patches back into an image, which adds them up: not even R = I is the base.
+
+    Its merged weights are right, and ours equal them before and after merging.
+    """
+    base = ConvNet().eval()
+    ours = ours_on(base, "oft", None, target_modules=["plain"], **options)
+    ours.save_pretrained(tmp_path)
+    adapted = output(ours, IMAGE)
+    theirs = read_by_peft(base, tmp_path).merge_and_unload()
+    torch.testing.assert_close(adapted, output(theirs, IMAGE), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output(ours.merge_and_unload(copy=True), IMAGE), adapted, atol=1e-5, rtol=0)
+    assert (adapted - output(base, IMAGE)).abs().max() > 1e-3
+
+
+def test_constrained_oft_trains_on_from_the_constrained_values():
+    base, inputs = tiny.make("llama"), with_labels("llama")
+    options = {"coft": True, "eps": 0.1}
+    ours, theirs = ours_on(base, "oft", "CAUSAL_LM", **options).train(), theirs_on(base, "oft", "CAUSAL_LM", **options).train()
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**inputs).loss.backward()
+            optimizer.step()
+    trained = own_names(theirs)
+    named = named_tensors(ours.tree("default"), ours.peft_config["default"], base)
+    for name, _, tensor in named:
+        torch.testing.assert_close(tensor, trained[name], atol=1e-5, rtol=0)
+
+
+# --- BOFT -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def boft_without_cuda(monkeypatch):
+    """The reference takes one factor without its CUDA extension; this gives it the extension's result."""
+    from peft.tuners.boft import layer
+
+    def block_diagonal(blocks):
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", block_diagonal)
+
+
+@pytest.mark.parametrize("options", [
+    {"boft_n_butterfly_factor": 2},
+    {"boft_n_butterfly_factor": 3, "boft_block_size": 2, "target_modules": ["q_proj", "down_proj"]},
+    {"boft_n_butterfly_factor": 4, "boft_block_size": 0, "boft_block_num": 8},
+], ids=str)  # fmt: skip
+def test_boft_of_several_factors_goes_both_ways(options, boft_without_cuda, tmp_path):
+    base, inputs = tiny.make("llama"), tiny.inputs_for("llama")
+    agree(base, "boft", "CAUSAL_LM", inputs, tmp_path, **options)
+    theirs = read_by_peft(base, tmp_path / "theirs", is_trainable=True)
+    ours = ts.PeftModel.from_pretrained(base, tmp_path / "theirs", is_trainable=True).eval()
+    check_gradients(ours, theirs, with_labels("llama"))

@@ -15,8 +15,11 @@ from ..config import PeftConfig
 from ..contracts import ModuleCopy, ParameterAdapter
 
 # Local tensor names whose name in files is not the plain `<path>.<name>`, by method.
-_SUFFIXES = {"LORA": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}}
-_EMBEDDING = {"LORA": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}}
+_SUFFIXES = {"LORA": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}, "OFT": {"oft_R": "oft_R.weight"}}
+_EMBEDDING = {
+    "LORA": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
+    "OFT": {"oft_R": "oft_embedding_R.weight"},
+}
 
 
 def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

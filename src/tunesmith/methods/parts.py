@@ -65,3 +65,9 @@ def no_weight_map(base: BaseView, method: str, groups: bool = True) -> str | Non
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """`tensor` in a type that is precise enough for solving and orthogonalising."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def convolved(base: BaseView, x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution's output with another weight in place of its own."""
+    y = base.product(x, weight.to(x.dtype))
+    return y if base.bias is None else y + base.bias.to(y.dtype)[:, None, None]
