@@ -34,15 +34,17 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
             yield f"base_model.{name}", owned[tensor], tensor
     for path, adapter in tree.items():
         module = base.get_submodule(path)
-        adapted = tree.node(path)._modules.get("_adapter") is not None
+        own = tree.node(path).own  # another one is a bias or a copy beside it
         for name, tensor in adapter.state_dict(keep_vars=True).items():
-            yield f"{prefix}{path}.{_in_file(name, adapter, module, config, adapted)}", owned[tensor], tensor
+            yield f"{prefix}{path}.{_in_file(name, adapter, module, config, own)}", owned[tensor], tensor
 
 
-def _in_file(name: str, adapter: nn.Module, module: nn.Module, config: PeftConfig, adapted: bool) -> str:
+def _in_file(name: str, adapter: nn.Module, module: nn.Module, config: PeftConfig, own: nn.Module | None) -> str:
     if isinstance(adapter, ModuleCopy):
         return name.removeprefix("module.")
     if isinstance(adapter, ParameterAdapter):
-        return f"base_layer.{name}" if adapted else name
+        if adapter is own:
+            return f"ln_tuning_layers.{name}" if config.method == "LN_TUNING" else name
+        return name if own is None else f"base_layer.{name}"
     table = _EMBEDDING if isinstance(module, nn.Embedding) else _SUFFIXES
     return table.get(config.method or "", {}).get(name, name)
