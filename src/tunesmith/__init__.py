@@ -21,9 +21,17 @@ _PLACES = {
     "errors": [
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],
+    "methods.bitfit": ["BitFitConfig"],
+    "methods.boft": ["BOFTConfig"],
+    "methods.hra": ["HRAConfig"],
     "methods.ia3": ["IA3Config"],
+    "methods.loha": ["LoHaConfig"],
+    "methods.lokr": ["LoKrConfig"],
+    "methods.ln_tuning": ["LNTuningConfig"],
     "methods.lora": ["LoraConfig"],
+    "methods.oft": ["OFTConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
+    "methods.vera": ["VeraConfig"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",

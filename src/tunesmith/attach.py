@@ -42,6 +42,12 @@ class Branch(nn.Module):
             node = node._modules[part]
         return node
 
+    @property
+    def own(self) -> Adapter | None:
+        """The method's adapter at this node, rather than a bias or a copy beside it."""
+        found: Any = self._modules.get("_adapter")
+        return found
+
     def items(self, prefix: str = "") -> Iterator[tuple[str, Adapter]]:
         """`(path, adapter)` of every module adapter below."""
         for kind in self.KINDS:

@@ -44,6 +44,7 @@ class PeftType(str, Enum):
     HRA = "HRA"
     LN_TUNING = "LN_TUNING"
     BOTTLENECK = "BOTTLENECK"
+    BITFIT = "BITFIT"
 
 
 class TaskType(str, Enum):
@@ -145,6 +146,8 @@ class PeftConfig:
     usual_learning_rate: ClassVar[float] = 2e-3  # what a training job takes when the user names none
     # Keys of the ecosystem's files that this version cannot act on, with the values (beyond `is_off`) that mean "off".
     not_supported: ClassVar[dict[str, tuple]] = {}
+    # Fields that the ecosystem's configuration of this method does not have: written only where they are used.
+    ours_alone: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -167,7 +170,8 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the ecosystem's names, sets as sorted lists."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in self.ours_alone or not is_off(value)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> PeftConfig:

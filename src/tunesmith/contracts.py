@@ -34,6 +34,11 @@ class Adapter(nn.Module):
         """Tensors that the adapters of all these modules (by path) use together, made once per adapter."""
         return None
 
+    @classmethod
+    def usual_targets(cls, modules: dict[str, nn.Module]) -> set[str]:
+        """Paths to adapt where neither the user nor the architecture names any; for methods that find them on the base."""
+        raise NotImplementedError
+
     def reset_parameters(self, base: Any) -> None:
         """Draw the initial values; not called when weights are about to be loaded."""
 
@@ -83,6 +88,9 @@ class Adapted(BaseView):
     def matmul(self, x: Tensor) -> Tensor:
         y, bias = self(x), self.bias
         return y if bias is None else y - bias
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.base.product(x, weight)
 
     def stored(self, weight: Tensor) -> Tensor:
         return self.base.stored(weight)
@@ -155,12 +163,12 @@ class ParameterAdapter(Adapter):
     def forward(self, module: nn.Module) -> nn.Module:
         """A shallow twin of `module` that holds the private values."""
         twin = copy.copy(module)
-        twin.__dict__["_parameters"] = {**module._parameters, **self._parameters}
+        twin.__dict__["_parameters"] = {**module._parameters, **self.replaced(module)}
         return twin
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
-        """`{parameter: value}` that merging puts into the module."""
-        return dict(self.named_parameters())
+        """`{parameter: value}` that acts in place of the module's own, and that merging puts into it."""
+        return {name: value.to(getattr(module, name).dtype) for name, value in self.named_parameters()}
 
 
 class ModuleCopy(Adapter):

@@ -14,7 +14,7 @@ from . import site
 from .bases.dense import LinearView
 from .bases.view import view_of, view_type
 from .config import PeftConfig, PromptConfig, TargetedConfig, TaskType
-from .contracts import LinearAdapter
+from .contracts import LinearAdapter, ParameterAdapter
 from .errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
 from .registry import adapter_type
 
@@ -52,10 +52,14 @@ def match(model: nn.Module, config: PeftConfig) -> Plan:
     if isinstance(config, TargetedConfig):
         config.resolve_targets(getattr(getattr(model, "config", None), "model_type", None))
         chosen = config.target_modules
+        if chosen is None:
+            config.target_modules = adapter_type(config).usual_targets(modules)
+            if not config.target_modules:
+                faults.append(f"there is nothing that {config.method} trains; name target_modules, or take another method")
         paths = _matched(model, modules, config, faults)
         free = [path for path in paths if not any(_inside(path, copied) for copied in plan.copied)]
         twice = _trained_twice(config, paths, free)
-        if chosen == "all-linear":
+        if chosen in (None, "all-linear"):
             config.target_modules = set(config.target_modules or ()) - set(twice)
         else:
             faults += [f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); '
@@ -69,7 +73,8 @@ def match(model: nn.Module, config: PeftConfig) -> Plan:
         reason = site.fault(modules[path]) or _fused_fault(modules, path)
         if reason:
             faults.append(f"{path}: {reason}")
-    for path in (*plan.biases, *plan.copied):
+    private = plan.adapted if isinstance(config, TargetedConfig) and issubclass(adapter_type(config), ParameterAdapter) else ()
+    for path in (*plan.biases, *plan.copied, *private):
         if _is_offloaded(modules[path]):
             faults.append(f"{path}: it is offloaded, so it cannot be copied to be trained; keep it on a device")
     if faults:
@@ -261,7 +266,7 @@ def _biases(modules: dict[str, Any], config: TargetedConfig, plan: Plan) -> list
     which = getattr(config, "bias", "none")
     if which == "none":
         return []
-    paths = plan.adapted if which == "lora_only" else modules
+    paths = modules if which == "all" else plan.adapted  # "lora_only", "vera_only", ...
     return [
         path
         for path in paths

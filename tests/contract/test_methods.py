@@ -12,6 +12,7 @@ from tests import tiny
 from tunesmith import ConfigError, PeftModel, get_peft_model
 from tunesmith.bases.view import view_of
 from tunesmith.config import TargetedConfig
+from tunesmith.contracts import ParameterAdapter
 from tunesmith.registry import all_methods
 
 METHODS = {name: method.config for name, method in all_methods().items() if issubclass(method.config, TargetedConfig)}
@@ -20,7 +21,20 @@ LAYERS = {  # model, targets
     "linear with bias": ("bloom", ["query_key_value", "dense_4h_to_h"]),
     "conv1d": ("gpt2", ["c_attn", "mlp.c_proj"]),
 }
-EXTRA = {"IA3": lambda targets: {"feedforward_modules": targets[-1:]}}
+EXTRA = {
+    "IA3": lambda targets: {"feedforward_modules": targets[-1:]},
+    "OFT": lambda _: {"oft_block_size": 8},
+    "BOFT": lambda _: {"boft_n_butterfly_factor": 3},
+}
+NORMS = {
+    "down_proj": ["input_layernorm", "norm"],
+    "dense_4h_to_h": ["input_layernorm", "ln_f"],
+    "mlp.c_proj": ["ln_1", "ln_f"],
+}
+EXTRA["LN_TUNING"] = lambda targets: {"target_modules": NORMS[targets[-1]]}
+WITHOUT_BIASES = {("BITFIT", "linear")}  # there is nothing for BitFit to train in a Llama; it has its own test below
+# Reflections that undo each other in exact arithmetic: about 2 r rounded sums for each of a few layers.
+STARTS_WITHIN_ROUNDING = {"HRA"}
 
 
 def handle_on(method: str, layer: str, dtype: torch.dtype = torch.float64) -> tuple[PeftModel, nn.Module, dict]:
@@ -36,10 +50,12 @@ def handle_on(method: str, layer: str, dtype: torch.dtype = torch.float64) -> tu
 
 
 def make_config(method: str, targets: list[str]) -> TargetedConfig:
-    return METHODS[method](task_type="CAUSAL_LM", target_modules=targets, **EXTRA.get(method, lambda _: {})(targets))
+    options = {"target_modules": targets, **EXTRA.get(method, lambda _: {})(targets)}
+    return METHODS[method](task_type="CAUSAL_LM", **options)
 
 
-each = pytest.mark.parametrize(("method", "layer"), [(m, layer) for m in METHODS for layer in LAYERS])
+COMBINATIONS = [(method, layer) for method in METHODS for layer in LAYERS if (method, layer) not in WITHOUT_BIASES]
+each = pytest.mark.parametrize(("method", "layer"), COMBINATIONS)
 
 
 @each
@@ -47,7 +63,9 @@ def test_starts_as_the_base(method, layer):
     name, targets = LAYERS[layer]
     base, inputs = tiny.make(name), tiny.inputs_for(name)
     expected = base(**inputs).logits
-    assert torch.equal(get_peft_model(base, make_config(method, targets)).eval()(**inputs).logits, expected)
+    found = get_peft_model(base, make_config(method, targets)).eval()(**inputs).logits
+    tolerance = 1e-6 if method in STARTS_WITHIN_ROUNDING else 0.0
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @each
@@ -90,6 +108,9 @@ def test_gradients_equal_those_through_the_merged_weights(method, layer):
     handle, twin, inputs = handle_on(method, layer)
     merged = {}
     for path, adapter in handle.tree("default").items():
+        if isinstance(adapter, ParameterAdapter):
+            merged |= {f"{path}.{name}": value for name, value in adapter.replaced(twin.get_submodule(path)).items()}
+            continue
         view = view_of(twin.get_submodule(path))
         weight, bias = adapter.merge(view.weight(), view.bias, view)
         merged |= {f"{path}.weight": view.stored(weight)} | ({} if bias is None else {f"{path}.bias": bias})
@@ -101,8 +122,11 @@ def test_gradients_equal_those_through_the_merged_weights(method, layer):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("first", METHODS)
-@pytest.mark.parametrize("second", METHODS)
+ON_LINEAR = [method for method, layer in COMBINATIONS if layer == "linear"]
+
+
+@pytest.mark.parametrize("first", ON_LINEAR)
+@pytest.mark.parametrize("second", ON_LINEAR)
 def test_two_methods_active_at_once_fold_and_merge_alike(first, second):
     handle, _, inputs = handle_on(first, "linear")
     handle.add_adapter("second", make_config(second, LAYERS["linear"][1]))

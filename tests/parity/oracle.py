@@ -104,7 +104,8 @@ def agree(base: nn.Module, kind: str, task: str | None, inputs: dict[str, Tensor
     ):
         expected, plain = output(reference, inputs), output(base, inputs)
         assert (expected[:, -plain.shape[1] :] - plain).abs().max() > 1e-3, "the adapter does nothing; this proves nothing"
-        torch.testing.assert_close(output(mine, inputs), expected, atol=1e-5, rtol=0)
+        largest = max(1.0, expected.abs().max().item())  # T5's tiny untrained models make outputs of 10 and more
+        torch.testing.assert_close(output(mine, inputs), expected, atol=1e-5 * largest, rtol=0)
 
 
 def scrambled(model: Any) -> Any:

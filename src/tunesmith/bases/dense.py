@@ -16,8 +16,8 @@ class LinearView(BaseView):
     def weight(self) -> Tensor:
         return self.module.weight
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight())
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         out, inner = self.weight().shape
@@ -50,8 +50,8 @@ class EmbeddingView(BaseView):
     def weight(self) -> Tensor:
         return self.module.weight
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return self._look_up(x, self.weight())
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._look_up(x, weight)
 
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         tokens, dim = self.weight().shape
@@ -82,8 +82,8 @@ class Conv2dView(BaseView):
     def weight(self) -> Tensor:
         return self.module.weight
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.module._conv_forward(x, self.weight(), None)
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.module._conv_forward(x, weight, None)
 
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         module = self.module

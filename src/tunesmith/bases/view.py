@@ -43,6 +43,10 @@ class BaseView:
 
     def matmul(self, x: Tensor) -> Tensor:
         """`W x` without the bias."""
+        return self.product(x, self.weight())
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x` through another weight of the module's own shape, without a bias."""
         raise NotImplementedError
 
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

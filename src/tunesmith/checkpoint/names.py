@@ -15,8 +15,11 @@ from ..config import PeftConfig
 from ..contracts import ModuleCopy, ParameterAdapter
 
 # Local tensor names whose name in files is not the plain `<path>.<name>`, by method.
-_SUFFIXES = {"LORA": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}}
-_EMBEDDING = {"LORA": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}}
+_SUFFIXES = {"LORA": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}, "OFT": {"oft_R": "oft_R.weight"}}
+_EMBEDDING = {
+    "LORA": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
+    "OFT": {"oft_R": "oft_embedding_R.weight"},
+}
 
 
 def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
@@ -31,15 +34,17 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
             yield f"base_model.{name}", owned[tensor], tensor
     for path, adapter in tree.items():
         module = base.get_submodule(path)
-        adapted = tree.node(path)._modules.get("_adapter") is not None
+        own = tree.node(path).own  # another one is a bias or a copy beside it
         for name, tensor in adapter.state_dict(keep_vars=True).items():
-            yield f"{prefix}{path}.{_in_file(name, adapter, module, config, adapted)}", owned[tensor], tensor
+            yield f"{prefix}{path}.{_in_file(name, adapter, module, config, own)}", owned[tensor], tensor
 
 
-def _in_file(name: str, adapter: nn.Module, module: nn.Module, config: PeftConfig, adapted: bool) -> str:
+def _in_file(name: str, adapter: nn.Module, module: nn.Module, config: PeftConfig, own: nn.Module | None) -> str:
     if isinstance(adapter, ModuleCopy):
         return name.removeprefix("module.")
     if isinstance(adapter, ParameterAdapter):
-        return f"base_layer.{name}" if adapted else name
+        if adapter is own:
+            return f"ln_tuning_layers.{name}" if config.method == "LN_TUNING" else name
+        return name if own is None else f"base_layer.{name}"
     table = _EMBEDDING if isinstance(module, nn.Embedding) else _SUFFIXES
     return table.get(config.method or "", {}).get(name, name)

@@ -49,6 +49,7 @@ class IA3Config(TargetedConfig):
     init_ia3_weights: bool = True
 
     method: ClassVar[str] = "IA3"
+    ours_alone: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
 
     def __post_init__(self) -> None:
         if isinstance(self.feedforward_modules, (list, tuple)):

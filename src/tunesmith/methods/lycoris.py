@@ -1,0 +1,102 @@
+"""What LoHa and LoKr share: ranks and strengths by pattern, and dropping rows of the change while training."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..bases.view import BaseView
+from ..config import TargetedConfig, config_class
+from ..contracts import LinearAdapter
+from .parts import by_pattern, no_probabilities, no_weight_map, not_finite, ranks_below_one, with_pattern
+
+
+@config_class
+class LycorisConfig(TargetedConfig):
+    """Fields that the configurations of LoHa and LoKr share.
+
+    Args:
+        r: rank.
+        alpha: strength; the change is scaled by `alpha / r`.
+        rank_dropout: probability of dropping a row (an output feature) of the change while training.
+        module_dropout: probability of dropping a module's whole change while training.
+        use_effective_conv2d: a decomposition of larger convolution kernels with fewer parameters.
+        rank_pattern, alpha_pattern: `{name ending or regular expression: value}` for single modules.
+    """
+
+    r: int = 8
+    alpha: int | float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, int | float] | None = None
+
+    ours_alone: ClassVar[tuple[str, ...]] = ("fan_in_fan_out",)
+
+    def __post_init__(self) -> None:
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        super().__post_init__()
+
+    def faults(self) -> list[str]:
+        return [
+            *super().faults(),
+            *ranks_below_one(with_pattern("r", self.r, self.rank_pattern, "rank_pattern")),
+            *not_finite(with_pattern("alpha", self.alpha, self.alpha_pattern, "alpha_pattern")),
+            *no_probabilities({"rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}),
+        ]
+
+    def settings(self, path: str) -> dict[str, Any]:
+        r = by_pattern(self.rank_pattern, path, self.r)
+        return {"r": r, "scale": by_pattern(self.alpha_pattern, path, self.alpha) / r}
+
+    def pattern_keys(self) -> dict[str, list[str]]:
+        return {"rank_pattern": list(self.rank_pattern or ()), "alpha_pattern": list(self.alpha_pattern or ())}
+
+
+class LycorisAdapter(LinearAdapter):
+    """`y = W x + b + s D x`, where `product(x, base)` is `D x` and `change(base)` is the dense D."""
+
+    @classmethod
+    def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
+        return no_weight_map(base, cls.__name__)
+
+    def __init__(self, base: BaseView, config: LycorisConfig, settings: dict[str, Any]) -> None:
+        super().__init__(base, config, settings)
+        self.scale: float = settings["scale"]
+        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+        self.rescales = getattr(config, "rank_dropout_scale", False)
+
+    def change(self, base: BaseView) -> Tensor:
+        """The dense change in the shape of `base.weight()`, unscaled, in the adapter's own type."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, base: BaseView) -> Tensor:
+        return base.product(x, self.change(base).to(x.dtype))
+
+    def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
+        y = base(x, *args, **kwargs)
+        product = self.product(x.to(y.dtype), base) * self.scale
+        if self.training and (self.rank_dropout or self.module_dropout):
+            product = product * self._kept_rows(y, channels_first=base.weight().dim() == 4)
+        return y + product
+
+    def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * self.change(base).to(weight.dtype), bias
+
+    def _kept_rows(self, y: Tensor, channels_first: bool) -> Tensor:
+        """A random factor per output feature that zeroes dropped ones, in a shape that multiplies `y`."""
+        out = y.shape[-3] if channels_first else y.shape[-1]
+        kept = (torch.rand(out, device=y.device) >= self.rank_dropout).to(y.dtype)  # (out,)
+        if self.rescales:
+            kept = kept / kept.mean().clamp(min=1 / out)
+        kept = kept * (torch.rand(1, device=y.device) >= self.module_dropout)
+        return kept[:, None, None] if channels_first else kept
+
+
+def through_kernel(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`(out, in, kh, kw)` of the core `(r, r, kh, kw)`, `a` `(r, out)` and `b` `(r, in)` (FedPara, proposition 3)."""
+    return torch.einsum("rshw,ro,si->oihw", core, a, b)
