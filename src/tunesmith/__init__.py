@@ -23,6 +23,7 @@ _PLACES = {
     ],
     "methods.ia3": ["IA3Config"],
     "methods.lora": ["LoraConfig"],
+    "methods.p_tuning": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",

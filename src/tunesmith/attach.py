@@ -67,19 +67,22 @@ class AdapterTree(Branch):
         return self._modules.get("_shared")
 
 
-def build(model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, initialise: bool) -> AdapterTree:
+def build(
+    model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, initialise: bool, finished: bool = False
+) -> AdapterTree:
     """Make the adapter that `plan` describes, on the devices of the modules it belongs to.
 
     Args:
         full_precision: fp32 masters beside a 16-bit base.
         initialise: draw initial values; False when weights are about to be loaded.
+        finished: build virtual tokens without the encoder that trains them.
     """
     tree = AdapterTree()
     kind = adapter_type(config)
     if isinstance(config, PromptConfig):
         assert issubclass(kind, PromptAdapter)
         with torch.device(execution_device(model.get_input_embeddings())):
-            prompt = kind(config, model)
+            prompt = kind(config, model, finished)
             if initialise:
                 prompt.reset_parameters(model)
         tree.add_module("_prompt", prompt)

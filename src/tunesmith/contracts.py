@@ -120,23 +120,45 @@ class SublayerAdapter(Adapter):
 
 
 class PromptAdapter(Adapter):
-    """An adapter at the model's entrance: virtual tokens before the input.
+    """An adapter at the model's entrance: virtual tokens before the input, or keys and values before every layer's own.
 
-    `adapter()` gives them as `(tokens * submodules, dim)`; the order of submodules is encoder, decoder.
+    It has a finished form, one parameter `embedding`, which is what files hold; while training, an `encoder` may stand
+    in its place that computes it. `adapter()` gives virtual tokens as `(tokens * submodules, dim)`, the order of
+    submodules being encoder, decoder; or one set of them per row, `(rows, tokens * submodules, dim)`.
+
+    Args:
+        finished: build the finished form: nothing is trained, or the encoder is not there any more.
     """
 
     mergeable = False
+    in_cache: ClassVar[bool] = False  # acts as keys and values of past tokens (prefix.py), not as embeddings
 
     @classmethod
     def prepare(cls, config: PromptConfig, model: nn.Module) -> None:
         """Fill the config's fields that follow from the model; raises where they contradict it."""
 
-    def __init__(self, config: Any, model: nn.Module) -> None:
+    def __init__(self, config: Any, model: nn.Module, finished: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.encoder: Any = None if finished else self.make_encoder(config)
+        self.embedding: Any = nn.Parameter(torch.empty(self.shape(config))) if self.encoder is None else None
 
-    def forward(self) -> Tensor:
-        raise NotImplementedError
+    @staticmethod
+    def shape(config: Any) -> tuple[int, int]:
+        """Of the finished form."""
+        return config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim
+
+    @staticmethod
+    def make_encoder(config: Any) -> nn.Module | None:
+        """A module that, called without arguments, computes the finished form; None where that is trained itself."""
+        return None
+
+    def values(self) -> Tensor:
+        """The finished form."""
+        return self.embedding if self.encoder is None else self.encoder()
+
+    def forward(self, task_ids: Tensor | None = None) -> Tensor:
+        return self.values()
 
 
 class ParameterAdapter(Adapter):

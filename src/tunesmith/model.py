@@ -251,7 +251,8 @@ class PeftModel(Mergeable, nn.Module):
         check_name(adapter_name, self.peft_config)
         check_config(peft_config)
         plan, config = self._plan(peft_config)
-        tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True)
+        finished = config.inference_mode
+        tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True, finished=finished)
         self._take(adapter_name, config, tree)
 
     def _plan(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
@@ -307,8 +308,11 @@ class PeftModel(Mergeable, nn.Module):
             load_adapter.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
             load_adapter.into(self.tree(name), config, folder, self.base_model)
             return
+        finished = load_adapter.is_finished(config, folder)
         try:
-            tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False)
+            tree = build(
+                self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False, finished=finished
+            )
         except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
             raise AdapterFileError(f'"{folder.name}" describes an adapter that cannot be built here: {error}') from error
         load_adapter.into(tree, config, folder, self.base_model)
