@@ -24,6 +24,7 @@ _PLACES = {
     "methods.ia3": ["IA3Config"],
     "methods.lora": ["LoraConfig"],
     "methods.p_tuning": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
+    "methods.prefix_tuning": ["PrefixTuningConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases.view import view_of
+from .bases.view import execution_device, view_of
 from .config import PeftConfig, PromptConfig
 from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, adapter_dtype
 from .errors import AdapterNameError
@@ -109,16 +109,6 @@ def _build_one(kind: Any, module: nn.Module, config: Any, settings: dict[str, An
         if initialise:
             adapter.reset_parameters(base)
     return adapter
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where the module computes: the hook's device when its weights are offloaded, else its weights' own."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    first = next(module.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")
 
 
 def check_name(name: str, taken: Iterable[str]) -> None:

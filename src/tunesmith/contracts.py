@@ -200,7 +200,14 @@ class ModuleCopy(Adapter):
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
 
-def fold(module: nn.Module, adapters: tuple[Adapter, ...]) -> Callable[..., Any]:
+class Around:
+    """What stands around a module's call beside its adapters: `around(call, *args, **kwargs)`."""
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+def fold(module: nn.Module, adapters: tuple[Adapter | Around, ...]) -> Callable[..., Any]:
     """`module`'s forward with `adapters` on it, the first one innermost."""
     for adapter in adapters:
         if isinstance(adapter, ParameterAdapter):
@@ -212,7 +219,7 @@ def fold(module: nn.Module, adapters: tuple[Adapter, ...]) -> Callable[..., Any]
             call = Adapted(adapter, call)
         elif isinstance(adapter, SublayerAdapter):
             call = functools.partial(_adapted_block, adapter, module, call)
-        elif isinstance(adapter, ModuleCopy):
+        elif isinstance(adapter, (ModuleCopy, Around)):
             call = functools.partial(adapter, call)
     return call
 

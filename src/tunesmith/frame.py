@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .contracts import Adapter, PromptAdapter
+    from .contracts import Adapter, Around, PromptAdapter
     from .site import Site
 
 
@@ -28,7 +28,7 @@ class Frame:
 
     def __init__(
         self,
-        adapters: dict[Site, tuple[Adapter, ...]],
+        adapters: dict[Site, tuple[Adapter | Around, ...]],
         prompts: tuple[tuple[PromptAdapter, int], ...] = (),
         fired: set[Site] | None = None,
     ) -> None:
