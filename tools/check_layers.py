@@ -20,6 +20,7 @@ LAYERS = [
     ["attach"],
     ["match"],
     ["methods"],
+    ["prefix"],
     ["site", "prompting"],
     ["mixing"],
     ["contracts"],

@@ -30,6 +30,8 @@ _PLACES = {
     "methods.ln_tuning": ["LNTuningConfig"],
     "methods.lora": ["LoraConfig"],
     "methods.oft": ["OFTConfig"],
+    "methods.p_tuning": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
+    "methods.prefix_tuning": ["PrefixTuningConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "methods.vera": ["VeraConfig"],
     "tasks": [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases.view import view_of
+from .bases.view import execution_device, view_of
 from .config import PeftConfig, PromptConfig
 from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, adapter_dtype
 from .errors import AdapterNameError
@@ -73,19 +73,22 @@ class AdapterTree(Branch):
         return self._modules.get("_shared")
 
 
-def build(model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, initialise: bool) -> AdapterTree:
+def build(
+    model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, initialise: bool, finished: bool = False
+) -> AdapterTree:
     """Make the adapter that `plan` describes, on the devices of the modules it belongs to.
 
     Args:
         full_precision: fp32 masters beside a 16-bit base.
         initialise: draw initial values; False when weights are about to be loaded.
+        finished: build virtual tokens without the encoder that trains them.
     """
     tree = AdapterTree()
     kind = adapter_type(config)
     if isinstance(config, PromptConfig):
         assert issubclass(kind, PromptAdapter)
         with torch.device(execution_device(model.get_input_embeddings())):
-            prompt = kind(config, model)
+            prompt = kind(config, model, finished)
             if initialise:
                 prompt.reset_parameters(model)
         tree.add_module("_prompt", prompt)
@@ -112,16 +115,6 @@ def _build_one(kind: Any, module: nn.Module, config: Any, settings: dict[str, An
         if initialise:
             adapter.reset_parameters(base)
     return adapter
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where the module computes: the hook's device when its weights are offloaded, else its weights' own."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    first = next(module.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")
 
 
 def check_name(name: str, taken: Iterable[str]) -> None:

@@ -316,6 +316,11 @@ class PromptConfig(PeftConfig):
 
     is_prompt_learning: ClassVar[bool] = True
 
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether an encoder computes the virtual tokens while they are trained."""
+        return False
+
     def faults(self) -> list[str]:
         found = super().faults()
         if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:

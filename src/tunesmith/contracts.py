@@ -128,23 +128,45 @@ class SublayerAdapter(Adapter):
 
 
 class PromptAdapter(Adapter):
-    """An adapter at the model's entrance: virtual tokens before the input.
+    """An adapter at the model's entrance: virtual tokens before the input, or keys and values before every layer's own.
 
-    `adapter()` gives them as `(tokens * submodules, dim)`; the order of submodules is encoder, decoder.
+    It has a finished form, one parameter `embedding`, which is what files hold; while training, an `encoder` may stand
+    in its place that computes it. `adapter()` gives virtual tokens as `(tokens * submodules, dim)`, the order of
+    submodules being encoder, decoder; or one set of them per row, `(rows, tokens * submodules, dim)`.
+
+    Args:
+        finished: build the finished form: nothing is trained, or the encoder is not there any more.
     """
 
     mergeable = False
+    in_cache: ClassVar[bool] = False  # acts as keys and values of past tokens (prefix.py), not as embeddings
 
     @classmethod
     def prepare(cls, config: PromptConfig, model: nn.Module) -> None:
         """Fill the config's fields that follow from the model; raises where they contradict it."""
 
-    def __init__(self, config: Any, model: nn.Module) -> None:
+    def __init__(self, config: Any, model: nn.Module, finished: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.encoder: Any = None if finished else self.make_encoder(config)
+        self.embedding: Any = nn.Parameter(torch.empty(self.shape(config))) if self.encoder is None else None
 
-    def forward(self) -> Tensor:
-        raise NotImplementedError
+    @staticmethod
+    def shape(config: Any) -> tuple[int, int]:
+        """Of the finished form."""
+        return config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim
+
+    @staticmethod
+    def make_encoder(config: Any) -> nn.Module | None:
+        """A module that, called without arguments, computes the finished form; None where that is trained itself."""
+        return None
+
+    def values(self) -> Tensor:
+        """The finished form."""
+        return self.embedding if self.encoder is None else self.encoder()
+
+    def forward(self, task_ids: Tensor | None = None) -> Tensor:
+        return self.values()
 
 
 class ParameterAdapter(Adapter):
@@ -186,7 +208,14 @@ class ModuleCopy(Adapter):
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
 
-def fold(module: nn.Module, adapters: tuple[Adapter, ...]) -> Callable[..., Any]:
+class Around:
+    """What stands around a module's call beside its adapters: `around(call, *args, **kwargs)`."""
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+def fold(module: nn.Module, adapters: tuple[Adapter | Around, ...]) -> Callable[..., Any]:
     """`module`'s forward with `adapters` on it, the first one innermost."""
     for adapter in adapters:
         if isinstance(adapter, ParameterAdapter):
@@ -198,7 +227,7 @@ def fold(module: nn.Module, adapters: tuple[Adapter, ...]) -> Callable[..., Any]
             call = Adapted(adapter, call)
         elif isinstance(adapter, SublayerAdapter):
             call = functools.partial(_adapted_block, adapter, module, call)
-        elif isinstance(adapter, ModuleCopy):
+        elif isinstance(adapter, (ModuleCopy, Around)):
             call = functools.partial(adapter, call)
     return call
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .contracts import Adapter, PromptAdapter
+    from .contracts import Adapter, Around, PromptAdapter
     from .site import Site
 
 
@@ -30,7 +30,7 @@ class Frame:
 
     def __init__(
         self,
-        adapters: dict[Site, tuple[Adapter, ...]],
+        adapters: dict[Site, tuple[Adapter | Around, ...]],
         prompts: tuple[tuple[PromptAdapter, int], ...] = (),
         fired: set[Site] | None = None,
         mixture: Mixture | None = None,

@@ -21,7 +21,7 @@ class Framed:
         self._target = target
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self._target, nn.Module) and self._handle._frame.prompts:
+        if isinstance(self._target, nn.Module) and any(not prompt.in_cache for prompt, _ in self._handle._frame.prompts):
             raise UsageError("virtual tokens are put in by the handle's own forward and generate; call those")
         with self._handle._entered():
             result = self._target(*args, **kwargs)

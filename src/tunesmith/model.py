@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import preflight, prompting, site
+from . import prefix, preflight, prompting, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
@@ -239,6 +239,11 @@ class PeftModel(Mergeable, nn.Module):
             for path, adapter in self.tree(name).items():
                 at = site.install(self.base_model.get_submodule(path))
                 by_site[at] = (*by_site.get(at, ()), adapter)
+            prompt = self.tree(name).prompt
+            if prompt is not None and prompt.in_cache:
+                for path, around in prefix.places(prompt, self.base_model):
+                    at = site.install(self.base_model.get_submodule(path))
+                    by_site[at] = (*by_site.get(at, ()), around)
         return by_site
 
     def _forget(self) -> None:
@@ -273,10 +278,14 @@ class PeftModel(Mergeable, nn.Module):
         if len(frame.prompts) > 1:
             raise UsageError("only one adapter with virtual tokens can be active at a time")
         prompt, tokens = frame.prompts[0]
+        if prompt.in_cache:
+            return inputs
         virtual = prompt()[:tokens]  # rows for a decoder follow; no method here uses them
         return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance)
 
     def _generation_inputs(self, args: tuple, kwargs: dict[str, Any], frame: Frame) -> tuple[tuple, dict]:
+        if all(prompt.in_cache for prompt, _ in frame.prompts):
+            return args, self._with_virtual_tokens(kwargs, frame)
         if args:
             kwargs["input_ids"], *rest = args
             args = (None, *rest)
@@ -304,7 +313,8 @@ class PeftModel(Mergeable, nn.Module):
         check_name(adapter_name, self.peft_config)
         check_config(peft_config)
         plan, config = self._plan(peft_config)
-        tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True)
+        finished = config.inference_mode
+        tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True, finished=finished)
         self._take(adapter_name, config, tree)
 
     def _plan(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
@@ -312,8 +322,10 @@ class PeftModel(Mergeable, nn.Module):
         config = type(config)(**vars(config))
         check_task(self.base_model, config)
         if isinstance(config, PromptConfig):
-            prompting.fill_in(config, self.base_model)
-            adapter_type(config).prepare(config, self.base_model)
+            kind = adapter_type(config)
+            if not kind.in_cache:
+                prompting.fill_in(config, self.base_model)
+            kind.prepare(config, self.base_model)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
         return match(self.base_model, config), config
@@ -360,8 +372,11 @@ class PeftModel(Mergeable, nn.Module):
             load_adapter.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
             load_adapter.into(self.tree(name), config, folder, self.base_model)
             return
+        finished = load_adapter.is_finished(config, folder)
         try:
-            tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False)
+            tree = build(
+                self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False, finished=finished
+            )
         except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
             raise AdapterFileError(f'"{folder.name}" describes an adapter that cannot be built here: {error}') from error
         load_adapter.into(tree, config, folder, self.base_model)

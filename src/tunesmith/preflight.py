@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from . import site
 from .errors import UsageError, bullet_list
 from .frame import Frame, current_frame
+from .prefix import PrefixedStack
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -65,6 +66,9 @@ def checked_forward(handle: PeftModel, frame: Frame, acting: tuple[str, ...], *a
             "read directly, or a fused kernel replaces them); leave them out of target_modules:\n"
             + bullet_list(passed_by or missed)
         )
+    bypassed = [at for at, acting in frame.adapters.items() if any(isinstance(a, PrefixedStack) for a in acting)]
+    if any(at not in fired for at in bypassed):
+        raise UsageError("the prefix did not act: the base computed its layers without the module that holds them")
     if missed and trains:
         logger.warning("%d of %d adapted modules did not run in the first step (unused parts)", len(missed), len(paths))
     handle._checked.add((acting, trains))

@@ -41,21 +41,24 @@ class Entrance:
     mask_positions: bool
 
 
-def extend(inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: Entrance) -> dict[str, Any]:
+def extend(
+    inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: Entrance, real: Tensor | None = None
+) -> dict[str, Any]:
     """The inputs of a forward call with virtual tokens put in.
 
     Args:
         inputs: keyword arguments of the base's forward; not changed.
-        virtual: `(n, dim)`.
+        virtual: `(n, dim)`, or other tokens for each row, `(B, n, dim)`.
         embed: the base's input embeddings.
+        real: `(B, n)`, which of the virtual tokens a row has (the others are padding); None where all rows have all.
 
     Returns:
         New keyword arguments, with `inputs_embeds` `(B, n + T, dim)` in place of `input_ids`.
     """
     inputs = dict(inputs)
-    n = virtual.shape[0]
-    if _is_continuation(inputs):
-        return _continue(inputs, n, entrance)
+    n = virtual.shape[-2]
+    if is_continuation(inputs):
+        return continued(inputs, n, entrance, real)
 
     ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
@@ -63,36 +66,31 @@ def extend(inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: 
     if embeds is None:
         embeds = embed(ids)
     rows, length = embeds.shape[:2]
-    _check_length(length, n, entrance)
+    check_length(length, n, entrance)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
+    if mask is None and (real is not None or "attention_mask" in entrance.accepts):
+        inputs["attention_mask"] = torch.ones((rows, length), dtype=torch.long, device=embeds.device)
+    order = None if mask is None and real is None else _order(inputs["attention_mask"], n, real, entrance.last_token_decides)
 
     embeds = torch.cat([virtual.to(embeds.dtype).expand(rows, -1, -1), embeds], dim=1)
-    per_token = {"attention_mask": 1, "token_type_ids": 0}
+    inputs["inputs_embeds"] = embeds if order is None else embeds.gather(1, order[:, :, None].expand_as(embeds))
+    per_token: dict[str, Any] = {"attention_mask": 1 if real is None else real, "token_type_ids": 0}
     if entrance.labels_per_token:
         per_token["labels"] = IGNORED
     for name, fill in per_token.items():
         if inputs.get(name) is not None:
-            inputs[name] = _prepend(inputs[name], n, fill)
+            values = prepend(inputs[name], n, fill)
+            inputs[name] = values if order is None else values.gather(1, order)
     for name in ("start_positions", "end_positions"):  # answer spans are given in the user's tokens, which all move by n
         if inputs.get(name) is not None and not entrance.encoder_decoder:
             inputs[name] = inputs[name] + n
-    if mask is None:
-        if "attention_mask" in entrance.accepts:
-            inputs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    else:
-        order = _order(inputs["attention_mask"], n, entrance.last_token_decides)
-        embeds = embeds.gather(1, order[:, :, None].expand_as(embeds))
-        for name in per_token:
-            if inputs.get(name) is not None:
-                inputs[name] = inputs[name].gather(1, order)
     if inputs.get("position_ids") is not None:
-        positions = _shifted_positions(inputs["position_ids"], n)
-        inputs["position_ids"] = positions if mask is None else positions.expand(rows, -1).gather(1, order)
-    elif mask is not None and entrance.mask_positions:
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    inputs["inputs_embeds"] = embeds
+        positions = _shifted_positions(inputs["position_ids"], n, real)
+        inputs["position_ids"] = positions if order is None else positions.expand(rows, -1).gather(1, order)
+    elif order is not None and entrance.mask_positions:
+        inputs["position_ids"] = counted_positions(inputs["attention_mask"])
     return inputs
 
 
@@ -171,29 +169,34 @@ def _position_table(model: nn.Module) -> nn.Embedding | None:
     return next(tables, None)
 
 
-def _is_continuation(inputs: dict[str, Any]) -> bool:
+def is_continuation(inputs: dict[str, Any]) -> bool:
+    """Whether a call goes on from a cache that holds something."""
     cache = inputs.get("past_key_values")
     return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
 
 
-def _continue(inputs: Any, n: int, entrance: Entrance) -> dict[str, Any]:
+def continued(inputs: Any, n: int, entrance: Entrance, real: Tensor | None = None) -> dict[str, Any]:
     """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them.
 
     Positions go on counting from the mask, as they did in the first step.
     """
-    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    tokens = inputs["inputs_embeds"] if tokens is None else tokens
     expected = inputs["past_key_values"].get_seq_length() + tokens.shape[1]
+    if mask is None and real is not None:
+        mask = torch.ones((tokens.shape[0], expected - n), dtype=torch.long, device=tokens.device)
     if mask is not None and mask.dim() == 2 and mask.shape[1] == expected - n:
-        mask = _prepend(mask, n, 1)
-        mask = inputs["attention_mask"] = mask.gather(1, _order(mask, n, entrance.last_token_decides))
+        order = _order(mask, n, real, entrance.last_token_decides)
+        mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real).gather(1, order)
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + n
+            inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
         elif entrance.mask_positions:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            inputs["position_ids"] = counted_positions(mask)[:, -tokens.shape[1] :]
     return inputs
 
 
-def _check_length(length: int, n: int, entrance: Entrance) -> None:
+def check_length(length: int, n: int, entrance: Entrance) -> None:
+    """Refuse an input that leaves no positions for virtual tokens."""
     if entrance.positions is not None and length + n > entrance.positions:
         raise UsageError(
             f"{length} tokens and {n} virtual tokens need {length + n} positions, the base has {entrance.positions}; "
@@ -201,19 +204,35 @@ def _check_length(length: int, n: int, entrance: Entrance) -> None:
         )
 
 
-def _prepend(values: Tensor, n: int, fill: int) -> Tensor:
-    return torch.cat([values.new_full((values.shape[0], n), fill), values], dim=1)
+def prepend(values: Tensor, n: int, fill: int | Tensor) -> Tensor:
+    """`values` `(B, T)` behind n columns of one value, or of other values for each row, `(B, n)`."""
+    first = fill.to(values.dtype) if isinstance(fill, Tensor) else values.new_full((values.shape[0], n), fill)
+    return torch.cat([first, values], dim=1)
 
 
-def _shifted_positions(positions: Tensor, n: int) -> Tensor:
-    """The user's positions moved up by n, the virtual tokens at 0..n-1 before them."""
-    first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
-    return torch.cat([first, positions + n], dim=1)
+def counts(n: int, real: Tensor | None) -> int | Tensor:
+    """How many virtual tokens each row has: one number, or `(B, 1)`."""
+    return n if real is None else real.sum(1, keepdim=True)
 
 
-def _order(mask: Tensor, n: int, padding_first: bool) -> Tensor:
-    """`(B, n + T)` indices that sort each row into left padding, virtual tokens, the rest (stable)."""
-    is_padding = mask == 0 if padding_first else mask.cumsum(1) <= n  # the first n are the virtual tokens' ones
-    is_virtual = torch.arange(mask.shape[1], device=mask.device) < n
-    rank = torch.where(is_virtual, 1, torch.where(is_padding, 0, 2))
+def counted_positions(mask: Tensor) -> Tensor:
+    """Positions of tokens that the mask shows, counted from 0 in each row."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _shifted_positions(positions: Tensor, n: int, real: Tensor | None) -> Tensor:
+    """The user's positions moved up by the row's virtual tokens, whose own positions come before them."""
+    if real is None:
+        first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
+    else:
+        positions = positions.expand(real.shape[0], -1)
+        first = counted_positions(real).to(positions.dtype)
+    return torch.cat([first, positions + counts(n, real)], dim=1)
+
+
+def _order(mask: Tensor, n: int, real: Tensor | None, padding_first: bool) -> Tensor:
+    """`(B, n + T)` indices that sort each row into padding at the left, virtual tokens, the rest (stable)."""
+    is_padding = mask == 0 if padding_first else mask.cumsum(1) == 0
+    rank = torch.where(is_padding, 0, 2)
+    rank = prepend(rank, n, 1 if real is None else real)
     return rank.argsort(dim=1, stable=True)

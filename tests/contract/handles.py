@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tunesmith import LoraConfig, PromptTuningConfig, get_peft_model
+from tunesmith import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 
 def lora(model: nn.Module, seed: int = 1, adapter_name: str = "default", **fields):
@@ -21,7 +21,13 @@ def prompted(model: nn.Module, seed: int = 1, task: str = "CAUSAL_LM", tokens: i
     return get_peft_model(model, PromptTuningConfig(task_type=task, num_virtual_tokens=tokens))
 
 
-MAKERS = {"lora": lora, "prompt": prompted}
+def prefixed(model: nn.Module, seed: int = 1, task: str = "CAUSAL_LM", tokens: int = 3, **fields):
+    """A prefix-tuning handle; equal seeds give equal prefixes."""
+    torch.manual_seed(seed)
+    return get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=tokens, **fields))
+
+
+MAKERS = {"lora": lora, "prompt": prompted, "prefix": prefixed}
 
 
 def out(model: nn.Module, inputs: dict) -> torch.Tensor:

@@ -10,10 +10,17 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
-from tests.contract.handles import MAKERS, assert_same_gradients, gradients, lora
+from tests.contract.handles import MAKERS as HANDLES
+from tests.contract.handles import assert_same_gradients, gradients, lora, prefixed
 from tunesmith.frame import current_frame
 
-MODELS = {"lora": ["llama", "gpt2", "t5", "bert-tagger"], "prompt": ["llama", "gpt2", "bert-tagger"]}
+MODELS = {
+    "lora": ["llama", "gpt2", "t5", "bert-tagger"],
+    "prompt": ["llama", "gpt2", "bert-tagger"],
+    "prefix": ["llama", "gpt2", "opt", "bloom", "t5", "bert-tagger", "llama-classifier"],
+    "projected prefix": ["llama", "t5", "bert-tagger"],
+}
+MAKERS = {**HANDLES, "projected prefix": functools.partial(prefixed, prefix_projection=True)}
 EXACT = {"rtol": 1e-9, "atol": 1e-14}  # float64, sums of some thousand terms
 CASES = [(method, name) for method, names in MODELS.items() for name in names]
 
@@ -26,7 +33,7 @@ def _handle(method, name):
             module.p = 0.0
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    key = "task" if method == "prompt" else "task_type"
+    key = "task_type" if method == "lora" else "task"
     return MAKERS[method](base, **{key: tiny.task_of(name)}).double().train()
 
 
@@ -34,7 +41,7 @@ def _step(handle, name):
     """Loss and adapter gradients of one training step."""
     inputs = tiny.inputs_for(name)
     labels = inputs.get("decoder_input_ids", inputs["input_ids"])
-    inputs["labels"] = labels % 3 if tiny.task_of(name) == "TOKEN_CLS" else labels
+    inputs["labels"] = {"TOKEN_CLS": labels % 3, "SEQ_CLS": labels[:, 0] % 3}.get(tiny.task_of(name), labels)
     inputs.pop("decoder_input_ids", None)
     handle.zero_grad(set_to_none=True)
     loss = handle(**inputs).loss

@@ -17,6 +17,8 @@ from tests import tiny
 
 CONFIGS = {
     "lora": (ts.LoraConfig, peft.LoraConfig, {"r": 4, "lora_alpha": 8, "init_lora_weights": False}),
+    "p-tuning": (ts.PromptEncoderConfig, peft.PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_hidden_size": 12}),
+    "prefix": (ts.PrefixTuningConfig, peft.PrefixTuningConfig, {"num_virtual_tokens": 4}),
     "prompt": (ts.PromptTuningConfig, peft.PromptTuningConfig, {"num_virtual_tokens": 4}),
 }
 

@@ -106,3 +106,13 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     """The floating-point type of the module's weight."""
     weight = getattr(module, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where the module computes: the hook's device when its weights are offloaded, else its weights' own."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    first = next(module.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")

@@ -2,6 +2,7 @@
 
     adapter_config.json         the configuration (indent 2, sorted keys)
     adapter_model.safetensors   the tensors (metadata {"format": "pt"})
+    adapter_encoder.safetensors what computes virtual tokens while they are trained; only to go on training
     adapter_model.bin           the same, old form; read only, never unpickled beyond plain tensors
     README.md                   the model card
 
@@ -30,6 +31,7 @@ from .hub import fetch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ENCODER_FILE = "adapter_encoder.safetensors"
 OLD_WEIGHTS_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 COMMIT_FOLDER = ".adapter-commit"
@@ -121,6 +123,15 @@ class AdapterFolder:
         if path is None:
             raise AdapterFileError(f'"{self.name}" has a {CONFIG_FILE} but no {WEIGHTS_FILE}; save or download it again')
         return _read_pickle(path)
+
+    def holds_encoder(self) -> bool:
+        """Whether training can go on where it was: the virtual tokens' encoder is there."""
+        return self.locate(ENCODER_FILE) is not None
+
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the virtual tokens' encoder; none where its file is not there."""
+        path = self.locate(ENCODER_FILE)
+        return {} if path is None else _read_safetensors(path)
 
 
 def _present(folder: Path, filename: str) -> Path | None:

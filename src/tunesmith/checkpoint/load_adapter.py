@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attach import AdapterTree, Plan
-from ..config import PeftConfig, TargetedConfig
+from ..config import PeftConfig, PromptConfig, TargetedConfig
 from ..errors import AdapterFileError, bullet_list, did_you_mean
-from .files import AdapterFolder
-from .names import named_tensors
+from .files import ENCODER_FILE, AdapterFolder
+from .names import encoder_tensors, named_tensors
+from .save_adapters import finished
+
+logger = logging.getLogger(__name__)
 
 
 def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.Module) -> None:
@@ -23,13 +27,16 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
     """
     stored = folder.tensors()
     expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
+    encoder = {in_file: tensor for in_file, _, tensor in encoder_tensors(tree)}
+    faults = []
+    if encoder:
+        tokens, encoder_stored = stored.pop("prompt_embeddings", None), folder.encoder_tensors()
+        if not folder.holds_encoder():
+            faults = [f"{ENCODER_FILE} is missing; under another name the adapter loads without it"]
+        else:
+            faults = _differences(encoder_stored, encoder) or _belongs(tree.prompt, encoder_stored, tokens)
     stored = _without_copies_of_the_base(stored, expected, base)
-    faults = [f'"{key}" is missing' for key in expected if key not in stored]
-    faults += [
-        f'"{key}" belongs to no part of the adapter{did_you_mean(key, expected)}' for key in stored if key not in expected
-    ]
-    for key in expected.keys() & stored.keys():
-        faults += _faults(key, stored[key], expected[key])
+    faults += _differences(stored, expected)
     if faults:
         raise AdapterFileError(
             f'"{folder.name}"{made_for(config)} does not fit {type(base).__name__}, nothing was loaded; '
@@ -38,6 +45,44 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(stored[key])
+        for key, tensor in encoder.items():
+            tensor.copy_(encoder_stored[key])
+
+
+def is_finished(config: PeftConfig, folder: AdapterFolder) -> bool:
+    """Whether an adapter from `folder` is to be built without the encoder of its virtual tokens."""
+    if config.inference_mode or not isinstance(config, PromptConfig) or not config.trains_encoder:
+        return True
+    if not folder.holds_encoder():
+        logger.warning(
+            '"%s" holds virtual tokens without the encoder that made them; training goes on with the tokens themselves',
+            folder.name,
+        )
+        return True
+    return False
+
+
+def _differences(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """A sentence for each tensor that is missing, unknown or of another shape or type."""
+    faults = [f'"{key}" is missing' for key in expected if key not in stored]
+    faults += [
+        f'"{key}" belongs to no part of the adapter{did_you_mean(key, expected)}' for key in stored if key not in expected
+    ]
+    for key in expected.keys() & stored.keys():
+        faults += _faults(key, stored[key], expected[key])
+    return faults
+
+
+def _belongs(prompt: Any, stored: dict[str, Tensor], tokens: Tensor | None) -> list[str]:
+    """An encoder that makes other tokens than those beside it is left over from another adapter."""
+    if tokens is None:
+        return ['"prompt_embeddings" is missing']
+    device = next(prompt.encoder.parameters()).device
+    made = finished(prompt.encoder, {name: value.to(device) for name, value in stored.items()}).cpu()
+    tolerance = 1e-2 * made.abs().max().item()  # room for another device's rounding, or for tokens kept in 16 bits
+    if made.shape == tokens.shape and torch.allclose(made.float(), tokens.float(), rtol=0, atol=tolerance):
+        return []
+    return [f"{ENCODER_FILE} does not make the virtual tokens beside it; delete it to go on training with the tokens alone"]
 
 
 def made_for(config: PeftConfig) -> str:

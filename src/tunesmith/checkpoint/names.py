@@ -21,6 +21,8 @@ _EMBEDDING = {
     "OFT": {"oft_R": "oft_embedding_R.weight"},
 }
 
+_ENCODER = "encoder."  # of a prompt adapter
+
 
 def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """`(name in files, name in the tree, tensor)` of everything the adapter owns."""
@@ -28,6 +30,8 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
     owned = {tensor: name for name, tensor in tree.state_dict(keep_vars=True).items()}
     if tree.prompt is not None:
         for name, tensor in tree.prompt.state_dict(keep_vars=True).items():
+            if name.startswith(_ENCODER):
+                continue  # in a file of their own; see encoder_tensors
             yield ("prompt_embeddings" if name == "embedding" else name), owned[tensor], tensor
     if tree.shared is not None:
         for name, tensor in tree.shared.state_dict(keep_vars=True).items():
@@ -37,6 +41,14 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
         own = tree.node(path).own  # another one is a bias or a copy beside it
         for name, tensor in adapter.state_dict(keep_vars=True).items():
             yield f"{prefix}{path}.{_in_file(name, adapter, module, config, own)}", owned[tensor], tensor
+
+
+def encoder_tensors(tree: AdapterTree) -> Iterator[tuple[str, str, Tensor]]:
+    """`(name in the encoder's file, name in the tree, tensor)` of what computes virtual tokens while they are trained."""
+    if tree.prompt is not None:
+        for name, tensor in tree.prompt.state_dict(keep_vars=True).items():
+            if name.startswith(_ENCODER):
+                yield name.removeprefix(_ENCODER), f"_prompt.{name}", tensor
 
 
 def _in_file(name: str, adapter: nn.Module, module: nn.Module, config: PeftConfig, own: nn.Module | None) -> str:

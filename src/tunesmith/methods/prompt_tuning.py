@@ -75,11 +75,6 @@ class PromptTuningConfig(PromptConfig):
 class PromptTuning(PromptAdapter):
     """The virtual tokens of one adapter, `(num_virtual_tokens * submodules, dim)` in fp32."""
 
-    def __init__(self, config: Any, model: nn.Module) -> None:
-        super().__init__(config, model)
-        rows = config.num_virtual_tokens * config.num_transformer_submodules
-        self.embedding = nn.Parameter(torch.empty(rows, config.token_dim))
-
     def reset_parameters(self, base: Any) -> None:
         config, words = self.config, base.get_input_embeddings()
         rows = self.embedding.shape[0]
@@ -92,9 +87,6 @@ class PromptTuning(PromptAdapter):
             ids = _text_ids(config, rows, words.num_embeddings)
         with torch.no_grad():
             self.embedding.copy_(words(ids.to(words.weight.device)))
-
-    def forward(self) -> Tensor:
-        return self.embedding
 
 
 def _text_ids(config: PromptTuningConfig, rows: int, words: int) -> Tensor:
