@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .bases.view import BaseView, compute_dtype, plain_forward, view_of, view_type
 from .config import PromptConfig
+from .frame import Mixture
 
 
 class Adapter(nn.Module):
@@ -212,6 +213,14 @@ class Around:
     """What stands around a module's call beside its adapters: `around(call, *args, **kwargs)`."""
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call of a mixed batch.
+
+        Args:
+            parts: what stands here for each part of the mixture, of this object's type; None where nothing does.
+        """
         raise NotImplementedError
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .bases.view import plain_forward, view_type
-from .contracts import Adapter, SublayerAdapter, fold
+from .contracts import Adapter, Around, SublayerAdapter, fold
 from .errors import UsageError
 from .frame import Mixture, entered
 
 Groups = list[tuple[tuple[Adapter, ...], Tensor]]  # adapters, and the indices of the rows they act on
 
 
-def run_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Adapter, ...]], args: tuple, kwargs: dict) -> Any:
+def run_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Any, ...]], args: tuple, kwargs: dict) -> Any:
     """The module's output for a mixed batch.
 
     Args:
@@ -33,6 +33,17 @@ def run_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Adapte
     if x is None or x.dim() == 0 or (x.shape[0] != 1 and x.shape[0] % mixture.size):
         shape = "no tensor" if x is None else tuple(x.shape)
         raise UsageError(f"a {type(module).__name__} gets {shape}, which cannot be told apart into {mixture.size} rows")
+    around = [next((one for one in group if isinstance(one, Around)), None) for group in adapters]
+    first = next((one for one in around if one is not None), None)
+    if first is not None:
+        rest = [tuple(one for one in group if not isinstance(one, Around)) for group in adapters]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not any(rest):
+                return plain_forward(module)(*args, **kwargs)
+            return run_by_rows(module, mixture, rest, args, kwargs)
+
+        return first.by_rows(around, mixture, call, *args, **kwargs)
     if view_type(module) is None and all(isinstance(adapter, SublayerAdapter) for group in adapters for adapter in group):
         return _change_by_rows(module, mixture, adapters, args, kwargs)
     if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):

@@ -23,6 +23,7 @@ from .bases.view import execution_device
 from .config import PromptConfig
 from .contracts import Around, PromptAdapter
 from .errors import ConfigError, UsageError
+from .frame import Mixture
 from .prompting import Entrance, check_length, counted_positions, counts, entrance_of, prepend
 
 CACHE_NAMES = ("past_key_values", "layer_past")  # what attentions call the cache
@@ -134,6 +135,18 @@ class PrefixedStack(Around):
             layers = [self.prompt(i).to(execution_device(a), self.stack.dtype) for i, a in enumerate(self.attentions)]
         return call(**extend(inputs, layers, self.prompt.config.num_virtual_tokens, self.stack, self.entrance))
 
+    def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = {**dict(zip(self.names, args)), **kwargs}
+        tokens = inputs.get("input_ids")
+        rows = (inputs["inputs_embeds"] if tokens is None else tokens).shape[0]
+        layers, real = [], None
+        for index, attention in enumerate(self.attentions):
+            layer, real = _mixed_layer(parts, mixture, index, rows)
+            layers.append(layer.to(execution_device(attention), self.stack.dtype))
+        assert real is not None
+        values = layers if is_first_step(inputs) else None
+        return call(**extend(inputs, values, real.shape[1], self.stack, self.entrance, real))
+
 
 class PrefixedAttention(Around):
     """Around one layer's self-attention: gives it the prefix where gradient checkpointing took the cache away."""
@@ -150,6 +163,15 @@ class PrefixedAttention(Around):
             hidden = inputs[self.names[0]]  # (B, T, dim)
             layer = self.prompt(self.layer).to(hidden.device, hidden.dtype)  # (2, heads, n, head_dim)
             one = PrefixLayer(*_for_rows(layer, hidden.shape[0]))
+            inputs[self.cache_name] = Cache(layers=[one] * (self.layer + 1))
+        return call(**inputs)
+
+    def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = {**dict(zip(self.names, args)), **kwargs}
+        if inputs.get(self.cache_name) is None:
+            hidden = inputs[self.names[0]]
+            layer, _ = _mixed_layer(parts, mixture, self.layer, hidden.shape[0])
+            one = PrefixLayer(*_for_rows(layer.to(hidden.device, hidden.dtype), hidden.shape[0]))
             inputs[self.cache_name] = Cache(layers=[one] * (self.layer + 1))
         return call(**inputs)
 
@@ -204,6 +226,12 @@ def extend(
     elif mask is not None and entrance.mask_positions:
         inputs["position_ids"] = counted_positions(mask)[:, -length:]
     return inputs
+
+
+def _mixed_layer(parts: list[Any], mixture: Mixture, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+    """One layer's keys and values of a mixed batch, `(2, B, heads, n, head_dim)`, and `(B, n)`, which of them a row has."""
+    values, real = mixture.stacked([None if part is None else part.prompt(layer) for part in parts], rows)
+    return values.movedim(0, 1), real
 
 
 def is_first_step(inputs: dict[str, Any]) -> bool:
