@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,6 +25,7 @@ class Frame:
         adapters: what acts at each site, the first one nearest to the base module.
         prompts: what acts at the model's entrance, each with the number of its virtual tokens.
         fired: where given, collects the sites that were reached (the check of the first training step).
+        penalties: what is added to the loss in training.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class Frame:
         adapters: dict[Site, tuple[Adapter, ...]],
         prompts: tuple[tuple[PromptAdapter, int], ...] = (),
         fired: set[Site] | None = None,
+        penalties: tuple[Callable[[], Tensor], ...] = (),
     ) -> None:
         self.adapters = adapters
         self.prompts = prompts
         self.fired = fired
+        self.penalties = penalties
 
 
 class _Local(threading.local):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import preflight, prompting, site
+from . import preflight, prompting, scheduled, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
@@ -122,9 +122,12 @@ class PeftModel(Mergeable, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with the active adapters acting; same arguments, same result type."""
         _refuse_rows(kwargs)
+        frame = self._frame
         if preflight.is_due(self):
-            return preflight.checked_forward(self, *args, **kwargs)
-        return self._forward(self._frame, *args, **kwargs)
+            result = preflight.checked_forward(self, *args, **kwargs)
+        else:
+            result = self._forward(frame, *args, **kwargs)
+        return scheduled.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
 
     def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         with self._entered(frame):
@@ -177,7 +180,7 @@ class PeftModel(Mergeable, nn.Module):
         if acting not in self._frames:
             trees: list[Any] = [(self.tree(name).prompt, self.peft_config[name]) for name in acting]
             prompts = tuple((prompt, config.num_virtual_tokens) for prompt, config in trees if prompt is not None)
-            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts)
+            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts, penalties=scheduled.penalties(self, acting))
         self._frame = self._frames[acting]
 
     def _adapters_by_site(self, names: tuple[str, ...]) -> dict[site.Site, tuple]:
@@ -194,6 +197,14 @@ class PeftModel(Mergeable, nn.Module):
         self._frames: dict[tuple[str, ...], Frame] = {}
         self._checked: set[tuple[Frame, bool]] = set()  # frames that preflight has looked into, in eval or training
         self._settle()
+        scheduled.watch(self)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Run AdaLoRA's schedule for this step, where a script numbers the steps itself; no training loop has to.
+
+        To be called after `backward()` and before `zero_grad()`. The number of optimiser steps is counted without it.
+        """
+        scheduled.update_and_allocate(self, global_step)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `resize_token_embeddings`, which gives all its handles another vocabulary.

@@ -23,6 +23,7 @@ LAYERS = {  # model, targets
 }
 EXTRA = {
     "IA3": lambda targets: {"feedforward_modules": targets[-1:]},
+    "ADALORA": lambda _: {"total_step": 10, "orth_reg_weight": 0.1},
     "OFT": lambda _: {"oft_block_size": 8},
     "BOFT": lambda _: {"boft_n_butterfly_factor": 3},
 }

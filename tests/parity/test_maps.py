@@ -20,13 +20,18 @@ CONFIGS.update(
         "lokr": (ts.LoKrConfig, peft.LoKrConfig, {"r": 2, "alpha": 2, "init_weights": False}),
         "oft": (ts.OFTConfig, peft.OFTConfig, {"oft_block_size": 8}),
         "hra": (ts.HRAConfig, peft.HRAConfig, {"r": 4}),
+        "adalora": (
+            ts.AdaLoraConfig,
+            peft.AdaLoraConfig,
+            {"init_r": 4, "target_r": 2, "total_step": 10, "orth_reg_weight": 0.0},
+        ),
         "ln": (ts.LNTuningConfig, peft.LNTuningConfig, {}),
         "boft": (ts.BOFTConfig, peft.BOFTConfig, {"boft_block_size": 4}),
     }
 )
 LINEAR_ONLY = ("loha", "lokr", "oft", "hra", "boft")  # the reference has no Conv1D for these
 BASES = ["llama", "gpt2", "opt", "bloom", "t5", "mt5", "bert-classifier"]
-KINDS = ["vera", "loha", "lokr", "oft", "hra", "boft", "ln"]
+KINDS = ["vera", "loha", "lokr", "oft", "hra", "boft", "ln", "adalora"]
 CASES = [(kind, name) for kind in KINDS for name in BASES if not (name == "gpt2" and kind in LINEAR_ONLY)]
 CASES = [case for case in CASES if case not in (("ln", "opt"), ("ln", "bert-classifier"))]  # no default norms there
 
@@ -67,6 +72,11 @@ OPTIONS = {
     "hra: Gram-Schmidt": ("hra", "llama", {"apply_GS": True, "init_weights": False}),
     "hra: bias hra_only": ("hra", "opt", {"bias": "hra_only"}),
     "hra: wide": ("hra", "llama", {"r": 6, "target_modules": ["down_proj", "q_proj"]}),
+    "adalora: alpha": ("adalora", "llama", {"lora_alpha": 3, "target_modules": "all-linear"}),
+    "adalora: no alpha": ("adalora", "llama", {"lora_alpha": 0}),
+    "adalora: bias lora_only": ("adalora", "opt", {"bias": "lora_only"}),
+    "adalora: random start": ("adalora", "llama", {"init_lora_weights": False}),
+    "adalora: Conv1D": ("adalora", "gpt2", {"target_modules": ["c_attn", "c_fc"]}),
     "ln: names": ("ln", "opt", {"target_modules": ["final_layer_norm"]}),
     "ln: a head beside": ("ln", "bert-classifier", {"target_modules": ["output.LayerNorm"]}),
     "ln: regular expression": ("ln", "llama", {"target_modules": r".*layers\.1\..*norm"}),
@@ -90,6 +100,7 @@ CONVOLUTIONS = {
     "lokr by a core": ("lokr", ["plain", "strided", "grouped"], {"r": 1, "use_effective_conv2d": True, "alpha": 200}),
     "lokr whole": ("lokr", ["plain", "strided"], {"r": 64, "alpha": 640}),
     "lokr both low-rank": ("lokr", ["plain", "grouped"], {"r": 1, "decompose_both": True}),
+    "adalora": ("adalora", ["plain", "strided", "dilated", "head"], {"init_lora_weights": False, "lora_alpha": 0.2}),
     "hra": ("hra", ["plain", "head"], {"r": 3}),
     "boft": ("boft", ["plain", "head"], {"boft_block_size": 0, "boft_block_num": 1}),
 }

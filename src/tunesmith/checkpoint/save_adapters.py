@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..registry import adapter_type
 from .card import card_text
 from .files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, config_text, write_folder
 from .names import named_tensors
@@ -46,9 +47,11 @@ def _write_text(text: str, path: Path) -> None:
 def tensors(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """`{name in file: tensor}`, from gathered values where a sharded handle's are given."""
     found = {}
-    for in_file, in_tree, tensor in named_tensors(handle.tree(name), handle.peft_config[name], handle.base_model):
+    config = handle.peft_config[name]
+    for in_file, in_tree, tensor in named_tensors(handle.tree(name), config, handle.base_model):
         value = (gathered or {}).get(f"adapters.{name}.{in_tree}", tensor).detach()
         if hasattr(value, "full_tensor"):  # a DTensor of a sharded handle; every rank takes part
             value = value.full_tensor()
+        value = adapter_type(config).saved(in_file, value, config)
         found[in_file] = value.cpu().contiguous().clone()
     return found
