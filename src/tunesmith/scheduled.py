@@ -94,7 +94,10 @@ def penalties(handle: PeftModel, names: tuple[str, ...]) -> tuple[Callable[[], T
 
 def with_penalties(result: Any, added: tuple[Callable[[], Tensor], ...]) -> Any:
     """The model's result with the penalties in its loss, where it has one."""
-    loss = result[0] if isinstance(result, tuple) and result else getattr(result, "loss", None)
+    if isinstance(result, tuple):
+        loss = result[0] if result else None
+    else:
+        loss = result.get("loss") if isinstance(result, dict) else None
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         return result
     total = loss + sum(penalty().to(loss) for penalty in added)
