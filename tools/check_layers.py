@@ -15,7 +15,7 @@ LAYERS = [
     ["auto"],
     ["tasks"],
     ["model"],
-    ["mirror", "framed", "preflight", "mergeable", "checkpoint", "data"],
+    ["mirror", "framed", "preflight", "mergeable", "scheduled", "checkpoint", "data"],
     ["merge", "record"],
     ["attach"],
     ["match"],

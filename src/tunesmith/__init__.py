@@ -21,6 +21,7 @@ _PLACES = {
     "errors": [
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],
+    "methods.adalora": ["AdaLoraConfig"],
     "methods.bitfit": ["BitFitConfig"],
     "methods.boft": ["BOFTConfig"],
     "methods.hra": ["HRAConfig"],

@@ -23,6 +23,7 @@ class Adapter(nn.Module):
     """What every adapter is: parameters of its own, beside the base."""
 
     mergeable: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = False  # the method has a penalty and acts after optimiser steps
     shared: nn.Module | None = None  # what `shared_tensors` made; belongs to the tree, not to this module
 
     @classmethod
@@ -39,6 +40,26 @@ class Adapter(nn.Module):
     def usual_targets(cls, modules: dict[str, nn.Module]) -> set[str]:
         """Paths to adapt where neither the user nor the architecture names any; for methods that find them on the base."""
         raise NotImplementedError
+
+    @classmethod
+    def penalty(cls, adapters: dict[str, Any], config: Any) -> Tensor:
+        """What training adds to the loss, from one adapter's modules (by path); for `scheduled` methods."""
+        raise NotImplementedError
+
+    @classmethod
+    def observe_step(cls, adapters: dict[str, Any], config: Any, step: int) -> None:
+        """Look at gradients and parameters right after optimiser step `step` (from 1); for `scheduled` methods."""
+        raise NotImplementedError
+
+    @classmethod
+    def allocate(cls, adapters: dict[str, Any], config: Any, step: int) -> None:
+        """Change the adapters as step `step` of the schedule asks; called again, it replaces what the first call did."""
+        raise NotImplementedError
+
+    @classmethod
+    def saved(cls, name: str, value: Tensor, config: Any) -> Tensor:
+        """What is written of the tensor that files call `name`."""
+        return value
 
     def reset_parameters(self, base: Any) -> None:
         """Draw the initial values; not called when weights are about to be loaded."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ class Frame:
         prompts: what acts at the model's entrance, each with the number of its virtual tokens.
         fired: where given, collects the sites that were reached (the check of the first training step).
         mixture: for a batch whose rows have different adapters, the frames of its parts; `adapters` is then empty.
+        penalties: what is added to the loss in training.
     """
 
     def __init__(
@@ -34,18 +36,20 @@ class Frame:
         prompts: tuple[tuple[PromptAdapter, int], ...] = (),
         fired: set[Site] | None = None,
         mixture: Mixture | None = None,
+        penalties: tuple[Callable[[], Tensor], ...] = (),
     ) -> None:
         self.adapters = adapters
         self.prompts = prompts
         self.fired = fired
         self.mixture = mixture
+        self.penalties = penalties
 
     def noting(self, fired: set[Site]) -> Frame:
         """This frame, with the sites that it reaches collected in `fired`."""
         mixture = self.mixture
         if mixture is not None:
             mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
-        return Frame(self.adapters, self.prompts, fired, mixture)
+        return Frame(self.adapters, self.prompts, fired, mixture, self.penalties)
 
 
 class Mixture:

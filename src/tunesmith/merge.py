@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,35 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
         reason = adapter.merge_fault(view_of(module)) if isinstance(adapter, LinearAdapter) else None
         if reason:
             raise UsageError(f"{path} cannot be merged: {reason}")
+
+
+def check_order(base: nn.Module, trees: dict[str, AdapterTree]) -> None:
+    """Private parameters act innermost, so merging must put them in before other adapters change what they replace.
+
+    Args:
+        trees: adapters by name, in the order of their merging.
+
+    Raises:
+        UsageError: an adapter replaces a parameter that an earlier one changes.
+    """
+    private = {name: set(_private_parameters(tree)) for name, tree in trees.items()}
+    replaced = {path for found in private.values() for path, _ in found}
+    changed: set[tuple[str, str]] = set()
+    for name, tree in trees.items():
+        for path, leaf in sorted(private[name] & changed):
+            order = ", ".join(f'"{each}"' for each in (name, *(other for other in trees if other != name)))
+            raise UsageError(
+                f'"{name}" replaces {path}.{leaf}, which another adapter changes; merge it before the others: {order}'
+            )
+        for path, adapter in tree.items():
+            if isinstance(adapter, LinearAdapter) and path in replaced:
+                changed.update((path, leaf) for leaf in _merged_values(base.get_submodule(path), adapter))
+
+
+def _private_parameters(tree: AdapterTree) -> Iterator[tuple[str, str]]:
+    for path, adapter in tree.items():
+        if isinstance(adapter, ParameterAdapter):
+            yield from ((path, leaf) for leaf, _ in adapter.named_parameters())
 
 
 def into_weights(base: nn.Module, trees: list[AdapterTree], safe: bool, keep: bool) -> Originals:
@@ -83,11 +113,11 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
     assert isinstance(adapter, LinearAdapter)
     view: BaseView = view_of(module)
     wide = torch.promote_types(view.weight().dtype, torch.float32)
-    bias = view.bias
-    weight, new_bias = adapter.merge(view.weight().to(wide), None if bias is None else bias.to(wide), view)
+    bias = None if view.bias is None else view.bias.to(wide)
+    weight, new_bias = adapter.merge(view.weight().to(wide), bias, view)
     values = {"weight": view.stored(weight).to(module.weight.dtype)}
-    if bias is not None and new_bias is not None:
-        values["bias"] = new_bias.to(bias.dtype)
+    if new_bias is not None and new_bias is not bias:
+        values["bias"] = new_bias.to(module.bias.dtype)
     return values
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from . import site
 from .errors import UsageError
 from .frame import CarriesFrame
-from .merge import Originals, check, into_weights, plain_copy, restore
+from .merge import Originals, check, check_order, into_weights, plain_copy, restore
 from .record import BaseRecord, records
 
 
@@ -25,7 +25,7 @@ class Mergeable:
             UsageError: other handles use this base, or the adapter cannot be merged.
         """
         names = [name for name in (adapter_names or self._active) if name not in self._merged]
-        self._check_mergeable(names)
+        self._check_mergeable(names, after=tuple(self._merged))
         done: dict[str, Originals] = {}
         try:
             for name in names:
@@ -78,7 +78,7 @@ class Mergeable:
         self.unmerge_adapter()
         return self._detach()
 
-    def _check_mergeable(self: Any, names: list[str], alone: bool = True) -> None:
+    def _check_mergeable(self: Any, names: list[str], alone: bool = True, after: tuple[str, ...] = ()) -> None:
         for name in names:
             self._known(name)
         others = [handle for handle in self._record.handles if handle is not self]
@@ -97,6 +97,7 @@ class Mergeable:
             raise UsageError(f"not a change of weights, so it cannot be merged: {', '.join(fixed)}; use the handle as it is")
         for name in names:
             check(self.base_model, self.tree(name))
+        check_order(self.base_model, {name: self.tree(name) for name in (*after, *names)})
 
     def _register(self: Any) -> None:
         base = self.base_model

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import prefix, preflight, prompting, site
+from . import prefix, preflight, prompting, scheduled, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
@@ -132,8 +132,10 @@ class PeftModel(Mergeable, nn.Module):
         names = kwargs.pop("adapter_names", None)
         frame, acting = (self._frame, self._acting()) if names is None else self._mixed(names, args, kwargs)
         if preflight.is_due(self, acting):
-            return preflight.checked_forward(self, frame, acting, *args, **kwargs)
-        return self._forward(frame, *args, **kwargs)
+            result = preflight.checked_forward(self, frame, acting, *args, **kwargs)
+        else:
+            result = self._forward(frame, *args, **kwargs)
+        return scheduled.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
 
     def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         with self._entered(frame):
@@ -190,7 +192,7 @@ class PeftModel(Mergeable, nn.Module):
         if acting not in self._frames:
             trees: list[Any] = [(self.tree(name).prompt, self.peft_config[name]) for name in acting]
             prompts = tuple((prompt, config.num_virtual_tokens) for prompt, config in trees if prompt is not None)
-            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts)
+            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts, penalties=scheduled.penalties(self, acting))
         return self._frames[acting]
 
     def _mixed(self, names: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Frame, tuple[str, ...]]:
@@ -220,7 +222,9 @@ class PeftModel(Mergeable, nn.Module):
             return frames[0], acting
         device = None if first is None else first.device
         groups = [torch.tensor(rows, device=device) for rows in by_name.values()]
-        return Frame({}, mixture=Mixture(frames, groups)), acting
+        prompts = tuple(prompt for frame in frames for prompt in frame.prompts)
+        penalties = tuple(penalty for frame in frames for penalty in frame.penalties)
+        return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties), acting
 
     def _check_splits(self, name: str) -> None:
         """Modules of a list of experts get tokens of any rows in any order, so they cannot be told apart by rows."""
@@ -252,6 +256,14 @@ class PeftModel(Mergeable, nn.Module):
         self._splits: dict[str, list[str]] = {}  # per adapter, the paths that keep it out of mixed batches
         self._checked: set[tuple[tuple[str, ...], bool]] = set()  # what preflight has looked into, in eval or training
         self._settle()
+        scheduled.watch(self)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Run AdaLoRA's schedule for this step, where a script numbers the steps itself; no training loop has to.
+
+        To be called after `backward()` and before `zero_grad()`. The number of optimiser steps is counted without it.
+        """
+        scheduled.update_and_allocate(self, global_step)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `resize_token_embeddings`, which gives all its handles another vocabulary.

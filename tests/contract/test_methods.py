@@ -23,6 +23,7 @@ LAYERS = {  # model, targets
 }
 EXTRA = {
     "IA3": lambda targets: {"feedforward_modules": targets[-1:]},
+    "ADALORA": lambda _: {"total_step": 10, "orth_reg_weight": 0.1},
     "OFT": lambda _: {"oft_block_size": 8},
     "BOFT": lambda _: {"boft_n_butterfly_factor": 3},
 }
@@ -93,6 +94,22 @@ def test_saved_and_loaded_bit_exact(method, layer, tmp_path):
     handle, twin, inputs = handle_on(method, layer, torch.float32)
     handle.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(twin, tmp_path).eval()(**inputs).logits, handle(**inputs).logits)
+
+
+@each
+def test_fp32_masters_compute_in_the_type_of_a_16_bit_base(method, layer):
+    """The error is that of a few tens of bf16 roundings (2^-9 each), in the sense of the norm."""
+    handle, _, inputs = handle_on(method, layer, torch.bfloat16)
+    assert all(parameter.dtype == torch.float32 for parameter in handle.adapters.parameters())
+    wide = copy.deepcopy(handle).float()
+    expected, found = wide(**inputs).logits, handle(**inputs).logits
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 50 * 2**-9 * expected.norm()
+    handle.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in handle.adapters.parameters())
+    handle.eval().merge_adapter()
+    assert all(parameter.dtype == torch.bfloat16 for parameter in handle.base_model.parameters())
+    assert (handle(**inputs).logits - expected).norm() < 50 * 2**-9 * expected.norm()
 
 
 @each

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import peft
 import pytest
 import torch
+from peft.utils import constants
 from torch import nn
 
 import tunesmith as ts
@@ -20,13 +23,19 @@ CONFIGS.update(
         "lokr": (ts.LoKrConfig, peft.LoKrConfig, {"r": 2, "alpha": 2, "init_weights": False}),
         "oft": (ts.OFTConfig, peft.OFTConfig, {"oft_block_size": 8}),
         "hra": (ts.HRAConfig, peft.HRAConfig, {"r": 4}),
+        "adalora": (
+            ts.AdaLoraConfig,
+            peft.AdaLoraConfig,
+            {"init_r": 4, "target_r": 2, "total_step": 10, "orth_reg_weight": 0.0},
+        ),
+        "ia3": (ts.IA3Config, peft.IA3Config, {"init_ia3_weights": False}),
         "ln": (ts.LNTuningConfig, peft.LNTuningConfig, {}),
         "boft": (ts.BOFTConfig, peft.BOFTConfig, {"boft_block_size": 4}),
     }
 )
 LINEAR_ONLY = ("loha", "lokr", "oft", "hra", "boft")  # the reference has no Conv1D for these
 BASES = ["llama", "gpt2", "opt", "bloom", "t5", "mt5", "bert-classifier"]
-KINDS = ["vera", "loha", "lokr", "oft", "hra", "boft", "ln"]
+KINDS = ["vera", "loha", "lokr", "oft", "hra", "boft", "ln", "adalora", "ia3"]
 CASES = [(kind, name) for kind in KINDS for name in BASES if not (name == "gpt2" and kind in LINEAR_ONLY)]
 CASES = [case for case in CASES if case not in (("ln", "opt"), ("ln", "bert-classifier"))]  # no default norms there
 
@@ -67,6 +76,24 @@ OPTIONS = {
     "hra: Gram-Schmidt": ("hra", "llama", {"apply_GS": True, "init_weights": False}),
     "hra: bias hra_only": ("hra", "opt", {"bias": "hra_only"}),
     "hra: wide": ("hra", "llama", {"r": 6, "target_modules": ["down_proj", "q_proj"]}),
+    "adalora: alpha": ("adalora", "llama", {"lora_alpha": 3, "target_modules": "all-linear"}),
+    "adalora: no alpha": ("adalora", "llama", {"lora_alpha": 0}),
+    "adalora: bias lora_only": ("adalora", "opt", {"bias": "lora_only"}),
+    "adalora: random start": ("adalora", "llama", {"init_lora_weights": False}),
+    "adalora: Conv1D": ("adalora", "gpt2", {"target_modules": ["c_attn", "c_fc"]}),
+    "ia3: no feed-forward": ("ia3", "llama", {"feedforward_modules": []}),
+    "ia3: targets, the usual feed-forward": ("ia3", "llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "ia3: a feed-forward of one's own": ("ia3", "opt", {"target_modules": ["q_proj", "fc1"], "feedforward_modules": ["fc1"]}),
+    "ia3: Conv1D both ways": (
+        "ia3",
+        "gpt2",
+        {"target_modules": ["c_attn", "mlp.c_proj", "c_fc"], "feedforward_modules": ["c_attn", "mlp.c_proj"]},
+    ),
+    "ia3: regular expressions": (
+        "ia3",
+        "gpt2",
+        {"target_modules": r".*(c_attn|mlp\.c_proj)", "feedforward_modules": r".*c_proj"},
+    ),
     "ln: names": ("ln", "opt", {"target_modules": ["final_layer_norm"]}),
     "ln: a head beside": ("ln", "bert-classifier", {"target_modules": ["output.LayerNorm"]}),
     "ln: regular expression": ("ln", "llama", {"target_modules": r".*layers\.1\..*norm"}),
@@ -90,6 +117,9 @@ CONVOLUTIONS = {
     "lokr by a core": ("lokr", ["plain", "strided", "grouped"], {"r": 1, "use_effective_conv2d": True, "alpha": 200}),
     "lokr whole": ("lokr", ["plain", "strided"], {"r": 64, "alpha": 640}),
     "lokr both low-rank": ("lokr", ["plain", "grouped"], {"r": 1, "decompose_both": True}),
+    "adalora": ("adalora", ["plain", "strided", "dilated", "head"], {"init_lora_weights": False, "lora_alpha": 0.2}),
+    "ia3 on outputs": ("ia3", ["plain", "strided", "grouped", "head"], {"feedforward_modules": []}),
+    "ia3 on inputs": ("ia3", ["strided", "grouped", "head"], {"feedforward_modules": ["strided", "grouped", "head"]}),
     "hra": ("hra", ["plain", "head"], {"r": 3}),
     "boft": ("boft", ["plain", "head"], {"boft_block_size": 0, "boft_block_num": 1}),
 }
@@ -168,6 +198,47 @@ def check_gradients(
         torch.testing.assert_close(tensor.grad, expected, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     assert any(tensor.grad is not None and tensor.grad.abs().max() > 1e-4 for tensor in mine.values())
     assert all(p.grad is None for p in ours.base_model.parameters())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", ["vera", "loha", "lokr", "oft", "hra", "boft", "adalora", "ia3", "ia3 on inputs"])
+def test_merged_convolution_equals_the_unmerged_one(kind, groups):
+    base = nn.Sequential(nn.Conv2d(4, 8, (3, 2), padding=1, dilation=2, groups=groups, padding_mode="reflect")).double()
+    inputs = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    options = {"feedforward_modules": ["0"]} if kind == "ia3 on inputs" else {}
+    if kind == "vera" or (groups > 1 and kind in ("oft", "hra", "boft")):
+        with pytest.raises(ts.TargetError, match=r"only|grouped convolution"):
+            ours_on(base, kind, None, target_modules=["0"])
+        return
+    handle = ours_on(base, kind.split()[0], None, target_modules=["0"], **options)
+    expected = handle(inputs)
+    assert (expected - base(inputs)).abs().max() > 1e-3
+    handle.merge_adapter()
+    torch.testing.assert_close(handle(inputs), expected, rtol=1e-10, atol=1e-10)
+
+
+MAPPINGS = {
+    "IA3": (ts.IA3Config, constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING),
+    "LN": (ts.LNTuningConfig, constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING),
+    "AdaLoRA": (
+        partial(ts.AdaLoraConfig, total_step=10), constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
+    ),
+    "VeRA": (ts.VeraConfig, constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING),
+    "OFT": (ts.OFTConfig, constants.TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING),
+}  # fmt: skip
+UNTAKEN = {"gemma4", "btlm", "rwkv", "rwkv7", "nemotron_h", "llava"}  # remote code, state space models, not only norms
+
+
+@pytest.mark.parametrize("method", MAPPINGS)
+def test_usual_targets_are_the_ecosystems(method):
+    make, mapping = MAPPINGS[method]
+    for model_type in mapping.keys() - UNTAKEN:
+        config = make()
+        config.resolve_targets(model_type)
+        assert config.target_modules == set(mapping[model_type]), model_type
+        if method == "IA3":
+            usual = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+            assert config.feedforward_modules == set(usual[model_type]), model_type
 
 
 # --- VeRA -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..registry import adapter_type
 from .card import card_text
 from .files import CARD_FILE, CONFIG_FILE, ENCODER_FILE, WEIGHTS_FILE, config_text, write_folder
 from .names import encoder_tensors, named_tensors
@@ -51,8 +52,10 @@ def _write_text(text: str, path: Path) -> None:
 def tensors(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """`{name in file: tensor}`, from gathered values where a sharded handle's are given."""
     found = {}
-    for in_file, in_tree, tensor in named_tensors(handle.tree(name), handle.peft_config[name], handle.base_model):
-        found[in_file] = _whole(f"adapters.{name}.{in_tree}", tensor, gathered)
+    config = handle.peft_config[name]
+    for in_file, in_tree, tensor in named_tensors(handle.tree(name), config, handle.base_model):
+        value = _whole(f"adapters.{name}.{in_tree}", tensor, gathered)
+        found[in_file] = adapter_type(config).saved(in_file, value, config)
     prompt = handle.tree(name).prompt
     if prompt is not None and prompt.encoder is not None:
         found["prompt_embeddings"] = finished(prompt.encoder, _encoder(handle, name, gathered))

@@ -105,7 +105,7 @@ class OFT(LinearAdapter):
         rotation = self._kept(self.rotation())
         if base.tokens_in:
             return _rotated(base(x, *args, **kwargs), rotation)
-        if x.dim() == 4 and base.weight().dim() == 4:
+        if base.weight().dim() == 4:
             return convolved(base, x, self._rotated_weight(base.weight(), rotation, base))
         return base(_rotated(x, rotation), *args, **kwargs)
 
