@@ -21,6 +21,7 @@ _PLACES = {
     "errors": [
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],
+    "methods.adaption_prompt": ["AdaptionPromptConfig"],
     "methods.ia3": ["IA3Config"],
     "methods.lora": ["LoraConfig"],
     "methods.p_tuning": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
