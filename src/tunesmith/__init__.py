@@ -24,6 +24,7 @@ _PLACES = {
     "methods.adaption_prompt": ["AdaptionPromptConfig"],
     "methods.ia3": ["IA3Config"],
     "methods.lora": ["LoraConfig"],
+    "methods.multitask_prompt_tuning": ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"],
     "methods.p_tuning": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
     "methods.prefix_tuning": ["PrefixTuningConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],

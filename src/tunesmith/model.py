@@ -129,7 +129,7 @@ class PeftModel(Mergeable, nn.Module):
     def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         with self._entered(frame):
             if not frame.prompts:
-                return self.base_model(*args, **kwargs)
+                return self.base_model(*args, **self._without_tasks(kwargs))
             kwargs.update(zip(self._accepts, args))
             return self.base_model(**self._with_virtual_tokens(kwargs))
 
@@ -142,7 +142,7 @@ class PeftModel(Mergeable, nn.Module):
         with self._entered():
             if self._frame.prompts:
                 args, kwargs = self._generation_inputs(args, kwargs)
-            return self.base_model.generate(*args, **kwargs)
+            return self.base_model.generate(*args, **self._without_tasks(kwargs))
 
     def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the base, with the adapters acting; modules it returns act with them, too."""
@@ -227,8 +227,18 @@ class PeftModel(Mergeable, nn.Module):
         prompt, tokens = self._frame.prompts[0]
         if prompt.in_cache:
             return inputs
-        virtual = prompt()[:tokens]  # rows for a decoder follow; no method here uses them
+        inputs, task_ids = self._without_tasks(inputs), inputs.get("task_ids")
+        if prompting.is_continuation(inputs):
+            return prompting.continued(inputs, tokens, self._entrance)
+        virtual = prompt(task_ids) if prompt.by_task else prompt()
+        virtual = virtual[..., :tokens, :]  # rows for a decoder follow; no method here uses them
         return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance)
+
+    def _without_tasks(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the base takes: `task_ids` are for this handle's adapters, if one of them asks for such."""
+        if "task_ids" not in inputs or not any(getattr(tree.prompt, "by_task", False) for tree in self.adapters.values()):
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "task_ids"}
 
     def _generation_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         if all(prompt.in_cache for prompt, _ in self._frame.prompts):
@@ -238,7 +248,7 @@ class PeftModel(Mergeable, nn.Module):
             args = (None, *rest)
         ids = kwargs.pop("input_ids", kwargs.pop("inputs", None))
         kwargs = prompting.generation_inputs(self.base_model, ids, kwargs)
-        named = ("attention_mask", "inputs_embeds", "token_type_ids")
+        named = ("attention_mask", "inputs_embeds", "token_type_ids", "task_ids")
         inputs = {"input_ids": ids, **{name: kwargs.pop(name) for name in named if kwargs.get(name) is not None}}
         inputs = self._with_virtual_tokens({k: v for k, v in inputs.items() if v is not None})
         inputs.pop("position_ids", None)  # generate counts them from the mask itself

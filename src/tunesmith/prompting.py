@@ -44,7 +44,7 @@ class Entrance:
 def extend(
     inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: Entrance, real: Tensor | None = None
 ) -> dict[str, Any]:
-    """The inputs of a forward call with virtual tokens put in.
+    """The inputs of a text's first forward call with virtual tokens put in (of the later ones: `continued`).
 
     Args:
         inputs: keyword arguments of the base's forward; not changed.
@@ -57,15 +57,14 @@ def extend(
     """
     inputs = dict(inputs)
     n = virtual.shape[-2]
-    if is_continuation(inputs):
-        return continued(inputs, n, entrance, real)
-
     ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
     if embeds is None:
         embeds = embed(ids)
     rows, length = embeds.shape[:2]
+    if virtual.dim() == 3 and virtual.shape[0] != rows:
+        raise UsageError(f"{virtual.shape[0]} task_ids for {rows} rows; give one for each row")
     check_length(length, n, entrance)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
@@ -175,11 +174,12 @@ def is_continuation(inputs: dict[str, Any]) -> bool:
     return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
 
 
-def continued(inputs: Any, n: int, entrance: Entrance, real: Tensor | None = None) -> dict[str, Any]:
+def continued(inputs: dict[str, Any], n: int, entrance: Entrance, real: Tensor | None = None) -> dict[str, Any]:
     """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them.
 
     Positions go on counting from the mask, as they did in the first step.
     """
+    inputs = dict(inputs)
     mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
     expected = inputs["past_key_values"].get_seq_length() + tokens.shape[1]
