@@ -289,6 +289,10 @@ class TargetedConfig(PeftConfig):
             usual = DEFAULT_TARGETS.get(model_type or "")
             self.target_modules = set(usual) if usual else "all-linear"
 
+    def narrowed(self, paths: list[str]) -> list[str]:
+        """Those of the matched modules that get an adapter, where a method takes only some."""
+        return paths
+
     def settings(self, path: str) -> dict[str, Any]:
         """What the adapter at `path` is built with, where a pattern gives single modules other values."""
         return {}

@@ -161,6 +161,7 @@ class PromptAdapter(Adapter):
     """
 
     mergeable = False
+    by_task: ClassVar[bool] = False  # called with `task_ids`, one for each row
     in_cache: ClassVar[bool] = False  # acts as keys and values of past tokens (prefix.py), not as embeddings
 
     @classmethod
@@ -187,7 +188,7 @@ class PromptAdapter(Adapter):
         """The finished form."""
         return self.embedding if self.encoder is None else self.encoder()
 
-    def forward(self, task_ids: Tensor | None = None) -> Tensor:
+    def forward(self, *args: Any) -> Tensor:
         return self.values()
 
 

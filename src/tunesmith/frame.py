@@ -66,19 +66,19 @@ class Mixture:
         self.size = sum(len(rows) for rows in groups)
         self._by_length: dict[int, tuple[list[Tensor], Tensor]] = {}
 
-    def stacked(self, values: list[Tensor | None], length: int) -> tuple[Tensor, Tensor]:
+    def stacked(self, values: list[Tensor | None], dims: int, length: int) -> tuple[Tensor, Tensor]:
         """Virtual tokens of each part as one tensor over the rows, shorter ones behind padding.
 
         Args:
-            values: for each part `(..., n_i, dim)`, the same for its rows, or `(rows_i, ..., n_i, dim)` with one more
-                dimension than the others; None where the part has none.
+            values: for each part `(..., n_i, dim)`, the same for its rows, or `(rows_i, ..., n_i, dim)`; None where the
+                part has none.
+            dims: dimensions of the former.
             length: how many rows there are, a multiple of the batch's size (beams).
 
         Returns:
             `(length, ..., n, dim)`, and `(length, n)`, which of them a row has.
         """
         groups, inverse = self.rows(length)
-        dims = min(value.dim() for value in values if value is not None)
         n = max(value.shape[-2] for value in values if value is not None)
         like = next(value for value in values if value is not None)
         whole, real = [], []

@@ -64,7 +64,7 @@ def match(model: nn.Module, config: PeftConfig) -> Plan:
         else:
             faults += [f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); '
                        "leave it out" for name in twice]  # fmt: skip
-        paths = free
+        paths = config.narrowed(free)
         plan.adapted = {path: config.settings(path) for path in paths}
         faults += _unmatched_pattern_keys(config, paths)
         faults += _unfit(modules, config, plan)

@@ -140,7 +140,7 @@ class PeftModel(Mergeable, nn.Module):
     def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         with self._entered(frame):
             if not frame.prompts:
-                return self.base_model(*args, **kwargs)
+                return self.base_model(*args, **self._without_tasks(kwargs))
             kwargs.update(zip(self._accepts, args))
             return self.base_model(**self._with_virtual_tokens(kwargs, frame))
 
@@ -155,7 +155,7 @@ class PeftModel(Mergeable, nn.Module):
         with self._entered(frame):
             if frame.prompts:
                 args, kwargs = self._generation_inputs(args, kwargs, frame)
-            return self.base_model.generate(*args, **kwargs)
+            return self.base_model.generate(*args, **self._without_tasks(kwargs))
 
     def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the base, with the adapters acting; modules it returns act with them, too."""
@@ -287,13 +287,24 @@ class PeftModel(Mergeable, nn.Module):
     # --- virtual tokens -------------------------------------------------------------------------------------------
 
     def _with_virtual_tokens(self, inputs: dict[str, Any], frame: Frame) -> dict[str, Any]:
-        if len(frame.prompts) > 1:
+        if frame.mixture is None and len(frame.prompts) > 1:
             raise UsageError("only one adapter with virtual tokens can be active at a time")
-        prompt, tokens = frame.prompts[0]
-        if prompt.in_cache:
+        if all(prompt.in_cache for prompt, _ in frame.prompts):
+            return self._without_tasks(inputs)
+        task_ids, inputs = inputs.get("task_ids"), self._without_tasks(inputs)
+        if frame.mixture is None:
+            virtual, real = prompting.virtual_tokens(frame, task_ids), None
+        else:
+            virtual, real = prompting.virtual_tokens_by_rows(frame.mixture, task_ids)
+        if prompting.is_continuation(inputs):
+            return prompting.continued(inputs, virtual.shape[-2], self._entrance, real)
+        return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance, real)
+
+    def _without_tasks(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the base takes: `task_ids` are for this handle's adapters, if one of them asks for such."""
+        if "task_ids" not in inputs or not any(getattr(tree.prompt, "by_task", False) for tree in self.adapters.values()):
             return inputs
-        virtual = prompt()[:tokens]  # rows for a decoder follow; no method here uses them
-        return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance)
+        return {name: value for name, value in inputs.items() if name != "task_ids"}
 
     def _generation_inputs(self, args: tuple, kwargs: dict[str, Any], frame: Frame) -> tuple[tuple, dict]:
         if all(prompt.in_cache for prompt, _ in frame.prompts):
@@ -303,7 +314,7 @@ class PeftModel(Mergeable, nn.Module):
             args = (None, *rest)
         ids = kwargs.pop("input_ids", kwargs.pop("inputs", None))
         kwargs = prompting.generation_inputs(self.base_model, ids, kwargs)
-        named = ("attention_mask", "inputs_embeds", "token_type_ids")
+        named = ("attention_mask", "inputs_embeds", "token_type_ids", "task_ids")
         inputs = {"input_ids": ids, **{name: kwargs.pop(name) for name in named if kwargs.get(name) is not None}}
         inputs = self._with_virtual_tokens({k: v for k, v in inputs.items() if v is not None}, frame)
         inputs.pop("position_ids", None)  # generate counts them from the mask itself

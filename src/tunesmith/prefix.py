@@ -24,7 +24,7 @@ from .config import PromptConfig
 from .contracts import Around, PromptAdapter
 from .errors import ConfigError, UsageError
 from .frame import Mixture
-from .prompting import Entrance, check_length, counted_positions, counts, entrance_of, prepend
+from .prompting import Entrance, check_length, check_positions, counted_positions, counts, entrance_of, prepend
 
 CACHE_NAMES = ("past_key_values", "layer_past")  # what attentions call the cache
 
@@ -212,6 +212,7 @@ def extend(
         inputs["past_key_values"] = _filled(inputs.get("past_key_values"), expanded, stack, _stores(inputs, stack))
     else:
         seen = inputs["past_key_values"].get_seq_length() - n
+    check_positions(real, entrance)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise UsageError(f"prefix tuning needs an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
@@ -230,7 +231,7 @@ def extend(
 
 def _mixed_layer(parts: list[Any], mixture: Mixture, layer: int, rows: int) -> tuple[Tensor, Tensor]:
     """One layer's keys and values of a mixed batch, `(2, B, heads, n, head_dim)`, and `(B, n)`, which of them a row has."""
-    values, real = mixture.stacked([None if part is None else part.prompt(layer) for part in parts], rows)
+    values, real = mixture.stacked([None if part is None else part.prompt(layer) for part in parts], 4, rows)
     return values.movedim(0, 1), real
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import PromptConfig, TaskType
 from .errors import ConfigError, UsageError
+from .frame import Frame, Mixture
 
 IGNORED = -100  # the label that no loss counts
 
@@ -41,10 +42,26 @@ class Entrance:
     mask_positions: bool
 
 
+def virtual_tokens(frame: Frame, task_ids: Tensor | None) -> Any:
+    """What the frame puts in front of the input, `(n, dim)` or `(rows, n, dim)`; None where it puts nothing there."""
+    for prompt, tokens in frame.prompts:
+        if not prompt.in_cache:
+            virtual = prompt(task_ids) if prompt.by_task else prompt()
+            return virtual[..., :tokens, :]  # rows for a decoder follow; no method here uses them
+    return None
+
+
+def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a mixed batch has in front of each row, `(rows, n, dim)`, and `(rows, n)`, which of these a row has."""
+    parts = zip(mixture.frames, mixture.groups)
+    values = [virtual_tokens(frame, None if task_ids is None else task_ids[rows]) for frame, rows in parts]
+    return mixture.stacked(values, 2, mixture.size)
+
+
 def extend(
     inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: Entrance, real: Tensor | None = None
 ) -> dict[str, Any]:
-    """The inputs of a forward call with virtual tokens put in.
+    """The inputs of a text's first forward call with virtual tokens put in (of the later ones: `continued`).
 
     Args:
         inputs: keyword arguments of the base's forward; not changed.
@@ -57,19 +74,19 @@ def extend(
     """
     inputs = dict(inputs)
     n = virtual.shape[-2]
-    if is_continuation(inputs):
-        return continued(inputs, n, entrance, real)
-
     ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
     if embeds is None:
         embeds = embed(ids)
     rows, length = embeds.shape[:2]
+    if virtual.dim() == 3 and virtual.shape[0] != rows:
+        raise UsageError(f"{virtual.shape[0]} task_ids for {rows} rows; give one for each row")
     check_length(length, n, entrance)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
+    check_positions(real, entrance)
     if mask is None and (real is not None or "attention_mask" in entrance.accepts):
         inputs["attention_mask"] = torch.ones((rows, length), dtype=torch.long, device=embeds.device)
     order = None if mask is None and real is None else _order(inputs["attention_mask"], n, real, entrance.last_token_decides)
@@ -175,11 +192,12 @@ def is_continuation(inputs: dict[str, Any]) -> bool:
     return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
 
 
-def continued(inputs: Any, n: int, entrance: Entrance, real: Tensor | None = None) -> dict[str, Any]:
+def continued(inputs: dict[str, Any], n: int, entrance: Entrance, real: Tensor | None = None) -> dict[str, Any]:
     """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them.
 
     Positions go on counting from the mask, as they did in the first step.
     """
+    inputs = dict(inputs)
     mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
     expected = inputs["past_key_values"].get_seq_length() + tokens.shape[1]
@@ -201,6 +219,15 @@ def check_length(length: int, n: int, entrance: Entrance) -> None:
         raise UsageError(
             f"{length} tokens and {n} virtual tokens need {length + n} positions, the base has {entrance.positions}; "
             f"cut the input to {entrance.positions - n} tokens"
+        )
+
+
+def check_positions(real: Tensor | None, entrance: Entrance) -> None:
+    """Refuse rows with different numbers of virtual tokens where positions cannot be counted row by row."""
+    if real is not None and entrance.positions is not None and not entrance.mask_positions and not bool(real.all()):
+        raise UsageError(
+            "this base counts positions from the first column, so rows of one batch cannot have different numbers of "
+            "virtual tokens; run such a batch adapter by adapter"
         )
 
 

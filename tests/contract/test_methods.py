@@ -12,10 +12,15 @@ from tests import tiny
 from tunesmith import ConfigError, PeftModel, get_peft_model
 from tunesmith.bases.view import view_of
 from tunesmith.config import TargetedConfig
-from tunesmith.contracts import ParameterAdapter
+from tunesmith.contracts import ParameterAdapter, SublayerAdapter
 from tunesmith.registry import all_methods
 
-METHODS = {name: method.config for name, method in all_methods().items() if issubclass(method.config, TargetedConfig)}
+# Methods on linear modules; those on whole blocks are no change of a weight (test_prompts.py has LLaMA-Adapter).
+METHODS = {
+    name: method.config
+    for name, method in all_methods().items()
+    if issubclass(method.config, TargetedConfig) and not issubclass(method.adapter, SublayerAdapter)
+}
 LAYERS = {  # model, targets
     "linear": ("llama", ["q_proj", "v_proj", "down_proj"]),
     "linear with bias": ("bloom", ["query_key_value", "dense_4h_to_h"]),

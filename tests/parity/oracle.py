@@ -18,6 +18,12 @@ from tests import tiny
 CONFIGS = {
     "lora": (ts.LoraConfig, peft.LoraConfig, {"r": 4, "lora_alpha": 8, "init_lora_weights": False}),
     "p-tuning": (ts.PromptEncoderConfig, peft.PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_hidden_size": 12}),
+    "adaption": (ts.AdaptionPromptConfig, peft.AdaptionPromptConfig, {"adapter_len": 4, "adapter_layers": 2}),
+    "multitask": (
+        ts.MultitaskPromptTuningConfig,
+        peft.MultitaskPromptTuningConfig,
+        {"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2, "num_transformer_submodules": 1},
+    ),
     "prefix": (ts.PrefixTuningConfig, peft.PrefixTuningConfig, {"num_virtual_tokens": 4}),
     "prompt": (ts.PromptTuningConfig, peft.PromptTuningConfig, {"num_virtual_tokens": 4}),
 }

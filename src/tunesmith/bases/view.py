@@ -103,8 +103,10 @@ def view_of(module: nn.Module) -> BaseView:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The floating-point type of the module's weight."""
+    """The floating-point type of the module's weight, of a block's first one."""
     weight = getattr(module, "weight", None)
+    if weight is None:
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
 
 

@@ -73,7 +73,7 @@ class PrefixTuning(PromptAdapter):
             nn.init.zeros_(self.encoder.transform[-1].weight)
             nn.init.zeros_(self.encoder.transform[-1].bias)
 
-    def forward(self, layer: int) -> Tensor:  # type: ignore[override]
+    def forward(self, layer: int) -> Tensor:
         """Keys and values of one layer, `(2, heads, n, head_dim)`.
 
         The ecosystem's files give an encoder-decoder as many parts as its decoder has layers, but two to each layer, so

@@ -48,16 +48,17 @@ class PromptTuningConfig(PromptConfig):
 
     method: ClassVar[str] = "PROMPT_TUNING"
     usual_learning_rate: ClassVar[float] = 3e-2
+    starts: ClassVar[type[Enum]] = PromptTuningInit
 
     def __post_init__(self) -> None:
-        if self.prompt_tuning_init in [choice.value for choice in PromptTuningInit]:
-            self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+        if self.prompt_tuning_init in [choice.value for choice in self.starts]:
+            self.prompt_tuning_init = self.starts(self.prompt_tuning_init)  # type: ignore[assignment]
         super().__post_init__()
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if not isinstance(self.prompt_tuning_init, PromptTuningInit):
-            allowed = ", ".join(choice.value for choice in PromptTuningInit)
+        if not isinstance(self.prompt_tuning_init, self.starts):
+            allowed = ", ".join(choice.value for choice in self.starts)
             found.append(f"prompt_tuning_init={self.prompt_tuning_init!r} must be one of {allowed}")
         if self.prompt_tuning_init == PromptTuningInit.TEXT:
             if not self.prompt_tuning_init_text:
