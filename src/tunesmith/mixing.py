@@ -65,12 +65,13 @@ def _change_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Ad
     hidden = result if isinstance(result, Tensor) else result[0]
     groups, inverse = mixture.rows(hidden.shape[0])
     changed = []
-    for acting, rows in zip(adapters, groups):
+    for frame, acting, rows in zip(mixture.frames, adapters, groups):
         share = _share(hidden, rows)
         part, own_args = hidden[rows], tuple(map(share, args))
         own_kwargs = {name: share(value) for name, value in kwargs.items()}
-        for adapter in acting:
-            part = adapter(part, module, own_args, own_kwargs)
+        with entered(frame):  # for modules that an adapter calls
+            for adapter in acting:
+                part = adapter(part, module, own_args, own_kwargs)
         changed.append(part)
     joined = _joined(changed, groups, inverse)
     return joined if isinstance(result, Tensor) else (joined, *result[1:])

@@ -30,6 +30,8 @@ class Entrance:
         labels_per_token: labels are one per input token, so they get as many `IGNORED` as there are virtual tokens.
         last_token_decides: the head reads the last position (classifiers on causal models), so right padding moves
             to the front, where the model cannot mistake it for the end.
+        first_token_decides: the head reads the first position (classifiers on encoders), so padding moves behind.
+        reads_first_token: besides what it computes for each token, the model pools the first position.
         positions: how many positions the learned table holds, None where positions are computed.
         mask_positions: position ids may be given, counted from the mask (RoBERTa's start behind the padding id).
     """
@@ -38,6 +40,8 @@ class Entrance:
     encoder_decoder: bool
     labels_per_token: bool
     last_token_decides: bool
+    first_token_decides: bool
+    reads_first_token: bool
     positions: int | None
     mask_positions: bool
 
@@ -87,9 +91,14 @@ def extend(
     if mask is not None and mask.dim() != 2:
         raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
     check_positions(real, entrance)
+    if real is not None and entrance.reads_first_token and not bool(real.all()):
+        raise UsageError(
+            "this base pools each row's first position, which is padding where a row has fewer virtual tokens than another; "
+            "run such a batch adapter by adapter"
+        )
     if mask is None and (real is not None or "attention_mask" in entrance.accepts):
         inputs["attention_mask"] = torch.ones((rows, length), dtype=torch.long, device=embeds.device)
-    order = None if mask is None and real is None else _order(inputs["attention_mask"], n, real, entrance.last_token_decides)
+    order = None if mask is None and real is None else _order(inputs["attention_mask"], n, real, entrance)
 
     embeds = torch.cat([virtual.to(embeds.dtype).expand(rows, -1, -1), embeds], dim=1)
     inputs["inputs_embeds"] = embeds if order is None else embeds.gather(1, order[:, :, None].expand_as(embeds))
@@ -121,6 +130,8 @@ def entrance_of(model: nn.Module, accepts: frozenset[str], *, labels_per_token: 
         encoder_decoder=encoder_decoder,
         labels_per_token=labels_per_token and not encoder_decoder,
         last_token_decides=classifies and hasattr(model, "score"),
+        first_token_decides=classifies and not hasattr(model, "score"),
+        reads_first_token=not classifies and getattr(model, "pooler", None) is not None,
         positions=getattr(config, "max_position_embeddings", None) if table is not None else None,
         mask_positions="position_ids" in accepts
         and not encoder_decoder
@@ -204,7 +215,7 @@ def continued(inputs: dict[str, Any], n: int, entrance: Entrance, real: Tensor |
     if mask is None and real is not None:
         mask = torch.ones((tokens.shape[0], expected - n), dtype=torch.long, device=tokens.device)
     if mask is not None and mask.dim() == 2 and mask.shape[1] == expected - n:
-        order = _order(mask, n, real, entrance.last_token_decides)
+        order = _order(mask, n, real, entrance)
         mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real).gather(1, order)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
@@ -257,9 +268,10 @@ def _shifted_positions(positions: Tensor, n: int, real: Tensor | None) -> Tensor
     return torch.cat([first, positions + counts(n, real)], dim=1)
 
 
-def _order(mask: Tensor, n: int, real: Tensor | None, padding_first: bool) -> Tensor:
-    """`(B, n + T)` indices that sort each row into padding at the left, virtual tokens, the rest (stable)."""
-    is_padding = mask == 0 if padding_first else mask.cumsum(1) == 0
-    rank = torch.where(is_padding, 0, 2)
-    rank = prepend(rank, n, 1 if real is None else real)
+def _order(mask: Tensor, n: int, real: Tensor | None, entrance: Entrance) -> Tensor:
+    """`(B, n + T)` indices that sort each row (stable): padding at the left, virtual tokens, the rest."""
+    is_padding = mask == 0 if entrance.last_token_decides or entrance.first_token_decides else mask.cumsum(1) == 0
+    place_of_padding = 3 if entrance.first_token_decides else 0
+    rank = torch.where(is_padding, place_of_padding, 2)
+    rank = prepend(rank, n, 1 if real is None else torch.where(real, 1, place_of_padding))
     return rank.argsort(dim=1, stable=True)
