@@ -207,8 +207,8 @@ class ParameterAdapter(Adapter):
 
     def forward(self, module: nn.Module) -> nn.Module:
         """A shallow twin of `module` that holds the private values."""
-        twin = copy.copy(module)
-        twin.__dict__["_parameters"] = {**module._parameters, **self.replaced(module)}
+        twin = object.__new__(type(module))  # not copy.copy, which torch.compile cannot trace
+        twin.__dict__.update(module.__dict__, _parameters={**module._parameters, **self.replaced(module)})
         return twin
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:

@@ -144,6 +144,21 @@ def test_gradients_equal_those_through_the_merged_weights(method, layer):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles_into_one_graph_with_the_same_gradients(method):
+    layer = "conv1d" if (method, "linear") in WITHOUT_BIASES else "linear"
+    handle, _, inputs = handle_on(method, layer, torch.float32)
+    parameters = list(handle.adapters.parameters())
+    handle(**inputs)  # the check of the first call is not part of the graph
+    expected = handle(**inputs).logits
+    gradients = torch.autograd.grad(expected.cos().mean(), parameters)
+    torch.compiler.reset()
+    found = torch.compile(handle, backend="aot_eager", fullgraph=True)(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(torch.autograd.grad(found.cos().mean(), parameters), gradients):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 ON_LINEAR = [method for method, layer in COMBINATIONS if layer == "linear"]
 
 
