@@ -70,6 +70,8 @@ def find_stack(model: Any) -> Stack:
     layers = DynamicCache(config=text).layers
     if sorted(attentions) != list(range(len(layers))) or not all(isinstance(layer, DynamicLayer) for layer in layers):
         raise ConfigError(f"prefix tuning needs keys and values in every layer, {name} lacks them in some; use prompt tuning")
+    if getattr(text, "kv_lora_rank", None):
+        raise ConfigError(f"prefix tuning needs keys and values of one size, those of {name} differ; use prompt tuning")
     shapes = {_key_shape(text.per_layer_config[index]) for index in range(len(layers))}
     if len(shapes) > 1 or getattr(text, "num_kv_shared_layers", None):
         raise ConfigError(f"prefix tuning needs layers of one shape, {name} has several; use prompt tuning")
@@ -85,6 +87,8 @@ def _key_shape(config: Any) -> tuple[int, int]:
     """Heads and width of a layer's keys."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1, head_dim
     return getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
@@ -279,8 +283,9 @@ def _stores(inputs: dict[str, Any], stack: Any) -> bool:
     """Whether the cache is to take up the tokens' keys and values, too: not where layers may be recomputed."""
     wanted = inputs.get("use_cache")
     wanted = getattr(stack.config, "use_cache", False) if wanted is None else wanted
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in stack.modules())
-    return bool(wanted) and not (stack.training and checkpointing)
+    if not wanted or not stack.training:
+        return bool(wanted)
+    return not any(getattr(module, "gradient_checkpointing", False) for module in stack.modules())
 
 
 def _filled(given: Any, layers: Layers, stack: Any, stores: bool) -> Cache:

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests import tiny
-from tests.contract.handles import lora, out, prompted
+from tests.contract.handles import lora, out, prefixed, prompted
 
 
 @pytest.fixture
@@ -51,8 +51,9 @@ def test_switching_and_disabling_reuse_compiled_graphs(llama, llama_inputs):
     assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
 
 
-def test_prompt_tuning_compiles_whole(llama, llama_inputs):
-    handles = [prompted(llama, seed) for seed in range(4)]
+@pytest.mark.parametrize("maker", [prompted, prefixed])
+def test_prompts_and_prefixes_compile_whole(maker, llama, llama_inputs):
+    handles = [maker(llama, seed) for seed in range(4)]
     for handle in handles:
         compiled = torch.compile(handle, fullgraph=True, backend="eager")
         torch.testing.assert_close(out(compiled, llama_inputs), out(handle, llama_inputs), rtol=0, atol=0)

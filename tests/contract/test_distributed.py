@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import gradients, lora, prompted
-from tunesmith import LoraConfig, PeftModel, UsageError
+from tests.contract.handles import gradients, lora, prefixed, prompted
+from tunesmith import LoraConfig, PeftModel, PromptEncoderConfig, UsageError, get_peft_model
 
 WORLD = 2
 LIMIT = datetime.timedelta(seconds=20)  # a rank that waits for another this long fails
@@ -82,11 +82,17 @@ MAKERS = {
     "lora": functools.partial(lora, lora_alpha=8, target_modules="all-linear"),
     "head": functools.partial(lora, modules_to_save=["lm_head"]),
     "prompt": prompted,
+    "prefix": prefixed,
+}
+ENCODED = {  # what files hold is computed from what is trained
+    "p-tuning": lambda base: get_peft_model(base, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+    "projected prefix": functools.partial(prefixed, prefix_projection=True),
 }
 
 
 def _make(kind):
-    return MAKERS[kind](tiny.make("llama").double()).double().train()
+    torch.manual_seed(1)
+    return {**MAKERS, **ENCODED}[kind](tiny.make("llama").double()).double().train()
 
 
 def _step(model, inputs):
@@ -151,6 +157,20 @@ def ddp_prompt(rank, folder):
 
 
 @case
+def ddp_prefix(rank, folder):
+    for kind in ("prefix", *ENCODED):
+        _ddp(kind, rank, folder)
+
+
+@case
+def ddp_prefix_with_checkpointing(rank, folder):
+    for kind in ("prefix", "projected prefix"):
+        handle = _make(kind)
+        handle.activation_checkpointing_enable({"use_reentrant": False})
+        _compare(_step(nn.parallel.DistributedDataParallel(handle), _own_rows(rank)), handle, kind)
+
+
+@case
 def ddp_with_checkpointing(rank, folder):
     handle = _make("lora")
     handle.activation_checkpointing_enable({"use_reentrant": False})
@@ -199,6 +219,41 @@ def fsdp_head(rank, folder):
 @case
 def fsdp_prompt(rank, folder):
     _fsdp("prompt", rank, folder)
+
+
+@case
+def fsdp_prefix(rank, folder):
+    for kind in ("prefix", *ENCODED):
+        _fsdp(kind, rank, folder)
+
+
+@case
+def fsdp_prefix_with_checkpointing(rank, folder):
+    for reentrant in (True, False):
+        for kind in ("prefix", "projected prefix"):
+            handle = _make(kind)
+            handle.activation_checkpointing_enable({"use_reentrant": reentrant})
+            _shard(handle)
+            _compare(_step(handle, _own_rows(rank)), handle, kind)
+
+
+@case
+def fsdp_saves_encoders_whole(rank, folder):
+    """Both what they compute and they themselves, so that training goes on from there."""
+    for kind in ENCODED:
+        handle = _make(kind)
+        expected = {name: p.detach().clone() for name, p in handle.adapters.named_parameters()}
+        tokens = handle.get_adapter_state_dict()["prompt_embeddings"]
+        _shard(handle)
+        _step(handle, _own_rows(rank))
+        handle.save_pretrained(folder / kind, is_main_process=rank == 0)
+        dist.barrier()
+        again = PeftModel.from_pretrained(tiny.make("llama"), str(folder / kind), is_trainable=True)
+        found = dict(again.adapters.named_parameters())
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-7)  # kept in fp32
+        torch.testing.assert_close(again.get_adapter_state_dict()["prompt_embeddings"].double(), tokens, rtol=1e-5, atol=1e-6)
 
 
 @case

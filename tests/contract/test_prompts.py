@@ -10,7 +10,7 @@ import torch
 
 from tests import tiny
 from tests.contract.handles import assert_same_state, out, prefixed, state
-from tunesmith import LoraConfig, PeftModel, PrefixTuningConfig, UsageError, get_peft_model
+from tunesmith import AdaptionPromptConfig, LoraConfig, PeftModel, PrefixTuningConfig, UsageError, get_peft_model
 from tunesmith.config import PromptConfig
 from tunesmith.prefix import PrefixedAttention, PrefixedStack
 from tunesmith.registry import all_methods
@@ -121,6 +121,28 @@ def test_beside_lora_both_act(method):
     assert (out(handle, inputs) - alone).abs().max() > 1e-4
     handle.set_adapter("default")
     assert torch.equal(out(handle, inputs), alone)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "ADAPTION_PROMPT"])
+def test_beside_an_offloaded_base(method):
+    """accelerate keeps the weights elsewhere and puts them in place for each module's call."""
+    from accelerate import cpu_offload
+
+    def made(base):
+        if method != "ADAPTION_PROMPT":
+            return handle_on(base, method, "llama")
+        torch.manual_seed(1)
+        handle = get_peft_model(base, AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2)).eval()
+        for name, parameter in handle.adapters.named_parameters():
+            torch.nn.init.ones_(parameter) if name.endswith("gate") else None
+        return handle
+
+    inputs, base = inputs_for(method, "llama"), tiny.make("llama")
+    expected = out(made(tiny.make("llama")), inputs)
+    cpu_offload(base)
+    handle = made(base)
+    assert not any(p.is_meta for p in handle.adapters.parameters())
+    assert torch.equal(out(handle, inputs), expected)
 
 
 # --- prefixes -------------------------------------------------------------------------------------------------------

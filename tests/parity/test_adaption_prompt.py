@@ -178,6 +178,19 @@ def test_handles_on_one_base_copies_and_bf16():
     assert torch.equal(output(second, inputs), results[1])
 
 
+def test_the_head_of_a_classifier_is_trained_beside_it(tmp_path):
+    base = tiny.make("llama-classifier")
+    handle = ours_on(base, "adaption", "SEQ_CLS")
+    handle(**with_labels("llama-classifier")).loss.backward()
+    assert {name.split(".")[-1] for name, p in handle.adapters.named_parameters() if p.grad.abs().max() > 0} == {
+        "adaption_prompt", "adaption_gate", "weight",
+    }  # fmt: skip
+    handle.save_pretrained(tmp_path)
+    again = ts.PeftModel.from_pretrained(base, tmp_path).eval()
+    inputs = tiny.inputs_for("llama-classifier")
+    assert torch.equal(output(again, inputs), output(handle, inputs))
+
+
 def test_it_cannot_be_merged():
     with pytest.raises(ts.UsageError, match="cannot be merged"):
         ours_on(tiny.make("llama"), "adaption", "CAUSAL_LM").merge_adapter()

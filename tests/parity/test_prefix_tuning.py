@@ -53,6 +53,18 @@ def test_files_of_an_encoder_decoder_with_an_odd_number_of_layers_go_both_ways(t
     agree(bart(), "prefix", "SEQ_2_SEQ_LM", tiny.inputs_for("t5"), tmp_path)
 
 
+@pytest.mark.parametrize("make", [lambda: tiny.make("t5"), bart], ids=["t5", "bart"])
+def test_a_decoders_mask_counts_the_callers_tokens(make, tmp_path):
+    ours, inputs = ours_on(make(), "prefix", "SEQ_2_SEQ_LM"), tiny.inputs_for("t5")
+    ours.save_pretrained(tmp_path)
+    mask = torch.ones_like(inputs["decoder_input_ids"])
+    mask[0, 3:] = 0
+    padded = {**inputs, "decoder_attention_mask": mask}
+    found, expected = output(ours, padded), output(read_by_peft(ours.base_model, tmp_path), padded)
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[0, :3], output(ours, inputs)[0, :3], atol=1e-5, rtol=0)
+
+
 def test_keys_have_the_size_of_grouped_query_attention(tmp_path):
     ours_on(tiny.make("llama"), "prefix", "CAUSAL_LM").save_pretrained(tmp_path)
     assert {key: tuple(t.shape) for key, t in tensors(tmp_path).items()} == {"prompt_embeddings": (4, 2 * 2 * 16)}
@@ -270,6 +282,44 @@ def test_bad_values_are_refused(message):
         PrefixTuningConfig(**{"num_virtual_tokens": 4, "task_type": "CAUSAL_LM", **BAD[message]})
 
 
+SIZES = {**tiny.SIZES, "max_position_embeddings": 128, "pad_token_id": 0}
+SMALL = {"vocab_size": tiny.VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+FALCON = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "pad_token_id": 0}
+OTHERS = {
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16, sliding_window=6)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES)),
+    "gpt_bigcode": lambda: tf.GPTBigCodeForCausalLM(tf.GPTBigCodeConfig(**SMALL)),
+    "gptj": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**SMALL, rotary_dim=4)),
+    "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2)),
+    "falcon with one key head": lambda: tf.FalconForCausalLM(tf.FalconConfig(**FALCON)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_compute_in_steps_what_they_compute_at_once(name, tmp_path):
+    """And what the reference does, which does not know that Falcon's keys may have one head."""
+    torch.manual_seed(0)
+    base = OTHERS[name]().eval()
+    ours, inputs = ours_on(base, "prefix", "CAUSAL_LM"), prompt_of("llama")
+    text, logits = generated(ours, inputs)
+    torch.testing.assert_close(output(ours, {"input_ids": text})[:, -NEW - 1 : -1].transpose(0, 1), logits, atol=1e-5, rtol=0)
+    assert (output(ours, inputs) - output(base, inputs)).abs().max() > 1e-3
+    ours.save_pretrained(tmp_path)
+    if name != "falcon with one key head":
+        theirs = read_by_peft(base, tmp_path)
+        torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), atol=1e-5, rtol=0)
+
+
+def _deepseek():
+    return tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(
+            **SIZES, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=8, n_routed_experts=4,
+            n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32,
+        )
+    )  # fmt: skip
+
+
 def _distilbert():
     return tf.DistilBertModel(tf.DistilBertConfig(vocab_size=tiny.VOCAB, dim=32, n_layers=2, n_heads=4, hidden_dim=64))
 
@@ -278,7 +328,9 @@ def _mamba():
     return tf.MambaForCausalLM(tf.MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4))
 
 
-@pytest.mark.parametrize(("make", "task"), [(_distilbert, "FEATURE_EXTRACTION"), (_mamba, "CAUSAL_LM")])
+@pytest.mark.parametrize(
+    ("make", "task"), [(_distilbert, "FEATURE_EXTRACTION"), (_mamba, "CAUSAL_LM"), (_deepseek, "CAUSAL_LM")]
+)
 def test_models_without_past_keys_and_values_are_refused_when_the_adapter_is_made(make, task):
     base = make()
     with pytest.raises(ConfigError, match=r"prefix tuning needs .*; use prompt tuning"):

@@ -111,10 +111,15 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where the module computes: the hook's device when its weights are offloaded, else its weights' own."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    first = next(module.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")
+    """Where the module computes: the hook's device when its weights are offloaded, else its weights' own.
+
+    A block computes where the first module in it that has weights does.
+    """
+    for inner in module.modules():
+        device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+        first = next(inner.parameters(recurse=False), None)
+        if first is not None:
+            return first.device
+    return torch.device("cpu")
