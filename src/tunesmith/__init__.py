@@ -21,6 +21,7 @@ _PLACES = {
     "errors": [
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],
+    "methods.bottleneck": ["BottleneckConfig"],
     "methods.ia3": ["IA3Config"],
     "methods.lora": ["LoraConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],

@@ -9,45 +9,55 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tunesmith import ConfigError, PeftModel, get_peft_model
+from tunesmith import ConfigError, PeftModel, UsageError, get_peft_model
 from tunesmith.bases.view import view_of
 from tunesmith.config import TargetedConfig
+from tunesmith.contracts import SublayerAdapter
 from tunesmith.registry import all_methods
 
 METHODS = {name: method.config for name, method in all_methods().items() if issubclass(method.config, TargetedConfig)}
+ON_BLOCKS = [name for name in METHODS if issubclass(all_methods()[name].adapter, SublayerAdapter)]
+MERGEABLE = [name for name in METHODS if name not in ON_BLOCKS]
 LAYERS = {  # model, targets
     "linear": ("llama", ["q_proj", "v_proj", "down_proj"]),
     "linear with bias": ("bloom", ["query_key_value", "dense_4h_to_h"]),
     "conv1d": ("gpt2", ["c_attn", "mlp.c_proj"]),
 }
-EXTRA = {"IA3": lambda targets: {"feedforward_modules": targets[-1:]}}
+BLOCKS = {"llama": ["self_attn", "mlp"], "bloom": ["self_attention", "mlp"], "gpt2": ["attn", "mlp"]}
+EXTRA = {
+    "IA3": lambda targets: {"feedforward_modules": targets[-1:]},
+    "BOTTLENECK": lambda targets: {"non_linearity": "gelu"},  # units of a relu can be off for every input: no gradient
+}
 
 
 def handle_on(method: str, layer: str, dtype: torch.dtype = torch.float64) -> tuple[PeftModel, nn.Module, dict]:
     """A handle with random, non-trivial adapter values, its untouched twin base, and inputs."""
-    name, targets = LAYERS[layer]
+    name = LAYERS[layer][0]
     base = tiny.make(name).to(dtype)
     twin = copy.deepcopy(base)
-    handle = get_peft_model(base, make_config(method, targets))
+    handle = get_peft_model(base, make_config(method, layer))
     with torch.no_grad():
         for parameter in handle.adapters.parameters():
             parameter.copy_(parameter + 0.3 * torch.randn_like(parameter))
     return handle.eval(), twin, tiny.inputs_for(name)
 
 
-def make_config(method: str, targets: list[str]) -> TargetedConfig:
+def make_config(method: str, layer: str) -> TargetedConfig:
+    name, targets = LAYERS[layer]
+    targets = BLOCKS[name] if method in ON_BLOCKS else targets
     return METHODS[method](task_type="CAUSAL_LM", target_modules=targets, **EXTRA.get(method, lambda _: {})(targets))
 
 
 each = pytest.mark.parametrize(("method", "layer"), [(m, layer) for m in METHODS for layer in LAYERS])
+each_mergeable = pytest.mark.parametrize(("method", "layer"), [(m, layer) for m in MERGEABLE for layer in LAYERS])
 
 
 @each
 def test_starts_as_the_base(method, layer):
-    name, targets = LAYERS[layer]
+    name = LAYERS[layer][0]
     base, inputs = tiny.make(name), tiny.inputs_for(name)
     expected = base(**inputs).logits
-    assert torch.equal(get_peft_model(base, make_config(method, targets)).eval()(**inputs).logits, expected)
+    assert torch.equal(get_peft_model(base, make_config(method, layer)).eval()(**inputs).logits, expected)
 
 
 @each
@@ -59,7 +69,7 @@ def test_changes_the_output_and_can_be_switched_off_exactly(method, layer):
         assert torch.equal(handle(**inputs).logits, expected)
 
 
-@each
+@each_mergeable
 def test_merged_equals_unmerged_and_unmerging_is_bit_exact(method, layer):
     handle, twin, inputs = handle_on(method, layer)
     expected = handle(**inputs).logits
@@ -85,7 +95,7 @@ def test_only_the_adapter_gets_gradients_and_all_of_it_does(method, layer):
     assert not missing and all(p.grad is None for p in handle.base_model.parameters())
 
 
-@each
+@each_mergeable
 def test_gradients_equal_those_through_the_merged_weights(method, layer):
     handle, twin, inputs = handle_on(method, layer)
     merged = {}
@@ -104,15 +114,30 @@ def test_gradients_equal_those_through_the_merged_weights(method, layer):
 @pytest.mark.parametrize("first", METHODS)
 @pytest.mark.parametrize("second", METHODS)
 def test_two_methods_active_at_once_fold_and_merge_alike(first, second):
+    """Those on blocks stay beside the base while the others are merged into it."""
     handle, _, inputs = handle_on(first, "linear")
-    handle.add_adapter("second", make_config(second, LAYERS["linear"][1]))
+    handle.add_adapter("second", make_config(second, "linear"))
     with torch.no_grad():
         for parameter in handle.tree("second").parameters():
             parameter.copy_(parameter + 0.3 * torch.randn_like(parameter))
+    alone = handle(**inputs).logits
     handle.set_adapter(["default", "second"])
     expected = handle(**inputs).logits
-    handle.merge_adapter()
+    assert (expected - alone).abs().max() > 1e-3
+    mergeable = [name for name, method in (("default", first), ("second", second)) if method in MERGEABLE]
+    if mergeable:
+        handle.merge_adapter(mergeable)
     torch.testing.assert_close(handle(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ON_BLOCKS)
+def test_what_changes_a_blocks_output_cannot_be_merged_and_says_so(method):
+    handle, _, inputs = handle_on(method, "linear")
+    expected = handle(**inputs).logits
+    for merge in (handle.merge_adapter, handle.merge_and_unload):
+        with pytest.raises(UsageError, match="not a change of weights"):
+            merge()
+    assert torch.equal(handle(**inputs).logits, expected)
 
 
 def test_every_method_rejects_an_unknown_field():

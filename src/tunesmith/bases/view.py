@@ -99,6 +99,7 @@ def view_of(module: nn.Module) -> BaseView:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The floating-point type of the module's weight."""
+    """The floating-point type of the module's weight; for a block, of the first one in it."""
     weight = getattr(module, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+    candidates = [weight] if isinstance(weight, Tensor) else module.parameters()
+    return next((tensor.dtype for tensor in candidates if tensor.is_floating_point()), torch.float32)

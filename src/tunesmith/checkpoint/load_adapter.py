@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..attach import AdapterTree, Plan
 from ..config import PeftConfig, TargetedConfig
-from ..contracts import LinearAdapter
+from ..contracts import LinearAdapter, SublayerAdapter
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from .files import AdapterFolder
 from .names import named_tensors
@@ -56,7 +56,11 @@ def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftC
     if stored.peft_type != config.peft_type:
         faults.append(f"it is {stored.method}, the adapter here is {config.method}")
     elif isinstance(config, TargetedConfig):
-        here = {path: config.settings(path) for path, adapter in tree.items() if isinstance(adapter, LinearAdapter)}
+        here = {
+            path: config.settings(path)
+            for path, adapter in tree.items()
+            if isinstance(adapter, LinearAdapter | SublayerAdapter)
+        }
         for path in sorted(here.keys() | plan.adapted.keys()):
             found, expected = plan.adapted.get(path, "not adapted"), here.get(path, "not adapted")
             if found != expected:
