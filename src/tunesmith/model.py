@@ -20,6 +20,7 @@ from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
 from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
+from .combinable import Combinable
 from .config import PeftConfig, PromptConfig, TaskType
 from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
 from .frame import CarriesFrame, Frame, entered
@@ -32,7 +33,7 @@ from .record import records
 from .registry import adapter_type
 
 
-class PeftModel(Mergeable, nn.Module):
+class PeftModel(Mergeable, Combinable, nn.Module):
     """A base model with adapters beside it.
 
     Args:
