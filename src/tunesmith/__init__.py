@@ -25,6 +25,7 @@ _PLACES = {
     "methods.ia3": ["IA3Config"],
     "methods.lora": ["LoraConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
+    "status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",

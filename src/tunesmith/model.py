@@ -31,9 +31,10 @@ from .mergeable import Mergeable
 from .mirror import handle_class
 from .record import records
 from .registry import adapter_type
+from .status import Reporting
 
 
-class PeftModel(Mergeable, Combinable, nn.Module):
+class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
     """A base model with adapters beside it.
 
     Args:
