@@ -26,6 +26,7 @@ _PLACES = {
     "methods.boft": ["BOFTConfig"],
     "methods.hra": ["HRAConfig"],
     "methods.adaption_prompt": ["AdaptionPromptConfig"],
+    "methods.bottleneck": ["BottleneckConfig"],
     "methods.ia3": ["IA3Config"],
     "methods.loha": ["LoHaConfig"],
     "methods.lokr": ["LoKrConfig"],
@@ -37,6 +38,7 @@ _PLACES = {
     "methods.prefix_tuning": ["PrefixTuningConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "methods.vera": ["VeraConfig"],
+    "status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .bases.view import BaseView, compute_dtype, plain_forward, view_of, view_type
 from .config import PromptConfig
+from .errors import UsageError
 from .frame import Mixture
 
 
@@ -247,7 +248,7 @@ class Around:
 
 
 def fold(module: nn.Module, adapters: tuple[Adapter | Around, ...]) -> Callable[..., Any]:
-    """`module`'s forward with `adapters` on it, the first one innermost."""
+    """`module`'s forward with `adapters` on it, the first one innermost; those on its weights before those on its output."""
     for adapter in adapters:
         if isinstance(adapter, ParameterAdapter):
             module = adapter(module)
@@ -256,7 +257,8 @@ def fold(module: nn.Module, adapters: tuple[Adapter | Around, ...]) -> Callable[
         if isinstance(adapter, LinearAdapter):
             assert isinstance(call, BaseView), "linear adapters come before whole-module ones"
             call = Adapted(adapter, call)
-        elif isinstance(adapter, SublayerAdapter):
+    for adapter in adapters:
+        if isinstance(adapter, SublayerAdapter):
             call = functools.partial(_adapted_block, adapter, module, call)
         elif isinstance(adapter, (ModuleCopy, Around)):
             call = functools.partial(adapter, call)
@@ -267,6 +269,11 @@ def _adapted_block(adapter: SublayerAdapter, module: nn.Module, call: Callable[.
     result = call(*args, **kwargs)
     if isinstance(result, Tensor):
         return adapter(result, module, args, kwargs)
+    if not isinstance(result, tuple):
+        raise UsageError(
+            f"{type(module).__name__} returned a {type(result).__name__}; {type(adapter).__name__} needs a tensor, alone or "
+            "first in a tuple: leave this module out of target_modules"
+        )
     return (adapter(result[0], module, args, kwargs), *result[1:])
 
 

@@ -21,6 +21,7 @@ from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
 from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
+from .combinable import Combinable
 from .config import PeftConfig, PromptConfig, TaskType
 from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
 from .frame import CarriesFrame, Frame, Mixture, entered
@@ -31,11 +32,12 @@ from .mergeable import Mergeable
 from .mirror import handle_class
 from .record import records
 from .registry import adapter_type
+from .status import Reporting
 
 BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
 
 
-class PeftModel(Mergeable, nn.Module):
+class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
     """A base model with adapters beside it.
 
     Args:

@@ -63,7 +63,7 @@ def checked_forward(handle: PeftModel, frame: Frame, acting: tuple[str, ...], *a
     if passed_by or (trains and missed and len(missed) == len(paths)):
         raise UsageError(
             "these modules carry adapters but were not called, so their adapters would do nothing (their weights are "
-            "read directly, or a fused kernel replaces them); leave them out of target_modules:\n"
+            "read directly, or a fused kernel replaces them); leave them out of target_modules and modules_to_save:\n"
             + bullet_list(passed_by or missed)
         )
     bypassed = [at for at, acting in frame.adapters.items() if any(isinstance(a, PrefixedStack) for a in acting)]

@@ -9,35 +9,34 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tunesmith import ConfigError, PeftModel, get_peft_model
+from tunesmith import ConfigError, PeftModel, UsageError, get_peft_model
 from tunesmith.bases.view import view_of
 from tunesmith.config import TargetedConfig
 from tunesmith.contracts import ParameterAdapter, SublayerAdapter
 from tunesmith.registry import all_methods
 
-# Methods on linear modules; those on whole blocks are no change of a weight (test_prompts.py has LLaMA-Adapter).
+ELSEWHERE = {"ADAPTION_PROMPT"}  # finds its attention modules by itself; test_prompts.py has it
 METHODS = {
     name: method.config
     for name, method in all_methods().items()
-    if issubclass(method.config, TargetedConfig) and not issubclass(method.adapter, SublayerAdapter)
+    if issubclass(method.config, TargetedConfig) and name not in ELSEWHERE
 }
+ON_BLOCKS = [name for name in METHODS if issubclass(all_methods()[name].adapter, SublayerAdapter)]
+MERGEABLE = [name for name in METHODS if name not in ON_BLOCKS]
 LAYERS = {  # model, targets
     "linear": ("llama", ["q_proj", "v_proj", "down_proj"]),
     "linear with bias": ("bloom", ["query_key_value", "dense_4h_to_h"]),
     "conv1d": ("gpt2", ["c_attn", "mlp.c_proj"]),
 }
+BLOCKS = {"llama": ["self_attn", "mlp"], "bloom": ["self_attention", "mlp"], "gpt2": ["attn", "mlp"]}
+NORMS = {"llama": ["input_layernorm", "norm"], "bloom": ["input_layernorm", "ln_f"], "gpt2": ["ln_1", "ln_f"]}
 EXTRA = {
     "IA3": lambda targets: {"feedforward_modules": targets[-1:]},
     "ADALORA": lambda _: {"total_step": 10, "orth_reg_weight": 0.1},
     "OFT": lambda _: {"oft_block_size": 8},
     "BOFT": lambda _: {"boft_n_butterfly_factor": 3},
+    "BOTTLENECK": lambda _: {"non_linearity": "gelu"},  # units of a relu can be off for every input: no gradient
 }
-NORMS = {
-    "down_proj": ["input_layernorm", "norm"],
-    "dense_4h_to_h": ["input_layernorm", "ln_f"],
-    "mlp.c_proj": ["ln_1", "ln_f"],
-}
-EXTRA["LN_TUNING"] = lambda targets: {"target_modules": NORMS[targets[-1]]}
 WITHOUT_BIASES = {("BITFIT", "linear")}  # there is nothing for BitFit to train in a Llama; it has its own test below
 # Reflections that undo each other in exact arithmetic: about 2 r rounded sums for each of a few layers.
 STARTS_WITHIN_ROUNDING = {"HRA"}
@@ -45,31 +44,33 @@ STARTS_WITHIN_ROUNDING = {"HRA"}
 
 def handle_on(method: str, layer: str, dtype: torch.dtype = torch.float64) -> tuple[PeftModel, nn.Module, dict]:
     """A handle with random, non-trivial adapter values, its untouched twin base, and inputs."""
-    name, targets = LAYERS[layer]
+    name = LAYERS[layer][0]
     base = tiny.make(name).to(dtype)
     twin = copy.deepcopy(base)
-    handle = get_peft_model(base, make_config(method, targets))
+    handle = get_peft_model(base, make_config(method, layer))
     with torch.no_grad():
         for parameter in handle.adapters.parameters():
             parameter.copy_(parameter + 0.3 * torch.randn_like(parameter))
     return handle.eval(), twin, tiny.inputs_for(name)
 
 
-def make_config(method: str, targets: list[str]) -> TargetedConfig:
-    options = {"target_modules": targets, **EXTRA.get(method, lambda _: {})(targets)}
-    return METHODS[method](task_type="CAUSAL_LM", **options)
+def make_config(method: str, layer: str) -> TargetedConfig:
+    name, targets = LAYERS[layer]
+    targets = BLOCKS[name] if method in ON_BLOCKS else NORMS[name] if method == "LN_TUNING" else targets
+    return METHODS[method](task_type="CAUSAL_LM", target_modules=targets, **EXTRA.get(method, lambda _: {})(targets))
 
 
 COMBINATIONS = [(method, layer) for method in METHODS for layer in LAYERS if (method, layer) not in WITHOUT_BIASES]
 each = pytest.mark.parametrize(("method", "layer"), COMBINATIONS)
+each_mergeable = pytest.mark.parametrize(("method", "layer"), [pair for pair in COMBINATIONS if pair[0] in MERGEABLE])
 
 
 @each
 def test_starts_as_the_base(method, layer):
-    name, targets = LAYERS[layer]
+    name = LAYERS[layer][0]
     base, inputs = tiny.make(name), tiny.inputs_for(name)
     expected = base(**inputs).logits
-    found = get_peft_model(base, make_config(method, targets)).eval()(**inputs).logits
+    found = get_peft_model(base, make_config(method, layer)).eval()(**inputs).logits
     tolerance = 1e-6 if method in STARTS_WITHIN_ROUNDING else 0.0
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
@@ -83,7 +84,7 @@ def test_changes_the_output_and_can_be_switched_off_exactly(method, layer):
         assert torch.equal(handle(**inputs).logits, expected)
 
 
-@each
+@each_mergeable
 def test_merged_equals_unmerged_and_unmerging_is_bit_exact(method, layer):
     handle, twin, inputs = handle_on(method, layer)
     expected = handle(**inputs).logits
@@ -112,6 +113,8 @@ def test_fp32_masters_compute_in_the_type_of_a_16_bit_base(method, layer):
     assert (found - expected).norm() < 50 * 2**-9 * expected.norm()
     handle.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in handle.adapters.parameters())
+    if method not in MERGEABLE:
+        return
     handle.eval().merge_adapter()
     assert all(parameter.dtype == torch.bfloat16 for parameter in handle.base_model.parameters())
     assert (handle(**inputs).logits - expected).norm() < 50 * 2**-9 * expected.norm()
@@ -125,7 +128,7 @@ def test_only_the_adapter_gets_gradients_and_all_of_it_does(method, layer):
     assert not missing and all(p.grad is None for p in handle.base_model.parameters())
 
 
-@each
+@each_mergeable
 def test_gradients_equal_those_through_the_merged_weights(method, layer):
     handle, twin, inputs = handle_on(method, layer)
     merged = {}
@@ -165,15 +168,30 @@ ON_LINEAR = [method for method, layer in COMBINATIONS if layer == "linear"]
 @pytest.mark.parametrize("first", ON_LINEAR)
 @pytest.mark.parametrize("second", ON_LINEAR)
 def test_two_methods_active_at_once_fold_and_merge_alike(first, second):
+    """Those on blocks stay beside the base while the others are merged into it."""
     handle, _, inputs = handle_on(first, "linear")
-    handle.add_adapter("second", make_config(second, LAYERS["linear"][1]))
+    handle.add_adapter("second", make_config(second, "linear"))
     with torch.no_grad():
         for parameter in handle.tree("second").parameters():
             parameter.copy_(parameter + 0.3 * torch.randn_like(parameter))
+    alone = handle(**inputs).logits
     handle.set_adapter(["default", "second"])
     expected = handle(**inputs).logits
-    handle.merge_adapter()
+    assert (expected - alone).abs().max() > 1e-3
+    mergeable = [name for name, method in (("default", first), ("second", second)) if method in MERGEABLE]
+    if mergeable:
+        handle.merge_adapter(mergeable)
     torch.testing.assert_close(handle(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ON_BLOCKS)
+def test_what_changes_a_blocks_output_cannot_be_merged_and_says_so(method):
+    handle, _, inputs = handle_on(method, "linear")
+    expected = handle(**inputs).logits
+    for merge in (handle.merge_adapter, handle.merge_and_unload):
+        with pytest.raises(UsageError, match="not a change of weights"):
+            merge()
+    assert torch.equal(handle(**inputs).logits, expected)
 
 
 def test_every_method_rejects_an_unknown_field():

@@ -74,8 +74,8 @@ def assert_rows_are_alone(handle, inputs: dict, names: list[str]) -> None:
 
 @pytest.mark.parametrize(("method", "layer"), COMBINATIONS)
 def test_rows_of_one_method_equal_single_runs(method, layer):
-    name, targets = LAYERS[layer]
-    handle = handle_with({"first": make_config(method, targets), "second": make_config(method, targets)}, name)
+    name = LAYERS[layer][0]
+    handle = handle_with({"first": make_config(method, layer), "second": make_config(method, layer)}, name)
     assert_rows_are_alone(handle, tiny.inputs_for(name, rows=len(ROWS)), ROWS)
 
 
