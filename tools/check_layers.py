@@ -23,7 +23,7 @@ LAYERS = [
     ["site", "prompting"],
     ["contracts"],
     ["registry"],
-    ["config", "frame", "bases"],
+    ["config", "frame", "bases", "inits"],
     ["assets", "errors", "targets"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

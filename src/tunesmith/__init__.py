@@ -22,7 +22,7 @@ _PLACES = {
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],
     "methods.ia3": ["IA3Config"],
-    "methods.lora": ["LoraConfig"],
+    "methods.lora_config": ["EvaConfig", "LoftQConfig", "LoraConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .config import PeftConfig as PeftConfig
     from .config import PeftType as PeftType
     from .config import TaskType as TaskType
-    from .methods.lora import LoraConfig as LoraConfig
+    from .methods.lora_config import LoraConfig as LoraConfig
     from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
     from .tasks import PeftModel as PeftModel

@@ -103,6 +103,7 @@ def _build_one(kind: Any, module: nn.Module, config: Any, settings: dict[str, An
     with torch.device(execution_device(module)):
         adapter = kind(base, config, settings)
         adapter.__dict__["shared"] = shared  # the tree's own module, registered there and nowhere else
+        adapter.derive(base)
         if initialise:
             adapter.reset_parameters(base)
     return adapter

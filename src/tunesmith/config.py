@@ -214,6 +214,8 @@ _INFORMATIVE = ("peft_version", "transformers_version", "tunesmith_version")
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, tuple):

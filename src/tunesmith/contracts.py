@@ -34,6 +34,9 @@ class Adapter(nn.Module):
         """Tensors that the adapters of all these modules (by path) use together, made once per adapter."""
         return None
 
+    def derive(self, base: Any) -> None:
+        """Compute frozen tensors that follow from the base; called when weights are about to be loaded, too."""
+
     def reset_parameters(self, base: Any) -> None:
         """Draw the initial values; not called when weights are about to be loaded."""
 
@@ -98,6 +101,9 @@ class Adapted(BaseView):
 
     def compose(self, a: Tensor, b: Tensor) -> Tensor:
         return self.base.compose(a, b)
+
+    def per_output(self, values: Tensor) -> Tensor:
+        return self.base.per_output(values)
 
 
 class SublayerAdapter(Adapter):

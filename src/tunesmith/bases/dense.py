@@ -103,6 +103,9 @@ class Conv2dView(BaseView):
         assert self.compose_fault() is None
         return F.conv2d(a.transpose(0, 1), b).transpose(0, 1)
 
+    def per_output(self, values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1)
+
     def compose_fault(self) -> str | None:
         grouped = self.module.groups > 1
         return "a low-rank change of a grouped convolution has no grouped weight to merge into" if grouped else None

@@ -12,7 +12,7 @@ from ..config import PeftConfig, TargetedConfig
 from ..contracts import LinearAdapter
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from .files import AdapterFolder
-from .names import named_tensors
+from .names import named_tensors, todays_name
 
 
 def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.Module) -> None:
@@ -22,7 +22,7 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
         AdapterFileError: missing, unknown or misshapen tensors, wrong types or values that are not finite, all of them
             at once; nothing was copied then.
     """
-    stored = folder.tensors()
+    stored = {todays_name(key): tensor for key, tensor in folder.tensors().items()}
     expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
     stored = _without_copies_of_the_base(stored, expected, base)
     faults = [f'"{key}" is missing' for key in expected if key not in stored]

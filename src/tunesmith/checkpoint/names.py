@@ -15,8 +15,16 @@ from ..config import PeftConfig
 from ..contracts import ModuleCopy, ParameterAdapter
 
 # Local tensor names whose name in files is not the plain `<path>.<name>`, by method.
-_SUFFIXES = {"LORA": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}}
+_SUFFIXES = {"LORA": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}}
 _EMBEDDING = {"LORA": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}}
+
+# Endings that older files have, and what they are now.
+_OLDER = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+
+
+def todays_name(key: str) -> str:
+    """The name that a tensor of an older file has in today's."""
+    return next((key.removesuffix(old) + new for old, new in _OLDER.items() if key.endswith(old)), key)
 
 
 def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
