@@ -28,6 +28,7 @@ _PLACES = {
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ],
+    "train.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "train.trainer": ["AdapterTrainerMixin", "Trainer"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
