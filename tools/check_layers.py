@@ -19,6 +19,7 @@ LAYERS = [
     ["merge", "record"],
     ["attach"],
     ["match"],
+    ["token_plan"],
     ["methods"],
     ["site", "prompting"],
     ["contracts"],

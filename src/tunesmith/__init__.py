@@ -24,6 +24,7 @@ _PLACES = {
     "methods.ia3": ["IA3Config"],
     "methods.lora_config": ["EvaConfig", "LoftQConfig", "LoraConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
+    "methods.trainable_tokens": ["TrainableTokensConfig"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",

@@ -17,6 +17,7 @@ from .config import PeftConfig, PromptConfig
 from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, adapter_dtype
 from .errors import AdapterNameError
 from .match import Plan
+from .methods.trainable_tokens import TokenRows
 from .registry import adapter_type
 
 
@@ -26,7 +27,7 @@ class Branch(nn.Module):
     What sits at a node hangs under it by kind, in the order in which the kinds act on a module.
     """
 
-    KINDS = ("_biases", "_adapter", "_copy")
+    KINDS = ("_biases", "_tokens", "_adapter", "_copy")
 
     def add(self, path: str, kind: str, adapter: Adapter) -> None:
         assert kind in self.KINDS
@@ -91,6 +92,11 @@ def build(model: Any, config: PeftConfig, plan: Plan, *, full_precision: bool, i
     for path, settings in plan.adapted.items():
         adapter = _build_one(kind, modules[path], config, settings, shared, initialise)
         tree.add(path, "_adapter", adapter.to(adapter_dtype(modules[path], full_precision)))
+    rows: dict[str, Adapter] = {}
+    for path, settings in plan.tokens.items():
+        module, settings = model.get_submodule(path), {**settings, "follows": rows.get(settings["follows"])}
+        rows[path] = _build_one(TokenRows, module, config, settings, None, initialise)
+        tree.add(path, "_tokens", rows[path].to(adapter_dtype(module, full_precision)))
     for path in plan.biases:
         tree.add(path, "_biases", ParameterAdapter(model.get_submodule(path), ["bias"]))
     for path in plan.copied:

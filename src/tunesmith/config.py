@@ -42,6 +42,7 @@ class PeftType(str, Enum):
     OFT = "OFT"
     BOFT = "BOFT"
     HRA = "HRA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     LN_TUNING = "LN_TUNING"
     BOTTLENECK = "BOTTLENECK"
 

@@ -83,6 +83,10 @@ class Adapted(BaseView):
     def bias(self) -> Tensor | None:
         return self.adapter.merge(self.base.weight(), self.base.bias, self.base)[1]
 
+    @property
+    def output_scale(self) -> Any:
+        return self.base.output_scale
+
     def matmul(self, x: Tensor) -> Tensor:
         y, bias = self(x), self.bias
         return y if bias is None else y - bias

@@ -38,6 +38,11 @@ class BaseView:
     def bias(self) -> Tensor | None:
         return getattr(self.module, "bias", None)
 
+    @property
+    def output_scale(self) -> Any:
+        """What the module multiplies its product with before it answers (scaled word embeddings do)."""
+        return 1
+
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
         raise NotImplementedError

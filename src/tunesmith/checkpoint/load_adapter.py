@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..attach import AdapterTree, Plan
 from ..config import PeftConfig, TargetedConfig
-from ..contracts import LinearAdapter
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from .files import AdapterFolder
 from .names import named_tensors, todays_name
@@ -56,11 +55,15 @@ def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftC
     if stored.peft_type != config.peft_type:
         faults.append(f"it is {stored.method}, the adapter here is {config.method}")
     elif isinstance(config, TargetedConfig):
-        here = {path: config.settings(path) for path, adapter in tree.items() if isinstance(adapter, LinearAdapter)}
+        own = [path for path, adapter in tree.items() if tree.node(path)._modules.get("_adapter") is adapter]
+        here = {path: config.settings(path) for path in own}
         for path in sorted(here.keys() | plan.adapted.keys()):
             found, expected = plan.adapted.get(path, "not adapted"), here.get(path, "not adapted")
             if found != expected:
                 faults.append(f"{path}: {found} there, {expected} here")
+    there, here_too = (getattr(one, "trainable_token_indices", None) for one in (stored, config))
+    if there != here_too:
+        faults.append(f"trainable tokens: {there} there, {here_too} here")
     if faults:
         raise AdapterFileError(
             f'"{folder.name}" cannot take the place of an adapter with other settings; load it under another name:\n'

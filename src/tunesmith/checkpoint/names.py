@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attach import AdapterTree
 from ..config import PeftConfig
 from ..contracts import ModuleCopy, ParameterAdapter
+from ..methods.trainable_tokens import TokenRows
 
 # Local tensor names whose name in files is not the plain `<path>.<name>`, by method.
 _SUFFIXES = {"LORA": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}}
@@ -42,11 +43,16 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
         adapted = tree.node(path)._modules.get("_adapter") is not None
         for name, tensor in adapter.state_dict(keep_vars=True).items():
             yield f"{prefix}{path}.{_in_file(name, adapter, module, config, adapted)}", owned[tensor], tensor
+        if isinstance(adapter, TokenRows) and adapter.owner is not adapter and config.method == "TRAINABLE_TOKENS":
+            tensor = adapter.owner.trainable_tokens_delta  # a second name of the same rows
+            yield f"{prefix}{path}.trainable_tokens_delta", owned[tensor], tensor
 
 
 def _in_file(name: str, adapter: nn.Module, module: nn.Module, config: PeftConfig, adapted: bool) -> str:
     if isinstance(adapter, ModuleCopy):
         return name.removeprefix("module.")
+    if isinstance(adapter, TokenRows):
+        return name if config.method == "TRAINABLE_TOKENS" else f"token_adapter.{name}"
     if isinstance(adapter, ParameterAdapter):
         return f"base_layer.{name}" if adapted else name
     table = _EMBEDDING if isinstance(module, nn.Embedding) else _SUFFIXES

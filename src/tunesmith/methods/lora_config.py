@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from ..config import TargetedConfig, config_class
 from ..errors import ConfigError, did_you_mean
+from .trainable_tokens import index_faults
 
 FROM_WEIGHT = ("pissa", "olora", "loftq")  # starts that are parts of the base's weight
 STARTS = (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT)
@@ -83,6 +84,8 @@ class LoraConfig(TargetedConfig):
         rank_pattern, alpha_pattern: `{name ending or regular expression: value}` for single modules.
         use_dora: also train the size of each output's weights (`dora.py`).
         lora_bias: a trained bias on B.
+        trainable_token_indices: tokens whose embeddings train, too; `{embedding's name: tokens}` for other embeddings than
+            the input's (`trainable_tokens.py`).
         loftq_config, eva_config: of the starts of these names; a `LoftQConfig`, an `EvaConfig` or a dictionary.
     """
 
@@ -96,12 +99,13 @@ class LoraConfig(TargetedConfig):
     alpha_pattern: dict[str, int | float] | None = None
     use_dora: bool = False
     lora_bias: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: LoftQConfig | dict | None = None
     eva_config: EvaConfig | dict | None = None
 
     method: ClassVar[str] = "LORA"
     not_supported: ClassVar[dict[str, tuple]] = {
-        "trainable_token_indices": (), "target_parameters": (), "layer_replication": (),
+        "target_parameters": (), "layer_replication": (),
         "corda_config": (), "use_qalora": (), "qalora_group_size": (16,),
         "megatron_config": (), "megatron_core": ("megatron.core",), "ensure_weight_tying": (), "alora_invocation_tokens": (),
         "arrow_config": (), "lora_ga_config": (), "runtime_config": ({"ephemeral_gpu_offload": False},),
@@ -128,6 +132,7 @@ class LoraConfig(TargetedConfig):
             found.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
         if self.bias not in ("none", "all", "lora_only"):
             found.append(f'bias={self.bias!r} must be "none", "all" or "lora_only"')
+        found += index_faults(self.trainable_token_indices)
         return found + list(self._start_faults())
 
     def _start_faults(self) -> Iterator[str]:
