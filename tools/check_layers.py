@@ -19,7 +19,7 @@ LAYERS = [
     ["merge", "record"],
     ["attach"],
     ["match"],
-    ["token_plan"],
+    ["token_plan", "parameter_plan"],
     ["methods"],
     ["site", "prompting"],
     ["contracts"],

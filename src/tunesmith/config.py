@@ -264,7 +264,7 @@ class TargetedConfig(PeftConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if self.target_modules is not None and not self.target_modules:
+        if self.target_modules is not None and not self.target_modules and not self.may_target_nothing:
             found.append("target_modules is empty; name at least one module or leave it out")
         if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern needs layers_to_transform")
@@ -280,6 +280,11 @@ class TargetedConfig(PeftConfig):
                 if isinstance(key, str) and (reason := _no_expression(key)):
                     found.append(f'{name}: "{key}" is no regular expression ({reason})')
         return found
+
+    @property
+    def may_target_nothing(self) -> bool:
+        """Whether an empty `target_modules` makes sense, because something else is adapted."""
+        return False
 
     def resolve_targets(self, model_type: str | None) -> None:
         """Fill in `target_modules` where the user names none."""

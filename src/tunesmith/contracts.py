@@ -214,5 +214,8 @@ def _adapted_block(adapter: SublayerAdapter, module: nn.Module, call: Callable[.
 
 def adapter_dtype(module: nn.Module, full_precision: bool) -> torch.dtype:
     """fp32 masters beside a 16-bit base unless told otherwise, else the base's own type."""
-    dtype = compute_dtype(module)
+    return master_dtype(compute_dtype(module), full_precision)
+
+
+def master_dtype(dtype: torch.dtype, full_precision: bool) -> torch.dtype:
     return torch.float32 if full_precision and dtype in (torch.float16, torch.bfloat16) else dtype

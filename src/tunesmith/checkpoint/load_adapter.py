@@ -61,6 +61,10 @@ def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftC
             found, expected = plan.adapted.get(path, "not adapted"), here.get(path, "not adapted")
             if found != expected:
                 faults.append(f"{path}: {found} there, {expected} here")
+        for path, named in plan.parameters.items():
+            others = {name: config.settings(f"{path}.{name}") for name in named}
+            if others != named:
+                faults.append(f"{path}: {named} there, {others} here")
     there, here_too = (getattr(one, "trainable_token_indices", None) for one in (stored, config))
     if there != here_too:
         faults.append(f"trainable tokens: {there} there, {here_too} here")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attach import AdapterTree
 from ..config import PeftConfig
 from ..contracts import ModuleCopy, ParameterAdapter
+from ..methods.lora_parameters import LoraParameters
 from ..methods.trainable_tokens import TokenRows
 
 # Local tensor names whose name in files is not the plain `<path>.<name>`, by method.
@@ -53,6 +54,10 @@ def _in_file(name: str, adapter: nn.Module, module: nn.Module, config: PeftConfi
         return name.removeprefix("module.")
     if isinstance(adapter, TokenRows):
         return name if config.method == "TRAINABLE_TOKENS" else f"token_adapter.{name}"
+    if isinstance(adapter, LoraParameters):
+        parameter, _, leaf = name.rpartition(".")
+        nested = "base_layer." * (len(adapter.names) - 1 - adapter.names.index(parameter))  # the last one is outermost
+        return f"{nested}{leaf}.weight"
     if isinstance(adapter, ParameterAdapter):
         return f"base_layer.{name}" if adapted else name
     table = _EMBEDDING if isinstance(module, nn.Embedding) else _SUFFIXES

@@ -84,6 +84,8 @@ class LoraConfig(TargetedConfig):
         rank_pattern, alpha_pattern: `{name ending or regular expression: value}` for single modules.
         use_dora: also train the size of each output's weights (`dora.py`).
         lora_bias: a trained bias on B.
+        target_parameters: endings of parameters to adapt where no module can be named, as for fused experts
+            (`lora_parameters.py`); `target_modules` may then be empty, and None means none.
         trainable_token_indices: tokens whose embeddings train, too; `{embedding's name: tokens}` for other embeddings than
             the input's (`trainable_tokens.py`).
         loftq_config, eva_config: of the starts of these names; a `LoftQConfig`, an `EvaConfig` or a dictionary.
@@ -99,13 +101,14 @@ class LoraConfig(TargetedConfig):
     alpha_pattern: dict[str, int | float] | None = None
     use_dora: bool = False
     lora_bias: bool = False
+    target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: LoftQConfig | dict | None = None
     eva_config: EvaConfig | dict | None = None
 
     method: ClassVar[str] = "LORA"
     not_supported: ClassVar[dict[str, tuple]] = {
-        "target_parameters": (), "layer_replication": (),
+        "layer_replication": (),
         "corda_config": (), "use_qalora": (), "qalora_group_size": (16,),
         "megatron_config": (), "megatron_core": ("megatron.core",), "ensure_weight_tying": (), "alora_invocation_tokens": (),
         "arrow_config": (), "lora_ga_config": (), "runtime_config": ({"ephemeral_gpu_offload": False},),
@@ -149,6 +152,22 @@ class LoraConfig(TargetedConfig):
             yield "lora_bias=True works with init_lora_weights=True or False and without use_dora"
         for value in (self.loftq_config, self.eva_config):
             yield from value.faults() if isinstance(value, (LoftQConfig, EvaConfig)) else ()
+
+        if self.target_parameters:
+            found = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
+            used = [name for name, value in found.items() if value]
+            yield from (f"{name} cannot be combined with target_parameters; leave one out" for name in used)
+            if start not in (True, False, "gaussian"):
+                yield f'target_parameters start with init_lora_weights=True, False or "gaussian", got {start!r}'
+
+    @property
+    def may_target_nothing(self) -> bool:
+        return bool(self.target_parameters)
+
+    def resolve_targets(self, model_type: str | None) -> None:
+        if self.target_modules is None and self.target_parameters:
+            self.target_modules = set()
+        super().resolve_targets(model_type)
 
     @property
     def starts_from_weight(self) -> bool:
