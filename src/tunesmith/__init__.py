@@ -30,6 +30,7 @@ _PLACES = {
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ],
     "train.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
+    "train.optimizers": ["LoraFAOptimizer", "create_lorafa_optimizer", "create_loraplus_optimizer"],
     "train.trainer": ["AdapterTrainerMixin", "Trainer"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}

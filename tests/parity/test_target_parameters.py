@@ -41,7 +41,7 @@ OPTIONS = {
     **{f"one of {name}": (name, {**BOTH, "target_parameters": ["down_proj"]}) for name in ("qwen3-moe", "gpt-oss")},
     "a router's matrix": ("mixtral", {**BOTH, "target_parameters": ["mlp.gate.weight", "experts.down_proj"]}),
     "with modules": ("mixtral", {**BOTH, "target_modules": ["q_proj"]}),
-    "with the usual modules": ("mixtral", {**BOTH, "target_modules": None}),
+    "with no modules named": ("mixtral", {**BOTH, "target_modules": None}),
     "with patterns": ("gpt-oss", {**BOTH, "rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"gate_up_proj": 3}}),
     "rslora": ("qwen3-moe", {**BOTH, "use_rslora": True}),
     "start at zero": ("qwen3-moe", {**BOTH, "init_lora_weights": True}),
