@@ -19,13 +19,14 @@ LAYERS = [
     ["merge", "merging", "record", "describe"],
     ["attach"],
     ["match"],
+    ["token_plan", "parameter_plan"],
     ["methods"],
     ["prefix"],
     ["site", "prompting"],
     ["mixing"],
     ["contracts"],
     ["registry"],
-    ["config", "frame", "bases", "kernels"],
+    ["config", "frame", "bases", "kernels", "inits"],
     ["assets", "errors", "targets"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -31,18 +31,21 @@ _PLACES = {
     "methods.loha": ["LoHaConfig"],
     "methods.lokr": ["LoKrConfig"],
     "methods.ln_tuning": ["LNTuningConfig"],
-    "methods.lora": ["LoraConfig"],
+    "methods.lora_config": ["EvaConfig", "LoftQConfig", "LoraConfig"],
     "methods.oft": ["OFTConfig"],
     "methods.multitask_prompt_tuning": ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"],
     "methods.p_tuning": ["PromptEncoderConfig", "PromptEncoderReparameterizationType"],
     "methods.prefix_tuning": ["PrefixTuningConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
+    "methods.trainable_tokens": ["TrainableTokensConfig"],
     "methods.vera": ["VeraConfig"],
     "status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ],
+    "train.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
+    "train.optimizers": ["LoraFAOptimizer", "create_lorafa_optimizer", "create_loraplus_optimizer"],
     "train.trainer": ["AdapterTrainerMixin", "Trainer"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
@@ -67,7 +70,7 @@ if TYPE_CHECKING:
     from .config import PeftConfig as PeftConfig
     from .config import PeftType as PeftType
     from .config import TaskType as TaskType
-    from .methods.lora import LoraConfig as LoraConfig
+    from .methods.lora_config import LoraConfig as LoraConfig
     from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
     from .tasks import PeftModel as PeftModel

@@ -14,9 +14,11 @@ from torch import nn
 
 from .bases.view import execution_device, view_of
 from .config import PeftConfig, PromptConfig
-from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, adapter_dtype
+from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, adapter_dtype, master_dtype
 from .errors import AdapterNameError
 from .match import Plan
+from .methods.lora_parameters import LoraParameters
+from .methods.trainable_tokens import TokenRows
 from .registry import adapter_type
 
 
@@ -26,7 +28,7 @@ class Branch(nn.Module):
     What sits at a node hangs under it by kind, in the order in which the kinds act on a module.
     """
 
-    KINDS = ("_biases", "_adapter", "_copy")
+    KINDS = ("_biases", "_tokens", "_parameters_changed", "_adapter", "_copy")
 
     def add(self, path: str, kind: str, adapter: Adapter) -> None:
         assert kind in self.KINDS
@@ -100,6 +102,18 @@ def build(
     for path, settings in plan.adapted.items():
         adapter = _build_one(kind, modules[path], config, settings, shared, initialise)
         tree.add(path, "_adapter", adapter.to(adapter_dtype(modules[path], full_precision)))
+    rows: dict[str, Adapter] = {}
+    for path, settings in plan.tokens.items():
+        module, settings = model.get_submodule(path), {**settings, "follows": rows.get(settings["follows"])}
+        rows[path] = _build_one(TokenRows, module, config, settings, None, initialise)
+        tree.add(path, "_tokens", rows[path].to(adapter_dtype(module, full_precision)))
+    for path, named in plan.parameters.items():
+        module, first = model.get_submodule(path), next(iter(named))
+        with torch.device(execution_device(module)):
+            changes = LoraParameters(module, config, named)  # type: ignore[arg-type]
+            if initialise:
+                changes.reset_parameters(module)
+        tree.add(path, "_parameters_changed", changes.to(master_dtype(getattr(module, first).dtype, full_precision)))
     for path in plan.biases:
         tree.add(path, "_biases", ParameterAdapter(model.get_submodule(path), ["bias"]))
     for path in plan.copied:
@@ -112,6 +126,7 @@ def _build_one(kind: Any, module: nn.Module, config: Any, settings: dict[str, An
     with torch.device(execution_device(module)):
         adapter = kind(base, config, settings)
         adapter.__dict__["shared"] = shared  # the tree's own module, registered there and nowhere else
+        adapter.derive(base)
         if initialise:
             adapter.reset_parameters(base)
     return adapter

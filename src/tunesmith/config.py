@@ -42,6 +42,7 @@ class PeftType(str, Enum):
     OFT = "OFT"
     BOFT = "BOFT"
     HRA = "HRA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     LN_TUNING = "LN_TUNING"
     BOTTLENECK = "BOTTLENECK"
     BITFIT = "BITFIT"
@@ -219,6 +220,8 @@ _INFORMATIVE = ("peft_version", "transformers_version", "tunesmith_version")
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, tuple):
@@ -266,7 +269,7 @@ class TargetedConfig(PeftConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if self.target_modules is not None and not self.target_modules:
+        if self.target_modules is not None and not self.target_modules and not self.may_target_nothing:
             found.append("target_modules is empty; name at least one module or leave it out")
         if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern needs layers_to_transform")
@@ -282,6 +285,11 @@ class TargetedConfig(PeftConfig):
                 if isinstance(key, str) and (reason := _no_expression(key)):
                     found.append(f'{name}: "{key}" is no regular expression ({reason})')
         return found
+
+    @property
+    def may_target_nothing(self) -> bool:
+        """Whether an empty `target_modules` makes sense, because something else is adapted."""
+        return False
 
     def resolve_targets(self, model_type: str | None) -> None:
         """Fill in `target_modules` where the user names none."""

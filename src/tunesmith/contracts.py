@@ -62,6 +62,9 @@ class Adapter(nn.Module):
         """What is written of the tensor that files call `name`."""
         return value
 
+    def derive(self, base: Any) -> None:
+        """Compute frozen tensors that follow from the base; called when weights are about to be loaded, too."""
+
     def reset_parameters(self, base: Any) -> None:
         """Draw the initial values; not called when weights are about to be loaded."""
 
@@ -108,6 +111,10 @@ class Adapted(BaseView):
     def bias(self) -> Tensor | None:
         return self.adapter.merge(self.base.weight(), self.base.bias, self.base)[1]
 
+    @property
+    def output_scale(self) -> Any:
+        return self.base.output_scale
+
     def matmul(self, x: Tensor) -> Tensor:
         y, bias = self(x), self.bias
         return y if bias is None else y - bias
@@ -129,6 +136,9 @@ class Adapted(BaseView):
 
     def compose(self, a: Tensor, b: Tensor) -> Tensor:
         return self.base.compose(a, b)
+
+    def per_output(self, values: Tensor) -> Tensor:
+        return self.base.per_output(values)
 
 
 class SublayerAdapter(Adapter):
@@ -279,5 +289,8 @@ def _adapted_block(adapter: SublayerAdapter, module: nn.Module, call: Callable[.
 
 def adapter_dtype(module: nn.Module, full_precision: bool) -> torch.dtype:
     """fp32 masters beside a 16-bit base unless told otherwise, else the base's own type."""
-    dtype = compute_dtype(module)
+    return master_dtype(compute_dtype(module), full_precision)
+
+
+def master_dtype(dtype: torch.dtype, full_precision: bool) -> torch.dtype:
     return torch.float32 if full_precision and dtype in (torch.float16, torch.bfloat16) else dtype

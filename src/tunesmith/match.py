@@ -16,7 +16,9 @@ from .bases.view import view_of, view_type
 from .config import PeftConfig, PromptConfig, TargetedConfig, TaskType
 from .contracts import LinearAdapter, ParameterAdapter
 from .errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
+from .parameter_plan import ParameterPlan, plan_parameters
 from .registry import adapter_type
+from .token_plan import TokenPlan, plan_tokens
 
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # task heads that transformers initialises anew
 
@@ -29,14 +31,18 @@ class Plan:
         adapted: `{path: settings}` of modules that get the method's adapter.
         biases: paths of modules whose bias is trained as a private copy.
         copied: paths of modules trained whole, as private copies.
+        tokens: `{path: settings}` of embeddings with trained rows, and of modules that follow them (`token_plan.py`).
+        parameters: `{path: {parameter: settings}}` of parameters that are adapted themselves (`parameter_plan.py`).
     """
 
     adapted: dict[str, dict[str, Any]] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
+    tokens: TokenPlan = field(default_factory=dict)
+    parameters: ParameterPlan = field(default_factory=dict)
 
     def paths(self) -> set[str]:
-        return {*self.adapted, *self.biases, *self.copied}
+        return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters}
 
 
 def match(model: nn.Module, config: PeftConfig) -> Plan:
@@ -66,9 +72,18 @@ def match(model: nn.Module, config: PeftConfig) -> Plan:
                        "leave it out" for name in twice]  # fmt: skip
         paths = config.narrowed(free)
         plan.adapted = {path: config.settings(path) for path in paths}
-        faults += _unmatched_pattern_keys(config, paths)
+        plan.parameters = plan_parameters(modules, config, faults)
+        parameters = [f"{path}.{name}" for path, names in plan.parameters.items() for name in names]
+        faults += _unmatched_pattern_keys(config, paths + parameters)
         faults += _unfit(modules, config, plan)
         plan.biases = _biases(modules, config, plan)
+    plan.tokens = plan_tokens(model, modules, getattr(config, "trainable_token_indices", None), faults)
+    for path in plan.tokens:
+        if path in plan.adapted or any(_inside(path, copied) for copied in plan.copied):
+            faults.append(f"{path}: its chosen tokens train (trainable_token_indices), so it cannot be a target or saved whole")
+    for path in plan.parameters:
+        if path in plan.adapted or path in plan.tokens or any(_inside(path, copied) for copied in plan.copied):
+            faults.append(f"{path}: its parameters are adapted (target_parameters), so it cannot be a target or saved whole")
     for path in sorted(plan.paths()):
         reason = site.fault(modules[path]) or _fused_fault(modules, path)
         if reason:

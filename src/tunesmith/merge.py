@@ -18,6 +18,7 @@ from .attach import AdapterTree
 from .bases.view import BaseView, view_of
 from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter
 from .errors import UsageError
+from .methods.trainable_tokens import TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +80,14 @@ def into_weights(base: nn.Module, trees: list[AdapterTree], safe: bool, keep: bo
     """
     originals: Originals = {}
     try:
-        for path, adapter in (item for tree in trees for item in tree.items()):
+        for path, adapter, followers in (item for tree in trees for item in _together(base, tree)):
             for name, value in _merged_values(base.get_submodule(path), adapter).items():
                 if safe and not torch.isfinite(value).all():
                     raise UsageError(f"merging gives values that are not finite in {path}.{name}; nothing was merged")
-                old = _put(base, path, name, value)
+                old = _put(base, [path, *followers], name, value)
                 if keep or safe:
-                    originals.setdefault((path, name), old)
+                    for changed in (path, *followers):
+                        originals.setdefault((changed, name), old)
     except Exception:
         restore(base, originals)
         raise
@@ -121,16 +123,35 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
     return values
 
 
-def _put(base: nn.Module, path: str, name: str, value: Tensor) -> Tensor:
-    """Set one parameter or buffer to a new tensor; returns the old one."""
-    owner, leaf = _owner(base, path, name)
+def _together(base: nn.Module, tree: AdapterTree) -> Iterator[tuple[str, Adapter, list[str]]]:
+    """`(path, adapter, followers)`: followers hold the same weight and train the same rows, so they stay tied."""
+    done: set[str] = set()
+    for path, adapter in tree.items():
+        followers: list[str] = []
+        if isinstance(adapter, TokenRows):
+            if path in done:
+                continue
+            weight = base.get_submodule(path).weight
+            for other, rows in tree.items():
+                if isinstance(rows, TokenRows) and rows.owner is adapter.owner and base.get_submodule(other).weight is weight:
+                    done.add(other)
+                    followers += [other] * (other != path)
+        yield path, adapter, followers
+
+
+def _put(base: nn.Module, paths: list[str], name: str, value: Tensor) -> Tensor:
+    """Set one parameter or buffer, which the modules at `paths` share, to a new tensor; returns the old one."""
+    owner, leaf = _owner(base, paths[0], name)
     if leaf in owner._buffers:
         old = owner._buffers[leaf]
         owner._buffers[leaf] = value
         return old
     old = owner._parameters[leaf]
-    _untie(base, old)
-    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    _untie(base, old, len(paths))
+    new = nn.Parameter(value, requires_grad=False)
+    for path in paths:
+        owner, leaf = _owner(base, path, name)
+        owner._parameters[leaf] = new
     return old
 
 
@@ -140,11 +161,11 @@ def _owner(base: nn.Module, path: str, name: str) -> tuple[Any, str]:
     return base.get_submodule(f"{path}.{owner}" if owner else path), leaf
 
 
-def _untie(base: nn.Module, old: Tensor) -> None:
-    """When `old` is shared by several modules, only this one changes: say so in the config, or it reloads wrongly."""
+def _untie(base: nn.Module, old: Tensor, changed: int) -> None:
+    """When more modules share `old` than change: say so in the config, or it reloads wrongly."""
     shared = [name for name, p in base.named_parameters(remove_duplicate=False) if p is old]
     config: Any = getattr(base, "config", None)
-    if len(shared) > 1 and getattr(config, "tie_word_embeddings", False):
+    if len(shared) > changed and getattr(config, "tie_word_embeddings", False):
         logger.warning("merging unties %s; config.tie_word_embeddings is now False", " and ".join(shared))
         config.tie_word_embeddings = False
         base.__dict__["_untied_by_tunesmith"] = True

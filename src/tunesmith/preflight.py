@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from . import site
 from .errors import UsageError, bullet_list
 from .frame import Frame, current_frame
+from .methods.trainable_tokens import TokenRows
 from .prefix import PrefixedStack
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def checked_forward(handle: PeftModel, frame: Frame, acting: tuple[str, ...], *a
     finally:
         for hook in hooks:
             hook.remove()
-    missed = [path for path in sorted(paths) if site.site_of(handle.base_model.get_submodule(path)) not in fired]
+    fired_paths = {path for path in paths if site.site_of(handle.base_model.get_submodule(path)) in fired}
+    missed = sorted(paths - fired_paths - _served_by_others(handle, fired_paths))
     passed_by = [path for path in missed if path.rpartition(".")[0] in ran]
     if passed_by or (trains and missed and len(missed) == len(paths)):
         raise UsageError(
@@ -73,6 +75,13 @@ def checked_forward(handle: PeftModel, frame: Frame, acting: tuple[str, ...], *a
         logger.warning("%d of %d adapted modules did not run in the first step (unused parts)", len(missed), len(paths))
     handle._checked.add((acting, trains))
     return result
+
+
+def _served_by_others(handle: PeftModel, fired: set[str]) -> set[str]:
+    """Embeddings whose trained rows acted elsewhere: of tied ones, a model may call another than it names."""
+    rows = [item for name in handle._acting() for item in handle.tree(name).items() if isinstance(item[1], TokenRows)]
+    acted = {adapter.owner for path, adapter in rows if path in fired}
+    return {path for path, adapter in rows if adapter.owner in acted}
 
 
 def _note(module: nn.Module, path: str, frame: Frame, ran: set[str]) -> Any:

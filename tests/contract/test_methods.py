@@ -41,6 +41,22 @@ WITHOUT_BIASES = {("BITFIT", "linear")}  # there is nothing for BitFit to train 
 # Reflections that undo each other in exact arithmetic: about 2 r rounded sums for each of a few layers.
 STARTS_WITHIN_ROUNDING = {"HRA"}
 
+# What flags make of a method goes through the same tests under a name of its own.
+VARIANTS = {
+    "LORA, use_dora": ("LORA", {"use_dora": True}),
+    "LORA, orthogonal": ("LORA", {"init_lora_weights": "orthogonal"}),
+    "LORA, pissa": ("LORA", {"init_lora_weights": "pissa"}),
+    "LORA, pissa_niter_4": ("LORA", {"init_lora_weights": "pissa_niter_4"}),
+    "LORA, olora": ("LORA", {"init_lora_weights": "olora"}),
+    "LORA, loftq": ("LORA", {"init_lora_weights": "loftq"}),
+}
+METHODS |= {name: METHODS[method] for name, (method, _) in VARIANTS.items()}
+MERGEABLE += list(VARIANTS)
+EXTRA |= {name: lambda _, fields=fields: fields for name, (_, fields) in VARIANTS.items()}
+# Starts whose two parts cancel: the base's output up to the rounding of as many sums as the model has layers.
+CANCELS = [f"LORA, {start}" for start in ("orthogonal", "pissa", "pissa_niter_4", "olora")]
+CHANGES = ["LORA, loftq"]  # starts as a quantised base
+
 
 def handle_on(method: str, layer: str, dtype: torch.dtype = torch.float64) -> tuple[PeftModel, nn.Module, dict]:
     """A handle with random, non-trivial adapter values, its untouched twin base, and inputs."""
@@ -71,8 +87,11 @@ def test_starts_as_the_base(method, layer):
     base, inputs = tiny.make(name), tiny.inputs_for(name)
     expected = base(**inputs).logits
     found = get_peft_model(base, make_config(method, layer)).eval()(**inputs).logits
-    tolerance = 1e-6 if method in STARTS_WITHIN_ROUNDING else 0.0
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    if method in CHANGES:
+        assert 1e-4 < (found - expected).abs().max() < 0.5 * expected.std()
+        return
+    tolerance = 1e-5 if method in CANCELS else 1e-6 if method in STARTS_WITHIN_ROUNDING else 0.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 @each

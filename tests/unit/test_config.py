@@ -341,5 +341,5 @@ def test_scale_is_alpha_over_rank_or_its_root(rank):
 
 def test_unsupported_features_may_be_named_to_say_that_they_are_off():
     assert LoraConfig(r=4, use_dora=False, layer_replication=None, megatron_core="megatron.core") == LoraConfig(r=4)
-    with pytest.raises(ConfigError, match="use_dora=True is not supported"):
-        LoraConfig(use_dora=True)
+    with pytest.raises(ConfigError, match="use_qalora=True is not supported"):
+        LoraConfig(use_qalora=True)

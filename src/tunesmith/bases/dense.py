@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -47,6 +49,11 @@ class EmbeddingView(BaseView):
 
     tokens_in = True
 
+    @property
+    def output_scale(self) -> Any:
+        scale = getattr(self.module, "embed_scale", 1)
+        return scale.to(self.module.weight.dtype) if isinstance(scale, Tensor) else scale
+
     def weight(self) -> Tensor:
         return self.module.weight
 
@@ -68,7 +75,8 @@ class EmbeddingView(BaseView):
 
     def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
         module = self.module
-        return F.embedding(ids, table, module.padding_idx, None, module.norm_type, module.scale_grad_by_freq)
+        rows = F.embedding(ids, table, module.padding_idx, None, module.norm_type, module.scale_grad_by_freq)
+        return rows * self.output_scale if hasattr(module, "embed_scale") else rows
 
 
 @register_view(nn.Conv2d)
@@ -102,6 +110,9 @@ class Conv2dView(BaseView):
     def compose(self, a: Tensor, b: Tensor) -> Tensor:
         assert self.compose_fault() is None
         return F.conv2d(a.transpose(0, 1), b).transpose(0, 1)
+
+    def per_output(self, values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1)
 
     def compose_fault(self) -> str | None:
         grouped = self.module.groups > 1

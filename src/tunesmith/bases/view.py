@@ -30,8 +30,18 @@ class BaseView:
         return plain_forward(self.module)(x, *args, **kwargs)
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the weight is `(out, in)` and the input holds `in` numbers: no lookup, no convolution."""
+        return not self.tokens_in and self.weight().dim() == 2
+
+    @property
     def bias(self) -> Tensor | None:
         return getattr(self.module, "bias", None)
+
+    @property
+    def output_scale(self) -> Any:
+        """What the module multiplies its product with before it answers (scaled word embeddings do)."""
+        return 1
 
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
@@ -64,6 +74,10 @@ class BaseView:
     def compose(self, a: Tensor, b: Tensor) -> Tensor:
         """The change of `weight()` that A and B stand for."""
         return b @ a
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """One value per output, in a shape that meets the module's output."""
+        return values
 
     def compose_fault(self) -> str | None:
         """Why `compose` has no answer for this module; None where it has."""

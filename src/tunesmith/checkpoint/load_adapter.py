@@ -12,7 +12,7 @@ from ..attach import AdapterTree, Plan
 from ..config import PeftConfig, PromptConfig, TargetedConfig
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from .files import ENCODER_FILE, AdapterFolder
-from .names import encoder_tensors, named_tensors
+from .names import encoder_tensors, named_tensors, todays_name
 from .save_adapters import finished
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
         AdapterFileError: missing, unknown or misshapen tensors, wrong types or values that are not finite, all of them
             at once; nothing was copied then.
     """
-    stored = folder.tensors()
+    stored = {todays_name(key): tensor for key, tensor in folder.tensors().items()}
     expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
     encoder = {in_file: tensor for in_file, _, tensor in encoder_tensors(tree)}
     faults = []
@@ -105,6 +105,13 @@ def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftC
             found, expected = plan.adapted.get(path, "not adapted"), here.get(path, "not adapted")
             if found != expected:
                 faults.append(f"{path}: {found} there, {expected} here")
+        for path, named in plan.parameters.items():
+            others = {name: config.settings(f"{path}.{name}") for name in named}
+            if others != named:
+                faults.append(f"{path}: {named} there, {others} here")
+    there, here_too = (getattr(one, "trainable_token_indices", None) for one in (stored, config))
+    if there != here_too:
+        faults.append(f"trainable tokens: {there} there, {here_too} here")
     if faults:
         raise AdapterFileError(
             f'"{folder.name}" cannot take the place of an adapter with other settings; load it under another name:\n'

@@ -1,0 +1,218 @@
+"""LoRA's configuration, its variants' fields included."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..config import TargetedConfig, config_class
+from ..errors import ConfigError, did_you_mean
+from .trainable_tokens import index_faults
+
+FROM_WEIGHT = ("pissa", "olora", "loftq")  # starts that are parts of the base's weight
+STARTS = (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT)
+
+
+@dataclass
+class LoftQConfig:
+    """Of `init_lora_weights="loftq"`.
+
+    Args:
+        loftq_bits: 2, 3 or 4 (NormalFloat, blocks of 64) or 8 (whole numbers, a scale per row).
+        loftq_iter: how often quantising and making up for it take turns.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.loftq_bits not in (2, 3, 4, 8):
+            found.append(f"loftq_bits={self.loftq_bits!r} must be 2, 3, 4 or 8")
+        if not _is_rank(self.loftq_iter):
+            found.append(f"loftq_iter={self.loftq_iter!r} must be a whole number of at least 1")
+        return found
+
+
+@dataclass
+class EvaConfig:
+    """Of `init_lora_weights="eva"`, which acts in `initialize_lora_eva_weights(model, dataloader)`.
+
+    Args:
+        rho: a module's rank may grow to `rho * r`, at others' cost; 1 leaves all ranks at `r`.
+        tau: a direction has converged when a batch turns it by no more than this cosine.
+        use_label_mask: leave out tokens whose label is `label_mask_value`.
+        label_mask_value: the label of tokens that are no part of the loss.
+        whiten: scale each direction by the inverse root of its singular value.
+        adjust_scaling_factors: keep each module's scale at `lora_alpha / r` when its rank changes.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def faults(self) -> list[str]:
+        found = []
+        if not (isinstance(self.rho, (int, float)) and self.rho >= 1 and math.isfinite(self.rho)):
+            found.append(f"rho={self.rho!r} must be a finite number of at least 1")
+        if not (isinstance(self.tau, (int, float)) and 0 <= self.tau <= 1):
+            found.append(f"tau={self.tau!r} must be at least 0 and at most 1")
+        return found
+
+
+@config_class
+class LoraConfig(TargetedConfig):
+    """Configuration of LoRA.
+
+    Args:
+        r: rank of the change.
+        lora_alpha: strength; the change is scaled by `lora_alpha / r`.
+        lora_dropout: probability of dropping an input of the change while training.
+        use_rslora: scale by `lora_alpha / sqrt(r)` instead.
+        bias: "none", "lora_only" (biases of adapted modules) or "all" (every bias); trained as private copies.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal"
+            (both random, their product zero), "eva" (as True until `initialize_lora_eva_weights` is called) or False (both
+            random: the change is not zero at first). "pissa", "pissa_niter_<rounds>", "olora" and "loftq" start from parts
+            of the weight (`lora_from_weight.py`).
+        rank_pattern, alpha_pattern: `{name ending or regular expression: value}` for single modules.
+        use_dora: also train the size of each output's weights (`dora.py`).
+        lora_bias: a trained bias on B.
+        target_parameters: endings of parameters to adapt where no module can be named, as for fused experts
+            (`lora_parameters.py`); `target_modules` may then be empty, and None means none.
+        trainable_token_indices: tokens whose embeddings train, too; `{embedding's name: tokens}` for other embeddings than
+            the input's (`trainable_tokens.py`).
+        loftq_config, eva_config: of the starts of these names; a `LoftQConfig`, an `EvaConfig` or a dictionary.
+    """
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, int | float] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: LoftQConfig | dict | None = None
+    eva_config: EvaConfig | dict | None = None
+
+    method: ClassVar[str] = "LORA"
+    not_supported: ClassVar[dict[str, tuple]] = {
+        "layer_replication": (),
+        "corda_config": (), "use_qalora": (), "qalora_group_size": (16,),
+        "megatron_config": (), "megatron_core": ("megatron.core",), "ensure_weight_tying": (), "alora_invocation_tokens": (),
+        "arrow_config": (), "lora_ga_config": (), "runtime_config": ({"ephemeral_gpu_offload": False},),
+        "use_bdlora": (), "velora_config": (), "monteclora_config": (), "kasa_config": (),
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self.loftq_config = _made("loftq_config", LoftQConfig, self.loftq_config, self.init_lora_weights == "loftq") or {}
+        self.eva_config = _made("eva_config", EvaConfig, self.eva_config, self.init_lora_weights == "eva")
+        super().__post_init__()
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        ranks = {"r": self.r} | {f'rank_pattern["{k}"]': r for k, r in (self.rank_pattern or {}).items()}
+        found += [f"{name}={r!r} must be a whole number of at least 1" for name, r in ranks.items() if not _is_rank(r)]
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f'alpha_pattern["{key}"]': a for key, a in (self.alpha_pattern or {}).items()},
+        }
+        found += [f"{name}={alpha!r} must be a finite number" for name, alpha in alphas.items() if not math.isfinite(alpha)]
+        if not 0.0 <= self.lora_dropout < 1.0:
+            found.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            found.append(f'bias={self.bias!r} must be "none", "all" or "lora_only"')
+        found += index_faults(self.trainable_token_indices)
+        return found + list(self._start_faults())
+
+    def _start_faults(self) -> Iterator[str]:
+        start = self.init_lora_weights
+        if start not in STARTS and self._quick_rounds() is None:
+            allowed = ", ".join(f'"{name}"' for name in STARTS[2:])
+            yield f'init_lora_weights={start!r} must be True, False, {allowed} or "pissa_niter_<rounds>"'
+        if start == "orthogonal":
+            ranks = {self.r, *(self.rank_pattern or {}).values()}
+            yield from (f'init_lora_weights="orthogonal" needs even ranks, got {r}' for r in sorted(ranks) if r % 2)
+        if self.use_dora and self.starts_from_weight:
+            yield f"use_dora=True cannot be combined with init_lora_weights={start!r}; choose one"
+        if self.lora_bias and (self.use_dora or not isinstance(start, bool)):
+            yield "lora_bias=True works with init_lora_weights=True or False and without use_dora"
+        for value in (self.loftq_config, self.eva_config):
+            yield from value.faults() if isinstance(value, (LoftQConfig, EvaConfig)) else ()
+
+        if self.target_parameters:
+            found = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
+            used = [name for name, value in found.items() if value]
+            yield from (f"{name} cannot be combined with target_parameters; leave one out" for name in used)
+            if start not in (True, False, "gaussian"):
+                yield f'target_parameters start with init_lora_weights=True, False or "gaussian", got {start!r}'
+
+    @property
+    def may_target_nothing(self) -> bool:
+        return bool(self.target_parameters)
+
+    def resolve_targets(self, model_type: str | None) -> None:
+        if self.target_modules is None and self.target_parameters:
+            self.target_modules = set()
+        super().resolve_targets(model_type)
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether the factors start as parts of the weight, so that the change is counted from there."""
+        return self.init_lora_weights in FROM_WEIGHT or self._quick_rounds() is not None
+
+    def _quick_rounds(self) -> int | None:
+        """The rounds that "pissa_niter_<rounds>" asks for; None where it is another start."""
+        found = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
+        return int(found[1]) if found else None
+
+    def settings(self, path: str) -> dict[str, Any]:
+        r = _by_pattern(self.rank_pattern, path, self.r)
+        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        settings = {"r": r, "scale": alpha / math.sqrt(r) if self.use_rslora else alpha / r}
+        return {**settings, "start": self._start()} if self.starts_from_weight else settings
+
+    def _start(self) -> tuple[str, dict[str, int]]:
+        """Name and options of a start that is computed from the weight."""
+        if isinstance(self.loftq_config, LoftQConfig):
+            return "loftq", {"bits": self.loftq_config.loftq_bits, "rounds": self.loftq_config.loftq_iter}
+        rounds = self._quick_rounds()
+        return ("olora", {}) if self.init_lora_weights == "olora" else ("pissa", {} if rounds is None else {"rounds": rounds})
+
+    def pattern_keys(self) -> dict[str, list[str]]:
+        return {"rank_pattern": list(self.rank_pattern or ()), "alpha_pattern": list(self.alpha_pattern or ())}
+
+
+def _made(name: str, kind: Any, value: Any, wanted: bool) -> Any:
+    """`value` as a `kind`: made of a dictionary, made anew where it is wanted and not given."""
+    if isinstance(value, dict) and value:
+        fields = [field.name for field in dataclasses.fields(kind)]
+        wrong = [f'{name} has no field "{key}"{did_you_mean(key, fields)}' for key in value if key not in fields]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+        value = kind(**value)
+    if value and not wanted:
+        raise ConfigError(f'{name} acts only with init_lora_weights="{name.removesuffix("_config")}"; set it, or leave it out')
+    return value or (kind() if wanted else None)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _by_pattern(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first key that matches the end of `path` at a dot, as a regular expression."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)

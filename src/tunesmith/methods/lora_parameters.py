@@ -1,0 +1,81 @@
+"""LoRA on parameters that no module of their own computes with, such as the fused weights of experts.
+
+    W' = W + s B A,   W in R^{out x in}
+    W'_e = W_e + s B_e A_e   for each expert e, transposed where the module stores `(experts, in, out)` and says so
+
+The module is called as a shallow twin that holds W'. Hu et al. 2021, https://arxiv.org/abs/2106.09685 (section 4.1).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contracts import ParameterAdapter
+from .lora_config import LoraConfig
+
+
+class LoraOnParameter(nn.Module):
+    """A `(experts * r, in)` and B `(out, r * experts)` of one parameter; a matrix counts as one expert."""
+
+    def __init__(self, module: nn.Module, name: str, config: LoraConfig, settings: dict[str, Any]) -> None:
+        super().__init__()
+        weight = getattr(module, name)
+        self.r: int = settings["r"]
+        self.scale: float = settings["scale"]
+        self.init = config.init_lora_weights
+        self.experts = len(weight) if weight.dim() == 3 else 1
+        self.inputs_first = weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
+        rows, columns = weight.shape[-2:]
+        inner, out = (rows, columns) if self.inputs_first else (columns, rows)
+        self.lora_A = nn.Parameter(torch.empty(self.experts * self.r, inner))
+        self.lora_B = nn.Parameter(torch.empty(out, self.r * self.experts))
+
+    def reset_parameters(self) -> None:
+        if self.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        if self.init is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`W'`, in the weight's type."""
+        a = self.lora_A.to(weight.dtype).view(self.experts, self.r, -1)  # (experts, r, in)
+        b = self.lora_B.to(weight.dtype).view(-1, self.r, self.experts).permute(2, 0, 1)  # (experts, out, r)
+        change = self.scale * (a.mT @ b.mT if self.inputs_first else b @ a)
+        return weight + change.view_as(weight)
+
+
+class LoraParameters(ParameterAdapter):
+    """LoRA on some parameters of one module, by name, in the order in which the module holds them."""
+
+    def __init__(self, module: nn.Module, config: LoraConfig, settings: dict[str, dict[str, Any]]) -> None:
+        super().__init__(module, [])
+        self.names = list(settings)
+        for name in self.names:
+            self._modules[name] = LoraOnParameter(module, name, config, settings[name])
+
+    def reset_parameters(self, base: Any) -> None:
+        for change in self.children():
+            assert isinstance(change, LoraOnParameter)
+            change.reset_parameters()
+
+    def forward(self, module: nn.Module) -> nn.Module:
+        twin = copy.copy(module)
+        changed = {name: self._modules[name](getattr(module, name)) for name in self.names}  # type: ignore[misc]
+        twin.__dict__["_parameters"] = {**module._parameters, **changed}
+        return twin
+
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        values = {}
+        for name in self.names:
+            weight = getattr(module, name)
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            values[name] = self._modules[name](wide).to(weight.dtype)  # type: ignore[misc]
+        return values
