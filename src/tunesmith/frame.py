@@ -28,6 +28,7 @@ class Frame:
         fired: where given, collects the sites that were reached (the check of the first training step).
         mixture: for a batch whose rows have different adapters, the frames of its parts; `adapters` is then empty.
         penalties: what is added to the loss in training.
+        names: the adapters that act.
     """
 
     def __init__(
@@ -37,19 +38,21 @@ class Frame:
         fired: set[Site] | None = None,
         mixture: Mixture | None = None,
         penalties: tuple[Callable[[], Tensor], ...] = (),
+        names: tuple[str, ...] = (),
     ) -> None:
         self.adapters = adapters
         self.prompts = prompts
         self.fired = fired
         self.mixture = mixture
         self.penalties = penalties
+        self.names = names
 
     def noting(self, fired: set[Site]) -> Frame:
         """This frame, with the sites that it reaches collected in `fired`."""
         mixture = self.mixture
         if mixture is not None:
             mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
-        return Frame(self.adapters, self.prompts, fired, mixture, self.penalties)
+        return Frame(self.adapters, self.prompts, fired, mixture, self.penalties, self.names)
 
 
 class Mixture:

@@ -132,9 +132,9 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
                 "__base__" for none; of any methods, in training and in evaluation.
         """
         names = kwargs.pop("adapter_names", None)
-        frame, acting = (self._frame, self._acting()) if names is None else self._mixed(names, args, kwargs)
-        if preflight.is_due(self, acting):
-            result = preflight.checked_forward(self, frame, acting, *args, **kwargs)
+        frame = self._frame if names is None else self._mixed(names, args, kwargs)
+        if preflight.is_due(self, frame):
+            result = preflight.checked_forward(self, frame, *args, **kwargs)
         else:
             result = self._forward(frame, *args, **kwargs)
         return scheduled.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
@@ -153,7 +153,7 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         for each row, as in `forward`.
         """
         names = kwargs.pop("adapter_names", None)
-        frame = self._frame if names is None else self._mixed(names, args, kwargs)[0]
+        frame = self._frame if names is None else self._mixed(names, args, kwargs)
         with self._entered(frame):
             if frame.prompts:
                 args, kwargs = self._generation_inputs(args, kwargs, frame)
@@ -194,11 +194,12 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         if acting not in self._frames:
             trees: list[Any] = [(self.tree(name).prompt, self.peft_config[name]) for name in acting]
             prompts = tuple((prompt, config.num_virtual_tokens) for prompt, config in trees if prompt is not None)
-            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts, penalties=scheduled.penalties(self, acting))
+            penalties = scheduled.penalties(self, acting)
+            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts, penalties=penalties, names=acting)
         return self._frames[acting]
 
-    def _mixed(self, names: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Frame, tuple[str, ...]]:
-        """The frame of a batch with one adapter per row, and the names that act in it.
+    def _mixed(self, names: Any, args: tuple, kwargs: dict[str, Any]) -> Frame:
+        """The frame of a batch with one adapter per row.
 
         Raises:
             UsageError: there is not one name for each row, or the base's weights are not its own now.
@@ -221,12 +222,12 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         frames = [self._frame_of(() if name == BASE_ROW else (name,)) for name in by_name]
         acting = tuple(sorted(by_name.keys() - {BASE_ROW}))
         if len(frames) == 1:
-            return frames[0], acting
+            return frames[0]
         device = None if first is None else first.device
         groups = [torch.tensor(rows, device=device) for rows in by_name.values()]
         prompts = tuple(prompt for frame in frames for prompt in frame.prompts)
         penalties = tuple(penalty for frame in frames for penalty in frame.penalties)
-        return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties), acting
+        return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=acting)
 
     def _check_splits(self, name: str) -> None:
         """Modules of a list of experts get tokens of any rows in any order, so they cannot be told apart by rows."""

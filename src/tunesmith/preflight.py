@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def is_due(handle: PeftModel, acting: tuple[str, ...]) -> bool:
+def is_due(handle: PeftModel, frame: Frame) -> bool:
     """Whether this is the first forward with these adapters in this mode (compiled forwards are not looked into)."""
     if torch.compiler.is_compiling():
         return False
-    return bool(acting) and (acting, _trains(handle)) not in handle._checked
+    return bool(frame.names) and (frame.names, _trains(handle)) not in handle._checked
 
 
 def _trains(handle: PeftModel) -> bool:
     return handle.training and torch.is_grad_enabled()
 
 
-def checked_forward(handle: PeftModel, frame: Frame, acting: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+def checked_forward(handle: PeftModel, frame: Frame, *args: Any, **kwargs: Any) -> Any:
     """The handle's forward, after which every site must have been reached.
 
     Raises:
@@ -46,7 +46,7 @@ def checked_forward(handle: PeftModel, frame: Frame, acting: tuple[str, ...], *a
             reached at all; or the base is sharded and the adapters are not.
     """
     trains = _trains(handle)
-    paths = {path for name in acting for path, _ in handle.tree(name).items()}
+    paths = {path for name in frame.names for path, _ in handle.tree(name).items()}
     _check_sharding(handle)
     _check_installed(handle, paths)
     fired: set[site.Site] = set()
@@ -73,7 +73,7 @@ def checked_forward(handle: PeftModel, frame: Frame, acting: tuple[str, ...], *a
         raise UsageError("the prefix did not act: the base computed its layers without the module that holds them")
     if missed and trains:
         logger.warning("%d of %d adapted modules did not run in the first step (unused parts)", len(missed), len(paths))
-    handle._checked.add((acting, trains))
+    handle._checked.add((frame.names, trains))
     return result
 
 
