@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -164,13 +164,19 @@ class ParameterAdapter(Adapter):
 
     def forward(self, module: nn.Module) -> nn.Module:
         """A shallow twin of `module` that holds the private values."""
-        twin = copy.copy(module)
-        twin.__dict__["_parameters"] = {**module._parameters, **self._parameters}
-        return twin
+        return shallow_twin(module, self._parameters)
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter: value}` that merging puts into the module."""
         return dict(self.named_parameters())
+
+
+def shallow_twin(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
+    """A module of the same class that holds the same things, but for these parameters."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = {**module._parameters, **parameters}
+    return twin
 
 
 class ModuleCopy(Adapter):
