@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -218,13 +218,18 @@ class ParameterAdapter(Adapter):
 
     def forward(self, module: nn.Module) -> nn.Module:
         """A shallow twin of `module` that holds the private values."""
-        twin = object.__new__(type(module))  # not copy.copy, which torch.compile cannot trace
-        twin.__dict__.update(module.__dict__, _parameters={**module._parameters, **self.replaced(module)})
-        return twin
+        return shallow_twin(module, self.replaced(module))
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter: value}` that acts in place of the module's own, and that merging puts into it."""
         return {name: value.to(getattr(module, name).dtype) for name, value in self.named_parameters()}
+
+
+def shallow_twin(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
+    """A module of the same class that holds the same things, but for these parameters."""
+    twin = object.__new__(type(module))  # not copy.copy, which torch.compile cannot trace
+    twin.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters})
+    return twin
 
 
 class ModuleCopy(Adapter):

@@ -354,6 +354,10 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
             kind.prepare(config, self.base_model)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
+        if self._merged and getattr(config, "starts_from_weight", False):
+            raise UsageError(
+                "such an adapter starts from the base's weights, which hold merged adapters now; call unmerge_adapter() first"
+            )
         return match(self.base_model, config), config
 
     def _take(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:

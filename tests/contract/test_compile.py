@@ -108,3 +108,27 @@ def test_inductor_gives_the_same_output():
     expected = handle(x)
     torch.testing.assert_close(torch.compile(handle, fullgraph=True)(x), expected)
     torch.testing.assert_close(torch.compile(base, fullgraph=True)(x), base(x))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "loftq"},
+        {"lora_bias": True},
+        {"bias": "all", "target_modules": ["q_proj"]},
+        {"trainable_token_indices": [3, 7]},
+        {"target_parameters": ["q_proj.weight"]},
+    ],
+    ids=str,
+)
+def test_variants_of_lora_compile_whole(fields):
+    base, inputs = tiny.make("opt"), tiny.inputs_for("opt")
+    handle = lora(base, **{"init_lora_weights": True, **fields})
+    with torch.no_grad():
+        for parameter in handle.adapters.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    compiled = torch.compile(handle.eval(), fullgraph=True, backend="eager")
+    assert torch.equal(out(compiled, inputs), out(handle, inputs))
+    assert not torch.equal(out(handle, inputs), out(base, inputs))

@@ -217,6 +217,15 @@ def test_a_file_of_another_start_cannot_take_the_place_of_this_one(tmp_path):
         new(base, True).load_adapter(tmp_path)
 
 
+def test_no_start_is_taken_from_weights_that_hold_an_adapter():
+    handle = ours_on(tiny.make("llama"), "lora", "CAUSAL_LM")
+    handle.merge_adapter()
+    with pytest.raises(ts.UsageError, match="unmerge_adapter"):
+        handle.add_adapter("second", ts.LoraConfig(r=4, init_lora_weights="pissa"))
+    handle.unmerge_adapter()
+    handle.add_adapter("second", ts.LoraConfig(r=4, init_lora_weights="pissa"))
+
+
 def test_starts_in_bf16_stay_near_the_base():
     """Start and frozen start cancel in fp32; what is left are the roundings of both products to bf16, relative 2^-8."""
     base, inputs = tiny.make("llama").to(torch.bfloat16), tiny.inputs_for("llama")

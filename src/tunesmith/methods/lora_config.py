@@ -71,6 +71,9 @@ class EvaConfig:
 class LoraConfig(TargetedConfig):
     """Configuration of LoRA.
 
+    `layer_replication` is not supported: it runs layers of the base more than once, each time with other adapters, which
+    needs a base that is rebuilt.
+
     Args:
         r: rank of the change.
         lora_alpha: strength; the change is scaled by `lora_alpha / r`.

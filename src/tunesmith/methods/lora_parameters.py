@@ -8,14 +8,13 @@ The module is called as a shallow twin that holds W'. Hu et al. 2021, https://ar
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contracts import ParameterAdapter
+from ..contracts import ParameterAdapter, shallow_twin
 from .lora_config import LoraConfig
 
 
@@ -67,10 +66,7 @@ class LoraParameters(ParameterAdapter):
             change.reset_parameters()
 
     def forward(self, module: nn.Module) -> nn.Module:
-        twin = copy.copy(module)
-        changed = {name: self._modules[name](getattr(module, name)) for name in self.names}  # type: ignore[misc]
-        twin.__dict__["_parameters"] = {**module._parameters, **changed}
-        return twin
+        return shallow_twin(module, {name: self._modules[name](getattr(module, name)) for name in self.names})  # type: ignore[misc]
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         values = {}
