@@ -17,7 +17,9 @@ _PLACES = {
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification", "load_base", "load_tokenizer",
     ],
-    "config": ["PeftConfig", "PeftType", "TaskType"],
+    "bases.view": ["BaseView"],
+    "config": ["PeftConfig", "PeftType", "PromptConfig", "TargetedConfig", "TaskType", "config_class"],
+    "contracts": ["LinearAdapter", "PromptAdapter", "SublayerAdapter"],
     "errors": [
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],
@@ -25,6 +27,7 @@ _PLACES = {
     "methods.ia3": ["IA3Config"],
     "methods.lora": ["LoraConfig"],
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
+    "registry": ["register"],
     "status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
     "tasks": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
