@@ -32,7 +32,13 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Public methods that must stand on a class below the layer that does the work, imported when called.
-ALLOWED = {("config", "checkpoint"), ("config", "registry"), ("registry", "methods"), ("model", "tasks")}
+ALLOWED = {
+    ("config", "checkpoint"),
+    ("config", "registry"),
+    ("registry", "methods"),
+    ("registry", "contracts"),
+    ("model", "tasks"),
+}
 
 
 def main() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .attach import build, check_name
 from .merging.combine import combined, fill
 from .merging.recipe import Member, Recipe, check_weights
@@ -55,6 +57,7 @@ class Combinable:
         recipe = Recipe("linear" if alone else combination_type, svd_rank, svd_clamp, options, density, majority_sign_method)
         config, values = combined(self.base_model, members, recipe)
         plan, config = self._plan(config)
-        tree = build(self.base_model, config, plan, full_precision=True, initialise=False)
+        wide = any(p.dtype == torch.float32 for member in members for p in member.tree.parameters())
+        tree = build(self.base_model, config, plan, full_precision=wide, initialise=False)
         fill(tree, values, members)
         self._take(adapter_name, config, tree)

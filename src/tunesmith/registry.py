@@ -31,17 +31,42 @@ A = TypeVar("A", bound=type)
 
 
 def register(config: type[PeftConfig], flag: str | None = None) -> Callable[[A], A]:
-    """Class decorator of an adapter class: `@register(LoraConfig)`; of a variant: `@register(LoraConfig, flag="use_dora")`."""
+    """Class decorator of an adapter class: `@register(LoraConfig)`; of a variant: `@register(LoraConfig, flag="use_dora")`.
+
+    Raises:
+        ConfigError: the configuration is not complete, its method's name is taken, or the class is no adapter.
+    """
+    if "__dataclass_fields__" not in vars(config):
+        raise ConfigError(f"{config.__name__} is not a configuration yet; decorate it with @config_class")
+    name = config.method
+    if name is None:
+        raise ConfigError(f'{config.__name__} names no method; add `method: ClassVar[str] = "..."`')
 
     def add(adapter: A) -> A:
-        assert config.method is not None, f"{config.__name__} names no method"
+        _check_adapter(config, adapter, taken=flag is None)
         if flag is None:
-            _methods[config.method] = Method(config.method, config, adapter)
+            _methods[name] = Method(name, config, adapter)
         else:
-            _variants.setdefault(config.method, {})[flag] = adapter
+            _variants.setdefault(name, {})[flag] = adapter
         return adapter
 
     return add
+
+
+def _check_adapter(config: type[PeftConfig], adapter: type, taken: bool) -> None:
+    from .contracts import Adapter
+
+    if not issubclass(adapter, Adapter):
+        raise ConfigError(f"{adapter.__name__} is no adapter; derive it from LinearAdapter, SublayerAdapter or PromptAdapter")
+    if not config.__module__.startswith(f"{__package__}.methods."):
+        _import_methods()  # a method from outside may come first, and must not take a name of these
+    known = _methods.get(str(config.method))
+    if taken and known is not None and _full_name(known.adapter) != _full_name(adapter):
+        raise ConfigError(f'"{config.method}" is the name of {_full_name(known.adapter)} already; take another')
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @cache
@@ -77,6 +102,8 @@ def method_named(name: object) -> Method:
     known = all_methods()
     if key not in known:
         raise ConfigError(
-            f'peft_type "{key}" is not known to this version of Tunesmith; known: {", ".join(known)}' + did_you_mean(key, known)
+            f'peft_type "{key}" is not known to this version of Tunesmith; known: {", ".join(known)}'
+            + did_you_mean(key, known)
+            + "; if it is a method of your own, import the module that registers it first"
         )
     return known[key]

@@ -280,6 +280,23 @@ def test_the_new_adapter_waits_and_then_is_as_any_other(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+@pytest.mark.parametrize(("full", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_beside_a_16_bit_base_the_new_adapter_has_its_members_type(kind, full, dtype):
+    ours = ts.get_peft_model(
+        tiny.make("llama").bfloat16(), ts.LoraConfig(init_lora_weights=False), "a", autocast_adapter_dtype=full
+    )
+    ours.add_weighted_adapter(["a", "a"], [0.5, 0.5], "new", kind)
+    assert {p.dtype for p in ours.tree("new").parameters()} == {dtype}
+    for path, new in ours.tree("new").items():
+        old = ours.tree("a").node(path)._adapter
+        # linear: both factors are sqrt(1/2) + sqrt(1/2) of the old ones, so the change doubles
+        expected = old.scale * old.lora_B.float() @ old.lora_A.float() * (2 if kind == "linear" else 1)
+        step = 2.0**-8 if dtype == torch.bfloat16 else 1e-6  # relative rounding of each factor's values
+        close = (new.scale * new.lora_B.float() @ new.lora_A.float() - expected).abs().max()
+        assert close <= 8 * step * expected.abs().max()
+
+
 def test_the_one_members_trained_head_is_taken_over():
     """The reference gives the combination a fresh copy of the base's."""
     ours = with_members(tiny.make("llama"), "CAUSAL_LM", {}, {"modules_to_save": ["lm_head"]})
