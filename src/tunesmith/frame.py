@@ -69,32 +69,39 @@ class Mixture:
         self.size = sum(len(rows) for rows in groups)
         self._by_length: dict[int, tuple[list[Tensor], Tensor]] = {}
 
-    def stacked(self, values: list[Tensor | None], dims: int, length: int) -> tuple[Tensor, Tensor]:
-        """Virtual tokens of each part as one tensor over the rows, shorter ones behind padding.
+    def real(self, counts: list[int], length: int) -> Tensor:
+        """Which of `max(counts)` virtual tokens each of `length` rows has, `(length, n)`; a row's own are the last ones.
+
+        Args:
+            counts: how many each part has.
+            length: how many rows there are, a multiple of the batch's size (beams).
+        """
+        groups, inverse = self.rows(length)
+        n = max(counts)
+        columns = torch.arange(n, device=inverse.device)
+        return torch.cat([(columns >= n - count).expand(len(rows), -1) for count, rows in zip(counts, groups)])[inverse]
+
+    def stacked(self, values: list[Tensor | None], dims: int, length: int) -> Tensor:
+        """Virtual tokens of each part as one tensor over the rows, `(length, ..., n, dim)`, shorter ones behind padding.
 
         Args:
             values: for each part `(..., n_i, dim)`, the same for its rows, or `(rows_i, ..., n_i, dim)`; None where the
                 part has none.
             dims: dimensions of the former.
             length: how many rows there are, a multiple of the batch's size (beams).
-
-        Returns:
-            `(length, ..., n, dim)`, and `(length, n)`, which of them a row has.
         """
         groups, inverse = self.rows(length)
         n = max(value.shape[-2] for value in values if value is not None)
         like = next(value for value in values if value is not None)
-        whole, real = [], []
+        whole = []
         for value, rows in zip(values, groups):
             if value is None:
                 value = like.new_zeros((*like.shape[like.dim() - dims : -2], 0, like.shape[-1]))
-            missing = n - value.shape[-2]
-            value = torch.nn.functional.pad(value, (0, 0, missing, 0))
+            value = torch.nn.functional.pad(value, (0, 0, n - value.shape[-2], 0))
             if value.dim() > dims:
                 value = value.repeat_interleave(len(rows) // len(value), 0)
             whole.append(value.expand(len(rows), *value.shape[-dims:]))
-            real.append((torch.arange(n, device=like.device) >= missing).expand(len(rows), -1))
-        return torch.cat(whole)[inverse], torch.cat(real)[inverse]
+        return torch.cat(whole)[inverse]
 
     def rows(self, length: int) -> tuple[list[Tensor], Tensor]:
         """The groups' indices in a tensor of `length` rows, and the order that undoes putting them one after another.

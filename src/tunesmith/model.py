@@ -295,12 +295,15 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         if all(prompt.in_cache for prompt, _ in frame.prompts):
             return self._without_tasks(inputs)
         task_ids, inputs = inputs.get("task_ids"), self._without_tasks(inputs)
-        if frame.mixture is None:
-            virtual, real = prompting.virtual_tokens(frame, task_ids), None
-        else:
-            virtual, real = prompting.virtual_tokens_by_rows(frame.mixture, task_ids)
+        mixture = frame.mixture
+        counts = [prompting.virtual_counts(part) for part in (mixture.frames if mixture else [frame])]
+        real = mixture.real(counts, mixture.size) if mixture else None
         if prompting.is_continuation(inputs):
-            return prompting.continued(inputs, virtual.shape[-2], self._entrance, real)
+            return prompting.continued(inputs, max(counts), self._entrance, real)
+        if mixture is None:
+            virtual = prompting.virtual_tokens(frame, task_ids)
+        else:
+            virtual = prompting.virtual_tokens_by_rows(mixture, task_ids)
         return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance, real)
 
     def _without_tasks(self, inputs: dict[str, Any]) -> dict[str, Any]:

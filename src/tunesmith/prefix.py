@@ -143,13 +143,12 @@ class PrefixedStack(Around):
         inputs = {**dict(zip(self.names, args)), **kwargs}
         tokens = inputs.get("input_ids")
         rows = (inputs["inputs_embeds"] if tokens is None else tokens).shape[0]
-        layers, real = [], None
-        for index, attention in enumerate(self.attentions):
-            layer, real = _mixed_layer(parts, mixture, index, rows)
-            layers.append(layer.to(execution_device(attention), self.stack.dtype))
-        assert real is not None
-        values = layers if is_first_step(inputs) else None
-        return call(**extend(inputs, values, real.shape[1], self.stack, self.entrance, real))
+        counts = [0 if part is None else part.prompt.config.num_virtual_tokens for part in parts]
+        layers = None
+        if is_first_step(inputs):
+            found = ((_mixed_layer(parts, mixture, i, rows), a) for i, a in enumerate(self.attentions))
+            layers = [layer.to(execution_device(a), self.stack.dtype) for layer, a in found]
+        return call(**extend(inputs, layers, max(counts), self.stack, self.entrance, mixture.real(counts, rows)))
 
 
 class PrefixedAttention(Around):
@@ -162,22 +161,20 @@ class PrefixedAttention(Around):
         self.cache_name = cache_name(attention) or ""
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(**self._given_back(args, kwargs, lambda rows: self.prompt(self.layer)))
+
+    def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(**self._given_back(args, kwargs, lambda rows: _mixed_layer(parts, mixture, self.layer, rows)))
+
+    def _given_back(self, args: tuple, kwargs: dict[str, Any], layer_for: Callable[[int], Tensor]) -> dict[str, Any]:
+        """The inputs, with a cache that holds the layer's keys and values where there is none."""
         inputs = {**dict(zip(self.names, args)), **kwargs}
         if inputs.get(self.cache_name) is None:
             hidden = inputs[self.names[0]]  # (B, T, dim)
-            layer = self.prompt(self.layer).to(hidden.device, hidden.dtype)  # (2, heads, n, head_dim)
-            one = PrefixLayer(*_for_rows(layer, hidden.shape[0]))
+            rows = hidden.shape[0]
+            one = PrefixLayer(*_for_rows(layer_for(rows).to(hidden.device, hidden.dtype), rows))
             inputs[self.cache_name] = Cache(layers=[one] * (self.layer + 1))
-        return call(**inputs)
-
-    def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = {**dict(zip(self.names, args)), **kwargs}
-        if inputs.get(self.cache_name) is None:
-            hidden = inputs[self.names[0]]
-            layer, _ = _mixed_layer(parts, mixture, self.layer, hidden.shape[0])
-            one = PrefixLayer(*_for_rows(layer.to(hidden.device, hidden.dtype), hidden.shape[0]))
-            inputs[self.cache_name] = Cache(layers=[one] * (self.layer + 1))
-        return call(**inputs)
+        return inputs
 
 
 class PrefixLayer(DynamicLayer):
@@ -233,10 +230,9 @@ def extend(
     return inputs
 
 
-def _mixed_layer(parts: list[Any], mixture: Mixture, layer: int, rows: int) -> tuple[Tensor, Tensor]:
-    """One layer's keys and values of a mixed batch, `(2, B, heads, n, head_dim)`, and `(B, n)`, which of them a row has."""
-    values, real = mixture.stacked([None if part is None else part.prompt(layer) for part in parts], 4, rows)
-    return values.movedim(0, 1), real
+def _mixed_layer(parts: list[Any], mixture: Mixture, layer: int, rows: int) -> Tensor:
+    """One layer's keys and values of a mixed batch, `(2, B, heads, n, head_dim)`."""
+    return mixture.stacked([None if part is None else part.prompt(layer) for part in parts], 4, rows).movedim(1, 0)
 
 
 def is_first_step(inputs: dict[str, Any]) -> bool:

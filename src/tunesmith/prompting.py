@@ -46,6 +46,11 @@ class Entrance:
     mask_positions: bool
 
 
+def virtual_counts(frame: Frame) -> int:
+    """How many virtual tokens the frame puts in front of the input."""
+    return sum(tokens for prompt, tokens in frame.prompts if not prompt.in_cache)
+
+
 def virtual_tokens(frame: Frame, task_ids: Tensor | None) -> Any:
     """What the frame puts in front of the input, `(n, dim)` or `(rows, n, dim)`; None where it puts nothing there."""
     for prompt, tokens in frame.prompts:
@@ -55,8 +60,8 @@ def virtual_tokens(frame: Frame, task_ids: Tensor | None) -> Any:
     return None
 
 
-def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a mixed batch has in front of each row, `(rows, n, dim)`, and `(rows, n)`, which of these a row has."""
+def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None) -> Tensor:
+    """What a mixed batch has in front of each row, `(rows, n, dim)`."""
     parts = zip(mixture.frames, mixture.groups)
     values = [virtual_tokens(frame, None if task_ids is None else task_ids[rows]) for frame, rows in parts]
     return mixture.stacked(values, 2, mixture.size)

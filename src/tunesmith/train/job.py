@@ -17,14 +17,16 @@ from torch import nn
 from ..config import PeftConfig, TaskType
 from ..data.text import PadRight, mean_loss, pad_id_of, split, tokenize
 from ..errors import ConfigError, DataError, did_you_mean
+from ..methods.lora_config import LoraConfig
 from ..methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from ..registry import all_methods, method_named
 from ..tasks import PeftModel, get_peft_model
 
 
 def method_names() -> list[str]:
-    """Every method as the command line spells it: `lora`, `prompt-tuning`, ..."""
-    return [name.lower().replace("_", "-") for name in all_methods()]
+    """Every method that needs nothing but texts, as the command line spells it: `lora`, `prompt-tuning`, ..."""
+    usable = {name: method for name, method in all_methods().items() if not getattr(method.adapter, "by_task", False)}
+    return [name.lower().replace("_", "-") for name in usable]
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Settings:
 
     Args:
         num_virtual_tokens, prompt_tuning_init_text: for methods with virtual tokens; a text is where prompt tuning starts.
-        lora_r, lora_alpha, lora_dropout, lora_target_modules: for methods whose configuration has such fields.
+        lora_r, lora_alpha, lora_dropout: for LoRA and its variants.
+        lora_target_modules: for methods that act on chosen modules.
         options: further fields of the method's configuration, which win over the above.
         learning_rate: None takes the method's usual one.
         held_out: share of the rows kept for evaluation.
@@ -80,13 +83,14 @@ class Settings:
             targets = [name.strip() for name in targets.split(",")]
         text = self.prompt_tuning_init_text
         values = {
-            "r": self.lora_r,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
             "target_modules": targets,
             "num_virtual_tokens": self.num_virtual_tokens,
+            "adapter_len": self.num_virtual_tokens,
+            "adapter_layers": 2,
             "total_step": steps,
         }
+        if issubclass(self.config_type, LoraConfig):
+            values |= {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
         if issubclass(self.config_type, PromptTuningConfig):
             values["prompt_tuning_init"] = PromptTuningInit.TEXT if text else PromptTuningInit.SAMPLE_VOCAB
             values |= {"prompt_tuning_init_text": text, "tokenizer_name_or_path": base_name}
