@@ -189,6 +189,7 @@ class PeftConfig:
         target = method_named(values["peft_type"]).config
         if cls is not PeftConfig and not issubclass(target, cls):
             raise ConfigError(f"this is a {values['peft_type']} configuration, not one of {cls.__name__}")
+        values = target.understood(values)
         names = {f.name for f in dataclasses.fields(target) if f.init}
         unknown = {key: value for key, value in values.items() if key not in names and key not in _INFORMATIVE}
         acting = {k: v for k, v in unknown.items() if not is_off(v) and v not in target.not_supported.get(k, ())}
@@ -198,6 +199,11 @@ class PeftConfig:
         if strange:
             logger.warning("ignoring unknown keys that are switched off: %s", ", ".join(strange))
         return target(**{key: value for key, value in values.items() if key in names})
+
+    @classmethod
+    def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of a file, less what the ecosystem writes into it without meaning it."""
+        return values
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:

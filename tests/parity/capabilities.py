@@ -18,7 +18,7 @@ import tunesmith as ts
 from tests import tiny
 from tests.parity.oracle import output, quiet, read_by_peft, scrambled, written_by_peft
 from tunesmith.config import PeftConfig
-from tunesmith.registry import all_methods
+from tunesmith.registry import adapter_type, all_methods
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 TARGETS = ["q_proj", "v_proj"]
@@ -56,7 +56,11 @@ class Case:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        return tiny.inputs_for(self.base, rows=3)
+        inputs = tiny.inputs_for(self.base, rows=3)
+        tokens = self.fields.get("token_indices") or self.fields.get("trainable_token_indices")
+        if tokens:  # the trained ones occur
+            inputs["input_ids"][:, 1 : 1 + len(tokens)] = torch.tensor(tokens)
+        return inputs | ({"task_ids": torch.tensor([0, 1, 1])} if "num_tasks" in self.fields else {})
 
 
 def cases() -> list[Case]:
@@ -68,26 +72,52 @@ def cases() -> list[Case]:
         if "target_modules" in inspect.signature(method.config).parameters and base == "llama":
             own.setdefault("target_modules", TARGETS)
         reference = getattr(peft, method.config.__name__, None)
-        made.append(Case(title(method.config), method.config, own, reference, base))
+        made.append(Case(title(method.adapter), method.config, own, reference, base))
         if name == "LORA":
-            made += [Case(label, method.config, {**own, **extra}, reference) for label, extra in VARIANTS.items()]
+            for label, extra in VARIANTS.items():
+                own = {**FIELDS[name], "target_modules": TARGETS, **extra}
+                made.append(Case(label, method.config, own, reference, own.pop("base", "llama")))
     return made
 
 
 FIELDS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 50, "init_r": 4, "target_r": 2},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2, "target_modules": None},
+    "BITFIT": {"base": "bloom"},
+    "BOFT": {"boft_block_size": 8},
+    "BOTTLENECK": {"bottleneck_size": 4, "target_modules": None},
+    "HRA": {"r": 4},
+    "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]},
+    "LOHA": {"r": 4},
+    "LOKR": {"r": 4},
     "LORA": {"r": 4},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 4, "num_tasks": 2, "num_ranks": 2},
+    "OFT": {"oft_block_size": 8},
+    "PREFIX_TUNING": {"num_virtual_tokens": 4},
     "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 5, 8], "target_modules": ["embed_tokens"]},
+    "VERA": {"r": 8},
 }
-VARIANTS: dict[str, dict[str, Any]] = {"rsLoRA": {"use_rslora": True}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LoRA, rank-stabilised (rsLoRA)": {"use_rslora": True},
+    "LoRA, weight-decomposed (DoRA)": {"use_dora": True},
+    "LoRA with a bias on B": {"lora_bias": True, "base": "opt"},
+    "LoRA started by PiSSA": {"init_lora_weights": "pissa"},
+    "LoRA started by OLoRA": {"init_lora_weights": "olora"},
+    "LoRA, orthogonal start": {"init_lora_weights": "orthogonal"},
+    "LoRA with trained token rows": {"trainable_token_indices": [3, 5, 8]},
+}
 
 
-def title(config: type[PeftConfig]) -> str:
+def title(adapter: type) -> str:
     """The method's name as its module's first sentence has it."""
-    return (inspect.getdoc(inspect.getmodule(config)) or config.__name__).partition(":")[0]
+    return (inspect.getdoc(inspect.getmodule(adapter)) or adapter.__name__).partition(":")[0]
 
 
-def paper(config: type[PeftConfig]) -> str:
-    found = re.findall(r"arxiv\.org/abs/([\d.]*\d)", inspect.getdoc(inspect.getmodule(config)) or "")
+def paper(case: Case) -> str:
+    adapter = adapter_type(case.config(task_type=case.task, **case.fields))
+    found = re.findall(r"arxiv\.org/abs/([\d.]*\d)", inspect.getdoc(inspect.getmodule(adapter)) or "")
     return f"[{found[0]}](https://arxiv.org/abs/{found[0]})" if found else ""
 
 
@@ -200,7 +230,7 @@ def page(results: dict[str, dict[str, str]]) -> str:
         f"|---|---|---|{'---|' * len(CAPABILITIES)}",
     ]
     for name, answers in results.items():
-        config = listed[name].config
+        case = listed[name]
         answered = " | ".join(answers[capability] for capability in CAPABILITIES)
-        lines.append(f"| {name} | `{config.__name__}` | {paper(config)} | {answered} |")
+        lines.append(f"| {name} | `{case.config.__name__}` | {paper(case)} | {answered} |")
     return "\n".join(lines) + "\n"

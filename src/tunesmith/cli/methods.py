@@ -21,7 +21,7 @@ def methods() -> None:
     table.add_column("what it is")
     table.add_column("paper", no_wrap=True)
     for name, method in all_methods().items():
-        text = inspect.getdoc(inspect.getmodule(method.config)) or ""
+        text = inspect.getdoc(inspect.getmodule(method.adapter)) or ""
         links = re.findall(r"arxiv\.org/abs/[\d.]*\d", text)
         summary = text.partition("\n")[0].rstrip(".")
         table.add_row(name.lower().replace("_", "-"), summary, links[0] if links else "")

@@ -70,6 +70,14 @@ class IA3Config(TargetedConfig):
                 found.append(f'feedforward_modules names "{name}", which is not among target_modules; name it there, too')
         return found
 
+    @classmethod
+    def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The ecosystem's files name the architecture's usual feed-forward modules, targeted or not."""
+        targets, feedforward = values.get("target_modules"), values.get("feedforward_modules")
+        if isinstance(targets, list) and isinstance(feedforward, list):
+            return {**values, "feedforward_modules": [name for name in feedforward if _is_among(name, targets)]}
+        return values
+
     def resolve_targets(self, model_type: str | None) -> None:
         targets, feedforward = next((usual for types, usual in _TARGETS.items() if model_type in types), ((), ()))
         if self.target_modules is None and targets:
