@@ -36,6 +36,7 @@ class AdaptionPromptConfig(TargetedConfig):
     adapter_layers: int | None = None
 
     method: ClassVar[str] = "ADAPTION_PROMPT"
+    usual_learning_rate: ClassVar[float] = 0.02
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):

@@ -22,6 +22,7 @@ class BitFitConfig(TargetedConfig):
     """Configuration of BitFit; without `target_modules` every bias of the base is trained, norms' included."""
 
     method: ClassVar[str] = "BITFIT"
+    usual_learning_rate: ClassVar[float] = 0.005
 
     def resolve_targets(self, model_type: str | None) -> None:
         """No architecture has a usual list: `BitFit.usual_targets` finds the biases on the base itself."""

@@ -42,6 +42,7 @@ class BOFTConfig(TargetedConfig):
     init_weights: bool = True
 
     method: ClassVar[str] = "BOFT"
+    usual_learning_rate: ClassVar[float] = 0.005
 
     def faults(self) -> list[str]:
         found = super().faults()

@@ -41,6 +41,7 @@ class HRAConfig(TargetedConfig):
     bias: str = "none"
 
     method: ClassVar[str] = "HRA"
+    usual_learning_rate: ClassVar[float] = 0.005
     ours_alone: ClassVar[tuple[str, ...]] = ("fan_in_fan_out",)
 
     def faults(self) -> list[str]:

@@ -56,6 +56,7 @@ class IA3Config(TargetedConfig):
     init_ia3_weights: bool = True
 
     method: ClassVar[str] = "IA3"
+    usual_learning_rate: ClassVar[float] = 0.02
     ours_alone: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
 
     def __post_init__(self) -> None:

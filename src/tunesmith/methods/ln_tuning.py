@@ -39,6 +39,7 @@ class LNTuningConfig(TargetedConfig):
     """Configuration of LN tuning; without `target_modules` the architecture's usual norms are trained."""
 
     method: ClassVar[str] = "LN_TUNING"
+    usual_learning_rate: ClassVar[float] = 0.01
     ours_alone: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "layers_to_transform", "layers_pattern")
 
     def resolve_targets(self, model_type: str | None) -> None:

@@ -31,6 +31,7 @@ class LoHaConfig(LycorisConfig):
     init_weights: bool = True
 
     method: ClassVar[str] = "LOHA"
+    usual_learning_rate: ClassVar[float] = 0.005
 
 
 @register(LoHaConfig)

@@ -39,6 +39,7 @@ class LoKrConfig(LycorisConfig):
     init_weights: bool | str = True
 
     method: ClassVar[str] = "LOKR"
+    usual_learning_rate: ClassVar[float] = 0.005
 
     def faults(self) -> list[str]:
         found = super().faults()

@@ -55,6 +55,7 @@ class OFTConfig(TargetedConfig):
     num_cayley_neumann_terms: int = 5
 
     method: ClassVar[str] = "OFT"
+    usual_learning_rate: ClassVar[float] = 0.005
 
     def faults(self) -> list[str]:
         found = super().faults()

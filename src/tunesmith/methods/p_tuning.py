@@ -41,6 +41,7 @@ class PromptEncoderConfig(PromptConfig):
     encoder_dropout: float = 0.0
 
     method: ClassVar[str] = "P_TUNING"
+    usual_learning_rate: ClassVar[float] = 0.005
 
     def __post_init__(self) -> None:
         if self.encoder_reparameterization_type in [choice.value for choice in PromptEncoderReparameterizationType]:

@@ -37,6 +37,7 @@ class TrainableTokensConfig(PeftConfig):
     init_weights: bool = True
 
     method: ClassVar[str] = "TRAINABLE_TOKENS"
+    usual_learning_rate: ClassVar[float] = 0.01
 
     def faults(self) -> list[str]:
         if not self.token_indices:

@@ -43,6 +43,7 @@ class VeraConfig(TargetedConfig):
     init_weights: bool = True
 
     method: ClassVar[str] = "VERA"
+    usual_learning_rate: ClassVar[float] = 0.02
     ours_alone: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     def faults(self) -> list[str]:
