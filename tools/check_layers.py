@@ -21,7 +21,7 @@ LAYERS = [
     ["match"],
     ["token_plan", "parameter_plan"],
     ["methods"],
-    ["prefix"],
+    ["prefix", "segments"],
     ["site", "prompting"],
     ["mixing"],
     ["contracts"],

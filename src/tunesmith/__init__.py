@@ -20,6 +20,7 @@ _PLACES = {
     "bases.view": ["BaseView"],
     "config": ["PeftConfig", "PeftType", "PromptConfig", "TargetedConfig", "TaskType", "config_class"],
     "contracts": ["LinearAdapter", "PromptAdapter", "SublayerAdapter"],
+    "data.packing": ["LengthBuckets", "PackedCollator", "can_pack", "packing_fault"],
     "errors": [
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],

@@ -262,10 +262,17 @@ class Around:
         raise NotImplementedError
 
 
-def fold(module: nn.Module, adapters: tuple[Adapter | Around, ...]) -> Callable[..., Any]:
+class Twin:
+    """What gives a module to be called in another's place, which holds the same things: `twin(module)`."""
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        raise NotImplementedError
+
+
+def fold(module: nn.Module, adapters: tuple[Adapter | Around | Twin, ...]) -> Callable[..., Any]:
     """`module`'s forward with `adapters` on it, the first one innermost; those on its weights before those on its output."""
     for adapter in adapters:
-        if isinstance(adapter, ParameterAdapter):
+        if isinstance(adapter, (ParameterAdapter, Twin)):
             module = adapter(module)
     call: Callable[..., Any] = view_of(module) if view_type(module) else plain_forward(module)
     for adapter in adapters:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .contracts import Adapter, Around, PromptAdapter
+    from .contracts import Adapter, Around, PromptAdapter, Twin
+    from .segments import Segments
     from .site import Site
 
 
@@ -29,16 +30,18 @@ class Frame:
         mixture: for a batch whose rows have different adapters, the frames of its parts; `adapters` is then empty.
         penalties: what is added to the loss in training.
         names: the adapters that act.
+        segments: where the texts of a packed row lie.
     """
 
     def __init__(
         self,
-        adapters: dict[Site, tuple[Adapter | Around, ...]],
+        adapters: dict[Site, tuple[Adapter | Around | Twin, ...]],
         prompts: tuple[tuple[PromptAdapter, int], ...] = (),
         fired: set[Site] | None = None,
         mixture: Mixture | None = None,
         penalties: tuple[Callable[[], Tensor], ...] = (),
         names: tuple[str, ...] = (),
+        segments: Segments | None = None,
     ) -> None:
         self.adapters = adapters
         self.prompts = prompts
@@ -46,13 +49,19 @@ class Frame:
         self.mixture = mixture
         self.penalties = penalties
         self.names = names
+        self.segments = segments
 
     def noting(self, fired: set[Site]) -> Frame:
         """This frame, with the sites that it reaches collected in `fired`."""
         mixture = self.mixture
         if mixture is not None:
             mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
-        return Frame(self.adapters, self.prompts, fired, mixture, self.penalties, self.names)
+        return Frame(self.adapters, self.prompts, fired, mixture, self.penalties, self.names, self.segments)
+
+    def packed(self, segments: Segments, twins: dict[Site, Twin]) -> Frame:
+        """This frame for a packed row, whose attentions are called as these twins."""
+        adapters = self.adapters | {site: (*self.adapters.get(site, ()), twin) for site, twin in twins.items()}
+        return Frame(adapters, self.prompts, self.fired, None, self.penalties, self.names, segments)
 
 
 class Mixture:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import prefix, preflight, prompting, scheduled, site
+from . import prefix, preflight, prompting, scheduled, segments, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
@@ -130,9 +130,13 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         Args:
             adapter_names: for each row the name of the adapter that acts on it (in place of the active ones), or
                 "__base__" for none; of any methods, in training and in evaluation.
+            cu_seq_lens_q: where texts start and end that are packed into one row, `(texts + 1,)`; none attends to another.
         """
         names = kwargs.pop("adapter_names", None)
         frame = self._frame if names is None else self._mixed(names, args, kwargs)
+        if kwargs.get(segments.BOUNDARIES) is not None:
+            kwargs.update(zip(self._accepts, args))
+            args, (frame, kwargs) = (), segments.packed(self.base_model, frame, kwargs)
         if preflight.is_due(self, frame):
             result = preflight.checked_forward(self, frame, *args, **kwargs)
         else:

@@ -106,6 +106,11 @@ def test_train_then_generate(method, data_file, tmp_path, capsys):
         (["train", "--dtaa", "{data}"], 2, ["--data"]),
         (["train", "--data", "{data}", "--text-column", "prompt", "--option", "r"], 2, ["--option r", "name=value"]),
         (["train", "--data", "{data}", "--text-column", "prompt", "--option", "rr=3"], 2, ["no field", "rr"]),
+        (
+            ["train", "--data", "{data}", "--text-column", "prompt", "--packing"],
+            2,
+            ["cannot be packed", "virtual tokens", "leave --packing out"],
+        ),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
 )

@@ -34,6 +34,10 @@ def train(
     ] = 8,
     max_length: Annotated[int, typer.Option(help="Cut longer rows to so many tokens.")] = 256,
     held_out: Annotated[float, typer.Option(help="Share of the rows kept for evaluation.")] = 0.1,
+    packing: Annotated[
+        bool | None,
+        typer.Option("--packing/--no-packing", help="Texts of a batch in one row, unpadded. Default: where possible."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides the held-out rows, start values and order of rows.")] = 0,
 ) -> None:
     """Train an adapter on your own texts.
@@ -54,7 +58,7 @@ def train(
     console = Console(highlight=False, soft_wrap=True)
     settings = job.Settings(
         method, num_virtual_tokens, prompt_tuning_init_text, lora_r, lora_alpha, lora_dropout, lora_target_modules,
-        num_train_epochs, per_device_train_batch_size, learning_rate, max_length, held_out, seed, options,
+        num_train_epochs, per_device_train_batch_size, learning_rate, max_length, held_out, seed, options, packing,
     )  # fmt: skip
     quiet.hush()
     console.print(f"{len(texts)} rows from {data}; base {base}, method {method}")

@@ -9,18 +9,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from torch import nn
 
 from ..config import PeftConfig, TaskType
+from ..data.packing import PackedCollator, packing_fault
 from ..data.text import PadRight, mean_loss, pad_id_of, split, tokenize
 from ..errors import ConfigError, DataError, did_you_mean
 from ..methods.lora_config import LoraConfig
 from ..methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from ..registry import all_methods, method_named
 from ..tasks import PeftModel, get_peft_model
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 def method_names() -> list[str]:
@@ -41,6 +45,8 @@ class Settings:
         learning_rate: None takes the method's usual one.
         held_out: share of the rows kept for evaluation.
         max_length: longer rows are cut to so many tokens, virtual ones included.
+        packing: put the texts of a batch into one row, without padding. None does so where the base and the method can, and
+            elsewhere pads batches of rows of like lengths; False pads batches of any rows.
     """
 
     method: str = "prompt-tuning"
@@ -57,6 +63,7 @@ class Settings:
     held_out: float = 0.1
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    packing: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method not in method_names():
@@ -135,7 +142,6 @@ def train(base: nn.Module, tokenizer: Any, texts: Sequence[str], settings: Setti
     from transformers import PrinterCallback, TrainingArguments
 
     from .progress import ShowProgress
-    from .trainer import Trainer
 
     train_texts, held_out_texts = split(texts, settings.held_out, settings.seed)
     if not train_texts:
@@ -152,6 +158,7 @@ def train(base: nn.Module, tokenizer: Any, texts: Sequence[str], settings: Setti
     steps = int(math.ceil(len(data.examples) / settings.per_device_train_batch_size) * settings.num_train_epochs)
     handle = get_peft_model(base, settings.peft_config(name, max(steps, 1)))
     pad_id = pad_id_of(tokenizer)
+    trainer_type, collator = batching(handle, settings.packing, pad_id)
     before = mean_loss(base, held_out.examples, pad_id) if held_out.examples else None
     progress = ShowProgress(title, console)
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,8 +176,8 @@ def train(base: nn.Module, tokenizer: Any, texts: Sequence[str], settings: Setti
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = Trainer(
-            model=handle, args=arguments, train_dataset=data.examples, data_collator=PadRight(pad_id), callbacks=[progress]
+        trainer = trainer_type(
+            model=handle, args=arguments, train_dataset=data.examples, data_collator=collator, callbacks=[progress]
         )
         trainer.remove_callback(PrinterCallback)
         started = time.monotonic()
@@ -180,6 +187,23 @@ def train(base: nn.Module, tokenizer: Any, texts: Sequence[str], settings: Setti
     after = mean_loss(handle, held_out.examples, pad_id) if held_out.examples else None
     tokens = int(data.tokens * settings.num_train_epochs)
     return Result(handle, held_out.examples, before, after, progress.losses, seconds, tokens)
+
+
+def batching(handle: PeftModel, packing: bool | None, pad_id: int) -> tuple[type[Trainer], PackedCollator | PadRight]:
+    """What trainer and collator a job takes; `packing` as in `Settings`.
+
+    Raises:
+        ConfigError: texts are to be packed, but cannot be kept apart.
+    """
+    from .buckets import BucketTrainer
+    from .trainer import Trainer
+
+    cannot = packing_fault(handle)
+    if packing and cannot:
+        raise ConfigError(f"texts cannot be packed here: {cannot}; leave --packing out")
+    if cannot is None and packing is not False:
+        return Trainer, PackedCollator()
+    return BucketTrainer if packing is None else Trainer, PadRight(pad_id)
 
 
 def save(result: Result, tokenizer: Any, folder: Path) -> int:

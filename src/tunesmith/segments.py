@@ -1,0 +1,240 @@
+"""Packed rows: several texts one after another in one row, none of which attends to another.
+
+For each text s, with its own queries, keys and values:
+
+    Y_s = softmax(Q_s K_s^T / sqrt(d) + causal mask) V_s
+
+so there is no padding to compute and no mask over the whole row. A packed call runs in a frame that says where the texts
+lie. In it the base's attentions, and the stack that would make masks for them, are called as shallow twins whose config
+names the attention defined here; the config that other handles and threads read is not touched, and layers that are
+recomputed in a backward pass find the frame again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from . import site
+from .contracts import ModuleCopy, Twin, shallow_twin
+from .errors import UsageError
+from .frame import Frame, current_frame
+
+ATTENTION = "tunesmith_packed"  # its name in transformers' table of attentions
+BOUNDARIES = "cu_seq_lens_q"
+OTHER_KEYS = ("cu_seq_lens_k", "max_length_q", "max_length_k")  # said once is enough where texts attend to themselves
+
+# Architectures for which tests/contract/test_packing.py proves that texts of a row do not see each other.
+PROVED = frozenset({
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2",
+    "gpt_bigcode", "gpt_neox", "granite", "helium", "llama", "mistral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3",
+    "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
+})  # fmt: skip
+ROPES_BY_LENGTH = ("dynamic", "longrope")  # the longest text of a call decides how positions of all are turned
+
+
+class Segments:
+    """Where the texts of one packed row lie.
+
+    Args:
+        boundaries: `(texts + 1,)`, from 0 to the row's length.
+        longest: tokens of the longest text, if known.
+    """
+
+    def __init__(self, boundaries: Tensor, longest: int | None = None) -> None:
+        self.boundaries = boundaries.to(torch.int32)
+        self._longest = longest
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Of each text; on an accelerator, asking waits for it."""
+        return self.boundaries.diff().tolist()
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths) if self._longest is None else self._longest
+
+
+class OtherConfig(Twin):
+    """Calls a module as a twin whose config is another one."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        twin = shallow_twin(module, {})
+        twin.__dict__["config"] = self.config
+        return twin
+
+
+def packed(base: Any, frame: Frame, inputs: dict[str, Any]) -> tuple[Frame, dict[str, Any]]:
+    """The frame of a packed call, and the keyword arguments of the base's forward.
+
+    Raises:
+        UsageError: the base or an adapter cannot keep texts of one row apart, or the boundaries do not fit the row.
+    """
+    reason = fault(base, frame)
+    if reason:
+        raise UsageError(
+            f"this row holds several texts ({BOUNDARIES} is given), but {reason}; pad the texts into rows of a batch"
+        )
+    inputs = {name: value for name, value in inputs.items() if name not in OTHER_KEYS or name == "max_length_q"}
+    segments = Segments(inputs.pop(BOUNDARIES), inputs.pop("max_length_q", None))
+    tokens = inputs.get("input_ids")
+    tokens = inputs["inputs_embeds"] if tokens is None else tokens
+    _check(tokens, segments, inputs)
+    if inputs.get("position_ids") is None:
+        positions = torch.cat([torch.arange(length) for length in segments.lengths])
+        inputs["position_ids"] = positions[None].to(tokens.device)  # (1, T)
+    twin = OtherConfig(_packed_config(base.config))
+    return frame.packed(segments, {site.install(module): twin for _, module in _attending(base)}), {
+        **inputs,
+        "use_cache": False,
+    }
+
+
+def fault(base: Any, frame: Frame) -> str | None:
+    """Why texts of one row cannot be kept apart on this base with the frame's adapters; None where they can."""
+    config, name = getattr(base, "config", None), type(base).__name__
+    kind = getattr(config, "model_type", None)
+    if kind not in PROVED:
+        return f"no test proves that {name} keeps them apart"
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] not in (cls.__name__ for cls in type(base).__mro__):
+        return f"{name} is no causal language model"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
+        return f"this {name} attends in both directions"
+    if getattr(config, "add_cross_attention", False):
+        return f"this {name} attends to another text, too"
+    if any(rope in str(getattr(config, "rope_parameters", None)) for rope in ROPES_BY_LENGTH):
+        return f"this {name} turns the positions of all texts by the length of the longest one"
+    if frame.mixture is not None:
+        return "adapter_names tells rows apart and not texts"
+    if frame.prompts:
+        return f"virtual tokens of {', '.join(frame.names)} stand before a whole row"
+    for path, module in _attending(base):
+        if site.fault(module):
+            return f"{path}: {site.fault(module)}"
+    copied = [at.module() for at, adapters in frame.adapters.items() if any(isinstance(a, ModuleCopy) for a in adapters)]
+    if any(_attends(inner) for module in copied if module is not None for inner in module.modules()):
+        return f"{', '.join(frame.names)} has a private copy of an attention (modules_to_save)"
+    return None
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a module is an attention of the kind that all architectures in `PROVED` have."""
+    return hasattr(module, "is_causal") and hasattr(module, "config")
+
+
+def _attending(base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and modules of the attentions, and of the stacks around them, which make masks."""
+    inner = [(path, module) for path, module in base.named_modules() if path]
+    return [(path, module) for path, module in inner if _attends(module) or isinstance(module, PreTrainedModel)]
+
+
+def _packed_config(config: Any) -> Any:
+    other = copy.copy(config)
+    other._attn_implementation = ATTENTION
+    return other
+
+
+def _check(tokens: Tensor, segments: Segments, inputs: dict[str, Any]) -> None:
+    given = [name for name in ("attention_mask", "past_key_values") if inputs.get(name) is not None]
+    if given:
+        raise UsageError(f"a packed row has {BOUNDARIES} in place of {' and '.join(given)}; leave {given[0]} out")
+    if inputs.get("output_attentions"):
+        raise UsageError("attention weights over a packed row are never computed; leave output_attentions out")
+    if tokens.shape[0] != 1:
+        raise UsageError(f"texts are packed into one row, this batch has {tokens.shape[0]}; put them one after another")
+    if tokens.device.type == "cpu" and (
+        int(segments.boundaries[0]) != 0 or sum(segments.lengths) != tokens.shape[1] or min(segments.lengths) < 1
+    ):
+        found = segments.boundaries.tolist()
+        raise UsageError(f"{BOUNDARIES} must rise from 0 to {tokens.shape[1]}, the row's number of tokens; found {found}")
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each text of a packed row, under the signature of transformers' attentions.
+
+    Args:
+        query: `(1, heads, T, head_dim)`; key and value may have fewer heads.
+        sliding_window: how many tokens, itself included, a token sees.
+        softcap: scores are limited to this size by `c tanh(score / c)`.
+
+    Returns:
+        `(1, T, heads, head_dim)`, and no weights.
+    """
+    frame = current_frame()
+    assert frame is not None and frame.segments is not None, "this attention is only named in a packed call's own config"
+    segments = frame.segments
+    if query.is_cuda and query.dtype.itemsize == 2 and not dropout and softcap is None and sliding_window is None:
+        return _attend_at_once(query, key, value, segments, scaling), None
+    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
+    texts = [_attend_one(q, k, v, dropout, scaling, sliding_window, softcap) for q, k, v in zip(queries, keys, values)]
+    return torch.cat([text.transpose(1, 2) for text in texts], dim=1), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+
+
+def _attend_one(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """One text's causal attention, `(1, heads, length, head_dim)`."""
+    length = query.shape[2]
+    if softcap is not None:
+        return _attend_capped(query, key, value, dropout, scaling, window, softcap)
+    mask = _seen(length, window, query.device) if window is not None and window < length else None
+    grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _attend_capped(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None, softcap: float
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap  # (1, heads, length, length)
+    scores = scores.masked_fill(~_seen(query.shape[2], window, query.device), -torch.inf)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
+    """`(length, length)`: whether the token of a row sees the token of a column."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """All texts in one kernel, `(1, T, heads, head_dim)`; needs CUDA and 16 bits."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
+    boundaries, longest = segments.boundaries, segments.longest
+    grouped = key.shape[1] != query.shape[1]
+    result: Any = varlen_attn(
+        query, key, value, boundaries, boundaries, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+    )
+    return result[None]
