@@ -56,6 +56,7 @@ class PackedCollator:
             "cu_seq_lens_k": boundaries,
             "max_length_q": longest,
             "max_length_k": longest,
+            "use_cache": False,  # with a cache transformers makes no block mask, should this reach a bare base
         }
 
 
