@@ -561,6 +561,10 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
+    def _get_name(self) -> str:
+        """The base's class name: transformers' Trainer tells by it whether smoothed labels are to be shifted."""
+        return self.base_model._get_name()
+
     # --- being a module -------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:

@@ -15,7 +15,7 @@ SNIPPETS = re.findall(r"<!-- test: snippet -->\n```python\n(.*?)```", README, fl
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[0][:40])

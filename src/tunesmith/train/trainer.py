@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..checkpoint.files import CONFIG_FILE
 from ..errors import AdapterFileError
 from ..model import PeftModel
+from .live_loss import LiveLoss
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +26,8 @@ class AdapterTrainerMixin:
 
     Models that are no handles are treated as that class treats them.
     """
+
+    _live_loss: LiveLoss | None = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         handle = self._handle(model)
@@ -41,6 +44,23 @@ class AdapterTrainerMixin:
         else:
             logger.info("Loading the best adapter from %s (score: %s)", best, self.state.best_metric)  # type: ignore[attr-defined]
             load_all(handle, best)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss, where labels are (`live_loss.py`); by the plain way where outputs or a loss of one's own are wanted."""
+        own = self.compute_loss_func  # type: ignore[attr-defined]
+        if not return_outputs and own is None and isinstance(model, PeftModel) and model.training:
+            if self._live_loss is None or self._live_loss.handle is not model:
+                self._live_loss = LiveLoss(model)
+            smoothing = self.args.label_smoothing_factor  # type: ignore[attr-defined]
+            items = num_items_in_batch if self.model_accepts_loss_kwargs else None  # type: ignore[attr-defined]
+            loss = self._live_loss(inputs, items, smoothing)
+            if loss is not None:
+                processes = self.accelerator.num_processes  # type: ignore[attr-defined]
+                average = self.args.average_tokens_across_devices and items is not None  # type: ignore[attr-defined]
+                return loss * processes if average and processes > 1 else loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
 
     def _handle(self, model: nn.Module | None = None) -> PeftModel | None:
         """The handle being trained, out of whatever accelerate wrapped it in."""

@@ -1,0 +1,119 @@
+"""The training loss where labels are, without the logits of all other positions.
+
+The base runs as always up to its output head. There a tap takes the hidden states and computes nothing; those with a
+label go through the frozen head in one fused operation (`kernels/linear_cross_entropy.py`). Where a model does more
+with its logits, or its head is not frozen and plain, the loss is the model's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import preflight, site
+from ..contracts import Around
+from ..errors import UsageError
+from ..frame import Frame
+from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..model import PeftModel
+from ..prompting import IGNORED
+
+logger = logging.getLogger(__name__)
+
+
+class Tap(Around):
+    """Around the output head: keeps what comes in, and gives logits of no words at all."""
+
+    hidden: Tensor
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        (self.hidden,) = (*args, *kwargs.values())
+        return self.hidden[..., :0]
+
+
+class LiveLoss:
+    """The loss of one handle's batches, fused where that is the same as the model's own.
+
+    Whether it is the same is found out on one row, where both are computed: models scale, cap or mask logits and add to
+    their losses in ways that no list could name.
+
+    Args:
+        handle: of a causal or an encoder-decoder language model; others are left to their own loss.
+    """
+
+    def __init__(self, handle: PeftModel) -> None:
+        self.handle = handle
+        self.base: Any = handle.base_model
+        self.head: Any = getattr(self.base, "get_output_embeddings", lambda: None)()
+        self.encoder_decoder = bool(getattr(self.base.config, "is_encoder_decoder", False)) if self.head is not None else False
+        self._same: bool | None = None
+
+    def __call__(self, inputs: dict[str, Any], items: Any = None, smoothing: float = 0.0) -> Tensor | None:
+        """The loss of a batch with labels; None where the model's own is to be taken.
+
+        Args:
+            items: what the sum over labels is divided by; None divides by the number of labels.
+            smoothing: share of each target that is spread over the vocabulary.
+        """
+        if not self._applies(inputs):
+            return None
+        if self._same is None or preflight.is_due(self.handle, self.handle._frame):
+            self._same = self._agrees(inputs)
+            if not self._same:
+                logger.info("the loss of %s is computed by the model itself", type(self.base).__name__)
+        return self._fused(inputs, items, smoothing) if self._same else None
+
+    def _applies(self, inputs: dict[str, Any]) -> bool:
+        """Whether the head is plain, frozen and without adapters, and the batch is of the usual kind."""
+        if type(self.head) is not nn.Linear or self.head.weight.requires_grad or not self.head.weight.is_floating_point():
+            return False
+        frame, at = self.handle._frame, site.site_of(self.head)
+        hooked = self.head._forward_hooks or self.head._forward_pre_hooks or hasattr(self.head, "_hf_hook")
+        unusual = {"adapter_names", "shift_labels", "logits_to_keep"} & inputs.keys()
+        return "labels" in inputs and not (hooked or unusual or (at is not None and frame.adapters.get(at)))
+
+    def _agrees(self, inputs: dict[str, Any]) -> bool:
+        """Whether both ways give the first row with labels the same loss, with the same numbers dropped out."""
+        labels = inputs["labels"]
+        live = (labels[:, 1:] if not self.encoder_decoder else labels) != IGNORED
+        if labels.dim() != 2 or not bool(live.any()):
+            return False
+        row = int(live.any(1).nonzero()[0])
+        one = {
+            k: v[row : row + 1] if isinstance(v, Tensor) and v.shape[:1] == labels.shape[:1] else v for k, v in inputs.items()
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            own = self.handle(**one).loss
+            torch.manual_seed(0)
+            try:
+                fused = self._fused(one, None, 0.0)
+            except UsageError:
+                return False
+        tolerance = 2e-2 if self.head.weight.dtype.itemsize == 2 else 1e-3
+        return own is not None and bool((fused - own).abs() <= tolerance * own.abs().clamp(min=1))
+
+    def _fused(self, inputs: dict[str, Any], items: Any, smoothing: float) -> Tensor:
+        handle, tap = self.handle, Tap()
+        plain = handle._frame
+        frame = Frame({**plain.adapters, site.install(self.head): (tap,)}, plain.prompts, names=plain.names)
+        with handle._entered(frame):
+            inputs = handle._with_virtual_tokens(dict(inputs), frame) if frame.prompts else dict(inputs)
+            labels = inputs.pop("labels")
+            if self.encoder_decoder and inputs.get("decoder_input_ids") is None:
+                inputs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)
+            self.base(**{**inputs, "use_cache": False})
+        hidden = tap.hidden  # (B, T, dim)
+        if not self.encoder_decoder:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        live = labels != IGNORED
+        chosen = labels[live]
+        total = linear_cross_entropy(hidden[live], self.head.weight, self.head.bias, chosen, smoothing)
+        loss = total / (len(chosen) if items is None else items)
+        for penalty in plain.penalties if handle.training else ():
+            loss = loss + penalty().to(loss)
+        return loss
