@@ -16,6 +16,7 @@ from tunesmith import AdaptionPromptConfig, LoraConfig, UsageError, get_peft_mod
 from tunesmith.data.packing import PackedCollator, can_pack, packing_fault
 from tunesmith.data.text import PadRight
 from tunesmith.segments import ATTENTION, PROVED
+from tunesmith.train.live_loss import LiveLoss
 
 LENGTHS = (5, 9, 1, 9, 3)
 WINDOW = 4  # shorter than the longest text, so a window that is not kept shows
@@ -330,6 +331,18 @@ def test_the_trainer_takes_the_same_steps_packed_as_padded(tmp_path):
     assert found[1] == pytest.approx(expected[1], rel=1e-4)  # as logged, rounded to 4 places
     for name, value in expected[2].items():
         assert_close(found[2][name], value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])  # of OPT transformers makes no block mask, so a wrong way shows
+def test_the_loss_on_live_labels_keeps_texts_apart(kind):
+    handle, batch = handle_of(kind), PackedCollator()(examples())
+    own = handle(**batch).loss
+    expected = gradients(handle, own)
+    fused = LiveLoss(handle)(batch)
+    assert fused is not None, "the loss was left to the model"
+    assert_close(fused, own)
+    for name, gradient in gradients(handle, fused).items():
+        assert_close(gradient, expected[name])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

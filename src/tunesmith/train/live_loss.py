@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import preflight, site
+from .. import preflight, segments, site
 from ..contracts import Around
 from ..errors import UsageError
 from ..frame import Frame
@@ -101,6 +101,8 @@ class LiveLoss:
         handle, tap = self.handle, Tap()
         plain = handle._frame
         frame = Frame({**plain.adapters, site.install(self.head): (tap,)}, plain.prompts, names=plain.names)
+        if inputs.get(segments.BOUNDARIES) is not None:
+            frame, inputs = segments.packed(self.base, frame, inputs)
         with handle._entered(frame):
             inputs = handle._with_virtual_tokens(dict(inputs), frame) if frame.prompts else dict(inputs)
             labels = inputs.pop("labels")
