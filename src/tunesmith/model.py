@@ -156,6 +156,10 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         Virtual tokens are no part of the result, and `max_length` counts without them. `adapter_names` is one name
         for each row, as in `forward`.
         """
+        if kwargs.get(segments.BOUNDARIES) is not None:
+            raise UsageError(
+                f"generate goes on with one text in each row; pad texts into rows and leave {segments.BOUNDARIES} out"
+            )
         names = kwargs.pop("adapter_names", None)
         frame = self._frame if names is None else self._mixed(names, args, kwargs)
         with self._entered(frame):

@@ -16,6 +16,7 @@ from tunesmith import AdaptionPromptConfig, LoraConfig, UsageError, get_peft_mod
 from tunesmith.data.packing import PackedCollator, can_pack, packing_fault
 from tunesmith.data.text import PadRight
 from tunesmith.segments import ATTENTION, PROVED
+from tunesmith.site import site_of
 from tunesmith.train.live_loss import LiveLoss
 
 LENGTHS = (5, 9, 1, 9, 3)
@@ -198,6 +199,19 @@ def test_the_base_is_as_before_and_serves_others_meanwhile():
     assert not wrong
     assert base.config._attn_implementation == "sdpa" != ATTENTION
     handles.assert_same_state(before, handles.state(base))
+
+
+def test_an_unloaded_base_has_no_sites_left():
+    handle = handle_of("llama")
+    handle(**PackedCollator()(examples()))
+    base = handle.unload()
+    assert not [path for path, module in base.named_modules() if site_of(module) is not None]
+
+
+def test_generate_refuses_a_packed_row():
+    batch = PackedCollator()(examples())
+    with pytest.raises(UsageError, match="one text in each row"):
+        handle_of("llama").generate(batch["input_ids"], cu_seq_lens_q=batch["cu_seq_lens_q"], max_new_tokens=1)
 
 
 def test_disabled_adapters_leave_texts_apart():
