@@ -48,7 +48,13 @@ PLACES = {  # module, fields of the config, whether in training, whether the lea
     "dropout in inference": (lambda: nn.Linear(6, 5), {"lora_dropout": 0.1}, False, True),
     "bias of B": (lambda: nn.Linear(6, 5), {"lora_bias": True}, True, False),
     "trained bias": (lambda: nn.Linear(6, 5), {"bias": "all"}, True, False),
-    "DoRA": (lambda: nn.Linear(6, 5), {"use_dora": True, "init_lora_weights": True}, True, False),
+    "DoRA": (lambda: nn.Linear(6, 5), {"use_dora": True, "init_lora_weights": True}, True, True),
+    "DoRA with dropout": (
+        lambda: nn.Linear(6, 5),
+        {"use_dora": True, "init_lora_weights": True, "lora_dropout": 0.1},
+        True,
+        False,
+    ),
     "subclass": (lambda: OwnLinear(6, 5), {}, True, False),
 }
 
@@ -66,7 +72,7 @@ def test_it_is_taken_where_it_applies(place, lean, monkeypatch):
     found = handle(x)
     assert len(lean) == served
     plainly(monkeypatch)
-    if place != "dropout":
+    if served:
         torch.testing.assert_close(found, handle(x), rtol=1e-10, atol=1e-12)
 
 
@@ -129,3 +135,34 @@ def test_rows_with_adapters_of_their_own_take_it_too(lean):
             handle.set_adapter(name)
             expected = handle(**one).logits
         torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-9, atol=1e-12)
+
+
+class ThreeOfOne(nn.Module):
+    """What attention does with its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 5) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("fields", "products"), [({}, 0), ({"use_dora": True, "init_lora_weights": True}, 1)])
+def test_three_maps_of_one_input_keep_it_once_beside_h(fields, products, dtype):
+    """DoRA keeps its product, too, for the gradient of the sizes; what is counted here has a row for each token."""
+    handle = lora(ThreeOfOne().to(dtype), target_modules=["q", "k", "v"], r=2, **fields).train()
+    tokens, kept = 64, {}
+    x = torch.randn(tokens, 6, dtype=dtype, requires_grad=True)
+    handle(x)
+
+    def keep(tensor):
+        if len(tensor) == tokens:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = handle(x)
+    assert sum(storage.nbytes() for storage in kept.values()) == tokens * (6 + 3 * (2 + products * 5)) * dtype.itemsize
+    assert result.requires_grad

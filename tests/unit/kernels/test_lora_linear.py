@@ -199,11 +199,18 @@ def test_it_does_not_apply_to_wrapped_mixed_or_trained_tensors(name, change):
     assert applies(**values) == (name == "x" and values["x"].requires_grad)
 
 
+OTHER_LAYOUTS = {
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:2]]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+}
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_it_does_not_apply_to_nested_inputs(layout):
-    x, weight, bias, _, _ = case(shape=SHAPES["matrix"])
-    assert not applies(torch.nested.nested_tensor([x.detach(), x.detach()[:2]], layout=layout), weight, bias)
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_it_does_not_apply_to_inputs_of_another_layout(layout):
+    x, weight, bias, _, _ = case(shape=SHAPES["matrix"], trained="")
+    assert applies(x, weight, bias) and not applies(OTHER_LAYOUTS[layout](x), weight, bias)
 
 
 AROUND = {
