@@ -16,7 +16,7 @@ from tests import tiny
 from tests.parity.oracle import agree, ours_on, output, own_names, read_by_peft, tensors, theirs_on, written_by_peft
 from tunesmith.checkpoint.names import named_tensors
 
-BF16_STEP = 2.0**-8  # distance of neighbouring bf16 numbers, relative
+BF16_STEP = 2.0**-7  # largest distance of neighbouring bf16 numbers, relative
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
@@ -357,8 +357,8 @@ def test_config_with_nothing_but_what_is_needed_loads(llama, llama_inputs, tmp_p
 def test_bf16_base_with_fp32_adapters_is_right_up_to_rounding(name, kind, tmp_path):
     """Ours and the reference's are both compared with fp32: about 12 rounded results a layer, 2 or 4 layers deep.
 
-    Independent roundings of half a step each add up like sqrt(count); the largest of some hundred values lies
-    within 4 deviations.
+    Independent roundings of at most half a step each add up like sqrt(count), in the sense of the norm. (The largest single
+    error is no criterion: by the seed it is more than twice its mean.)
     """
     base, inputs = tiny.make(name).to(torch.bfloat16), tiny.inputs_for(name)
     ours = ours_on(base, kind, tiny.task_of(name))
@@ -369,11 +369,11 @@ def test_bf16_base_with_fp32_adapters_is_right_up_to_rounding(name, kind, tmp_pa
     wide = ts.PeftModel.from_pretrained(copy.deepcopy(base).float(), tmp_path).eval()
     exact = output(wide, inputs)
     layers = 4 if name == "t5" else 2
-    tolerance = 4 * (12 * layers) ** 0.5 * BF16_STEP / 2 * exact.std().item()
+    tolerance = (12 * layers) ** 0.5 * BF16_STEP / 2 * exact.norm()
     result = output(ours, inputs)
     assert result.dtype == torch.bfloat16
-    torch.testing.assert_close(result.float(), exact, atol=tolerance, rtol=0)
-    torch.testing.assert_close(output(read_by_peft(base, tmp_path), inputs).float(), exact, atol=tolerance, rtol=0)
+    assert (result - exact).norm() < tolerance
+    assert (output(read_by_peft(base, tmp_path), inputs) - exact).norm() < tolerance
 
 
 def test_adapters_in_the_bases_own_16_bit_type_are_saved_and_read_in_it(llama, llama_inputs, tmp_path):

@@ -18,6 +18,10 @@ class LinearView(BaseView):
     def weight(self) -> Tensor:
         return self.module.weight
 
+    @property
+    def is_plain(self) -> bool:
+        return type(self.module) in (nn.Linear, Conv1D)  # subclasses may store or compute something else
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 

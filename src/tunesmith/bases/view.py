@@ -47,6 +47,11 @@ class BaseView:
         """The dense weight, `(out, in, ...)`."""
         raise NotImplementedError
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the module computes `x W^T + bias` of the two tensors it stores, and nothing else."""
+        return False
+
     def stored(self, weight: Tensor) -> Tensor:
         """`weight` as the module stores it: the inverse orientation of `weight()`."""
         return weight

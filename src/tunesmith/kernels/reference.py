@@ -14,3 +14,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     logits = F.linear(hidden, weight, bias)
     wide = logits.double() if logits.dtype.itemsize == 8 else logits.float()
     return F.cross_entropy(wide, labels, reduction="sum", label_smoothing=smoothing)
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`x W^T + bias + scale x A^T B^T` with the factors rounded to x's type (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype) * scale)

@@ -60,14 +60,15 @@ class Dora(Lora):
         return self.lora_magnitude_vector.flatten().to(norm.dtype) / norm
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
-        y = base(x, *args, **kwargs)
         factors = base.per_output(self.factors(base.weight(), base))
-        inputs = self._inputs(x, base, y.dtype)
         if self.training and self.dropout.p > 0 and not base.tokens_in:
+            y = base(x, *args, **kwargs)
+            inputs = self._inputs(x, base, y.dtype)
             plain = base.matmul(inputs)
-        else:
-            plain = y if base.bias is None else y - base.per_output(base.bias)
-        return y + (factors - 1).to(y.dtype) * plain + factors.to(y.dtype) * self.change(inputs, base, y.dtype)
+            return y + (factors - 1).to(y.dtype) * plain + factors.to(y.dtype) * self.change(inputs, base, y.dtype)
+        changed = super().forward(x, base, *args, **kwargs)  # W x + b + s B A x
+        product = changed if base.bias is None else changed - base.per_output(base.bias)
+        return torch.addcmul(changed, product, (factors - 1).to(changed.dtype))
 
     def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
         factors = self.factors(weight, base).to(weight.dtype)

@@ -19,6 +19,7 @@ from ..bases.view import BaseView
 from ..config import PeftConfig
 from ..contracts import LinearAdapter
 from ..inits.orthogonal import orthogonal
+from ..kernels.lora_linear import applies, lora_linear
 from ..registry import register
 from .lora_config import LoraConfig as LoraConfig
 
@@ -71,6 +72,9 @@ class Lora(LinearAdapter):
         self.lora_B.copy_(b)
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
+        drops = self.training and self.dropout.p > 0
+        if base.is_plain and not drops and self.lora_B_bias is None and applies(x, base.weight(), base.bias):
+            return lora_linear(x, base.weight(), base.bias, self.lora_A, self.lora_B, self.scale)
         y = base(x, *args, **kwargs)
         return y + self.change(self._inputs(x, base, y.dtype), base, y.dtype)
 
