@@ -60,7 +60,7 @@ PLACES = {  # module, fields of the config, whether in training, whether the lea
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_it_is_taken_where_it_applies(place, lean, monkeypatch):
+def test_it_is_taken_where_it_applies(place, lean):
     make, fields, training, served = PLACES[place]
     handle = lora(nn.Sequential(make()).double(), target_modules=["0"], r=2, **fields).train(training)
     with torch.no_grad():
@@ -71,9 +71,9 @@ def test_it_is_taken_where_it_applies(place, lean, monkeypatch):
     x = torch.randn(3, 6).double()
     found = handle(x)
     assert len(lean) == served
-    plainly(monkeypatch)
-    if served:
-        torch.testing.assert_close(found, handle(x), rtol=1e-10, atol=1e-12)
+    if place != "subclass" and not (training and handle.active_peft_config.lora_dropout):
+        handle.merge_adapter()
+        torch.testing.assert_close(handle(x), found, rtol=1e-10, atol=1e-12)
 
 
 def test_a_base_that_is_trained_after_all_gets_its_gradient(lean):

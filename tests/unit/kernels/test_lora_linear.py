@@ -172,6 +172,10 @@ def test_three_maps_of_one_input_keep_it_once(dtype):
     tokens, size = 10, dtype.itemsize
     assert kept(lambda: [lora_linear(x, *one, SCALE) for one in maps]) == tokens * (IN + 3 * RANK) * size
     for one in maps:
+        one[3].requires_grad_(False)  # h is kept for B's gradient alone
+    assert kept(lambda: [lora_linear(x, *one, SCALE) for one in maps]) == tokens * IN * size
+    for one in maps:
+        one[3].requires_grad_()
         one[2].requires_grad_(False)  # the input is kept for A's gradient alone
     assert kept(lambda: [lora_linear(x, *one, SCALE) for one in maps]) == tokens * 3 * RANK * size
     with torch.no_grad():
