@@ -1,35 +1,49 @@
-"""What does padding cost? sprout with LoRA on the demo's rows: rows padded at random, padded in buckets, packed into one."""
+"""What does padding cost? sprout with LoRA: rows padded as they come, padded in buckets of like lengths, packed into one."""
 
 from __future__ import annotations
 
 import io
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 PAGE = "benchmarks/packing.md"
 EPOCHS = 2
 BATCH = 8
 
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
 VARIANTS: dict[str, dict[str, Any]] = {
-    f"{data}, {how}": {"file": file, "column": column, "how": how}
-    for data, file, column in (("prompts", "prompts.csv", "prompt"), ("quotes", "quotes.jsonl", "quote"))
+    f"{data}, {how}": {"data": data, "how": how}
+    for data in ("prompts", "quotes", "instructions")
     for how in ("padded", "buckets", "packed")
 }
 
 
-def run(file: str, column: str, how: str) -> dict[str, Any]:
+def texts_of(data: str) -> list[str]:
+    """The demo's rows, or the first 240 instructions with their answers (alpaca_en)."""
+    from tunesmith.assets import FOLDER
+    from tunesmith.data.files import read_texts
+
+    if data == "instructions":
+        rows = json.loads((SHARED / "alpaca_en_demo.json").read_text())[:240]
+        return [f"{row['instruction']} {row['input']}\n{row['output']}" for row in rows]
+    file, column = {"prompts": ("prompts.csv", "prompt"), "quotes": ("quotes.jsonl", "quote")}[data]
+    return read_texts(FOLDER / "demo" / file, column)
+
+
+def run(data: str, how: str) -> dict[str, Any]:
     from rich.console import Console
 
-    from tunesmith.assets import FOLDER
     from tunesmith.auto import load_base, load_tokenizer
-    from tunesmith.data.files import read_texts
     from tunesmith.data.packing import LengthBuckets
     from tunesmith.data.text import PadRight, tokenize
     from tunesmith.train import job, quiet
     from tunesmith.train.buckets import BucketTrainer
 
     quiet.hush()
-    texts = read_texts(FOLDER / "demo" / file, column)
+    texts = texts_of(data)
     base, tokenizer = load_base("sprout").float().eval(), load_tokenizer("sprout")
     settings = job.Settings(
         "lora",
@@ -71,7 +85,8 @@ def report(records: list[dict[str, Any]]) -> str:
     lines = [
         "# What padding costs",
         "",
-        f"LoRA (r=8, all linear modules) on *sprout* in fp32, batches of {BATCH} rows, {EPOCHS} epochs of the demo's rows. "
+        f"LoRA (r=8, all linear modules) on *sprout* in fp32, batches of {BATCH} rows, {EPOCHS} epochs: the demo's prompts and "
+        "quotes, and 240 instructions with answers (alpaca_en), cut to 256 tokens. "
         "Padded and packed runs see the same batches in the same order, so their losses must agree up to rounding; "
         "buckets choose other batches. Tokens are real ones; the share of padding is that of one order of the rows.",
         "",

@@ -28,9 +28,15 @@ from .contracts import ModuleCopy, Twin, shallow_twin
 from .errors import UsageError
 from .frame import Frame, current_frame
 
+varlen_attn: Any
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # older torch
+    varlen_attn = None
+
 ATTENTION = "tunesmith_packed"  # its name in transformers' table of attentions
 BOUNDARIES = "cu_seq_lens_q"
-OTHER_KEYS = ("cu_seq_lens_k", "max_length_q", "max_length_k")  # said once is enough where texts attend to themselves
+KEYS = (BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k")  # what transformers' collators say of a packed row
 
 # Architectures for which tests/contract/test_packing.py proves that texts of a row do not see each other.
 PROVED = frozenset({
@@ -86,19 +92,18 @@ def packed(base: Any, frame: Frame, inputs: dict[str, Any]) -> tuple[Frame, dict
         raise UsageError(
             f"this row holds several texts ({BOUNDARIES} is given), but {reason}; pad the texts into rows of a batch"
         )
-    inputs = {name: value for name, value in inputs.items() if name not in OTHER_KEYS or name == "max_length_q"}
-    segments = Segments(inputs.pop(BOUNDARIES), inputs.pop("max_length_q", None))
+    segments = Segments(inputs[BOUNDARIES], inputs.get("max_length_q"))
+    inputs = {name: value for name, value in inputs.items() if name not in KEYS}
     tokens = inputs.get("input_ids")
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
     _check(tokens, segments, inputs)
     if inputs.get("position_ids") is None:
         positions = torch.cat([torch.arange(length) for length in segments.lengths])
         inputs["position_ids"] = positions[None].to(tokens.device)  # (1, T)
-    twin = OtherConfig(_packed_config(base.config))
-    return frame.packed(segments, {site.install(module): twin for _, module in _attending(base)}), {
-        **inputs,
-        "use_cache": False,
-    }
+    modules: list[Any] = [module for _, module in _attending(base)]
+    twins = {id(module.config): OtherConfig(_packed_config(module.config)) for module in modules}  # mostly one for all
+    frame = frame.packed(segments, {site.install(module): twins[id(module.config)] for module in modules})
+    return frame, {**inputs, "use_cache": False}
 
 
 def fault(base: Any, frame: Frame) -> str | None:
@@ -185,7 +190,7 @@ def attend(
     frame = current_frame()
     assert frame is not None and frame.segments is not None, "this attention is only named in a packed call's own config"
     segments = frame.segments
-    if query.is_cuda and query.dtype.itemsize == 2 and not dropout and softcap is None and sliding_window is None:
+    if not dropout and softcap is None and sliding_window is None and _has_kernel(query):
         return _attend_at_once(query, key, value, segments, scaling), None
     queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
     texts = [_attend_one(q, k, v, dropout, scaling, sliding_window, softcap) for q, k, v in zip(queries, keys, values)]
@@ -227,14 +232,18 @@ def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
     return seen if window is None else seen.triu(1 - window)
 
 
-def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """All texts in one kernel, `(1, T, heads, head_dim)`; needs CUDA and 16 bits."""
-    from torch.nn.attention.varlen import varlen_attn
+def _has_kernel(query: Tensor) -> bool:
+    """Whether flash attention takes such queries: 16 bits on Ampere or later."""
+    fits = query.is_cuda and query.dtype.itemsize == 2 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return fits and varlen_attn is not None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """All texts in one kernel, `(1, T, heads, head_dim)`."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
     boundaries, longest = segments.boundaries, segments.longest
     grouped = key.shape[1] != query.shape[1]
-    result: Any = varlen_attn(
+    result: Tensor = varlen_attn(
         query, key, value, boundaries, boundaries, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
     )
     return result[None]

@@ -12,7 +12,7 @@ import tunesmith
 from tests import tiny
 from tests.contract import handles
 from tests.contract.test_methods import METHODS, make_config
-from tunesmith import AdaptionPromptConfig, LoraConfig, UsageError, get_peft_model
+from tunesmith import AdaptionPromptConfig, LoraConfig, UsageError, get_peft_model, segments
 from tunesmith.data.packing import PackedCollator, can_pack, packing_fault
 from tunesmith.data.text import PadRight
 from tunesmith.segments import ATTENTION, PROVED
@@ -357,6 +357,26 @@ def test_the_loss_on_live_labels_keeps_texts_apart(kind):
     assert_close(fused, own)
     for name, gradient in gradients(handle, fused).items():
         assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("llama", 2), ("gpt2", 2), ("granite", 2), ("mistral", 0), ("gemma2", 0)])
+def test_the_kernel_gets_all_texts_in_its_own_layout(kind, calls, monkeypatch):
+    """A stand-in with the kernel's signature; windows and capped scores are not its business."""
+    seen = []
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and max_q == max_k == max(LENGTHS) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        seen.append(query.shape)
+        parts = zip(*(tensor.split(cu_seq_q.diff().tolist()) for tensor in (query, key, value)))
+        options = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
+        texts = [attention(*(part.transpose(0, 1)[None] for part in text), **options)[0] for text in parts]
+        return torch.cat([text.transpose(0, 1) for text in texts])
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(segments, "varlen_attn", kernel)
+    monkeypatch.setattr(segments, "_has_kernel", lambda query: True)
+    check_texts_are_alone(handle_of(kind))
+    assert len(seen) == calls
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
