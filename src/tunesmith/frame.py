@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .contracts import Adapter, Around, PromptAdapter
     from .site import Site
 
+BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
+
 
 class Frame:
     """`{site: adapters}` for one call.
