@@ -16,6 +16,7 @@ from .bases.view import execution_device, view_of
 from .config import PeftConfig, PromptConfig
 from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, adapter_dtype, master_dtype
 from .errors import AdapterNameError
+from .frame import BASE_ROW
 from .match import Plan
 from .methods.lora_parameters import LoraParameters
 from .methods.trainable_tokens import TokenRows
@@ -138,6 +139,8 @@ def check_name(name: str, taken: Iterable[str]) -> None:
         raise AdapterNameError(
             f"adapter name {name!r} is not usable; use letters, digits, '_', '-' and spaces (it becomes a folder's name)"
         )
+    if name == BASE_ROW:
+        raise AdapterNameError(f'adapter name "{name}" stands for rows without an adapter; take another')
     if hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(f'adapter name "{name}" is a word of PyTorch\'s own; take another')
     if name in taken:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .segments import Segments
     from .site import Site
 
+BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
+
 
 class Frame:
     """`{site: adapters}` for one call.

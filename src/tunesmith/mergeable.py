@@ -22,9 +22,11 @@ class Mergeable:
         """Put adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
 
         Raises:
-            UsageError: other handles use this base, or the adapter cannot be merged.
+            UsageError: adapters are switched off, other handles use this base, or the adapter cannot be merged.
         """
-        names = [name for name in (adapter_names or self._active) if name not in self._merged]
+        if self._disabled:
+            raise UsageError("adapters are switched off, so none is to act from the weights; call enable_adapters() first")
+        names = [name for name in self._named(adapter_names or self._active) if name not in self._merged]
         self._check_mergeable(names, after=tuple(self._merged))
         done: dict[str, Originals] = {}
         try:
@@ -60,7 +62,7 @@ class Mergeable:
         Raises:
             UsageError: other handles use this base and no copy is asked for, or an adapter cannot be merged.
         """
-        names = list(adapter_names or self._active)
+        names = list(self._named(adapter_names or self._active))
         self._check_mergeable(names, alone=not copy)
         trees = [self.tree(name) for name in names]
         if copy:
@@ -79,8 +81,6 @@ class Mergeable:
         return self._detach()
 
     def _check_mergeable(self: Any, names: list[str], alone: bool = True, after: tuple[str, ...] = ()) -> None:
-        for name in names:
-            self._known(name)
         others = [handle for handle in self._record.handles if handle is not self]
         if alone and others:
             raise UsageError(

@@ -24,7 +24,7 @@ from .checkpoint.hub import push_folder
 from .combinable import Combinable
 from .config import PeftConfig, PromptConfig, TaskType
 from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
-from .frame import CarriesFrame, Frame, Mixture, entered
+from .frame import BASE_ROW, CarriesFrame, Frame, Mixture, entered
 from .framed import Framed
 from .match import Plan, check_config, check_task, match
 from .merge import Originals
@@ -33,8 +33,6 @@ from .mirror import handle_class
 from .record import records
 from .registry import adapter_type
 from .status import Reporting
-
-BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
 
 
 class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
@@ -213,9 +211,12 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
             UsageError: there is not one name for each row, or the base's weights are not its own now.
             AdapterNameError: an adapter is not here.
         """
+        if isinstance(names, str):
+            raise UsageError(f'adapter_names="{names}" must be a list that holds one name for each row')
         names = list(names)
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        if isinstance(first, torch.Tensor) and len(names) != first.shape[0]:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        first = next((value for value in tensors if value.dim()), None)
+        if first is not None and len(names) != first.shape[0]:
             raise UsageError(f"adapter_names holds {len(names)} names for {first.shape[0]} rows; give one for each row")
         for name in dict.fromkeys(names):
             if name != BASE_ROW:
@@ -379,7 +380,9 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         self.adapters[name] = tree
         self.peft_config[name] = config
         self._forget()
-        self.set_adapter(self._active or name)
+        tree.requires_grad_(False)
+        if not self._active:
+            self.set_adapter(name)
 
     def load_adapter(
         self,
@@ -465,10 +468,8 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         Each adapter is written whole or not at all. A sharded handle is gathered by all ranks together, so each of them
         must call this, `is_main_process` says which one writes; or `state_dict` holds its gathered values.
         """
-        names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        for name in names:
-            self._known(name)
-        save_adapters.write(self, names, save_directory, state_dict, is_main_process)
+        names = tuple(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
+        save_adapters.write(self, list(names), save_directory, state_dict, is_main_process)
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
@@ -488,9 +489,7 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
 
     def set_adapter(self, adapter_name: str | list[str] | tuple[str, ...], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; they alone train (unless loaded or set for inference)."""
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for name in names:
-            self._known(name)
+        names = self._named(adapter_name)
         self._active = names
         self._settle()
         for name, tree in self.adapters.items():
@@ -498,16 +497,16 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove adapters; when no active one is left, the first remaining one becomes active."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = self._named(adapter_name)
         for name in names:
-            self._known(name)
             if name in self._merged:
                 raise UsageError(f'"{name}" is merged into the weights; call unmerge_adapter() first')
         self._active = tuple(name for name in self._active if name not in names)
         for name in names:
             del self.adapters[name], self.peft_config[name]
         self._forget()
-        self.set_adapter(self._active or tuple(self.peft_config)[:1])
+        if not self._active:
+            self.set_adapter(tuple(self.peft_config)[:1])
 
     @property
     def active_adapter(self) -> str:
@@ -541,7 +540,7 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
             self._disabled = before
             self._settle()
             if merged:
-                self.merge_adapter(merged)
+                self.merge_adapter([name for name in merged if name in self.peft_config])
 
     def disable_adapters(self) -> None:
         """As `disable_adapter()`, until `enable_adapters()`."""
@@ -597,8 +596,18 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
 
     def _known(self, name: str) -> None:
         if name not in self.peft_config:
-            known = ", ".join(f'"{known}"' for known in self.peft_config) or "none"
-            raise AdapterNameError(f'no adapter "{name}"{did_you_mean(name, self.peft_config)}; adapters here: {known}')
+            known = ", ".join(f'"{known}"' for known in list(self.peft_config)[:20]) or "none"
+            more = f" and {len(self.peft_config) - 20} more" if len(self.peft_config) > 20 else ""
+            raise AdapterNameError(
+                f'no adapter "{name}"{did_you_mean(str(name), self.peft_config)}; adapters here: {known}{more}'
+            )
+
+    def _named(self, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+        """One name or several as a tuple that has each of them once; all of them are here."""
+        found = tuple(dict.fromkeys(names if isinstance(names, (list, tuple)) else [names]))
+        for name in found:
+            self._known(name)
+        return found
 
 
 def _empty_handle(task_class: type[PeftModel], base_class: type[nn.Module]) -> PeftModel:
