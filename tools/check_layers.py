@@ -17,6 +17,7 @@ LAYERS = [
     ["model"],
     ["mirror", "framed", "preflight", "mergeable", "combinable", "scheduled", "status", "checkpoint", "data"],
     ["merge", "merging", "record", "describe"],
+    ["conflicts"],
     ["attach"],
     ["match"],
     ["token_plan", "parameter_plan"],

@@ -62,6 +62,10 @@ class Adapter(nn.Module):
         """What is written of the tensor that files call `name`."""
         return value
 
+    def private_values(self) -> list[str]:
+        """What of its module this adapter has a value of its own for; no other adapter can act on that beside it."""
+        return []
+
     def derive(self, base: Any) -> None:
         """Compute frozen tensors that follow from the base; called when weights are about to be loaded, too."""
 
@@ -213,8 +217,12 @@ class ParameterAdapter(Adapter):
 
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         super().__init__()
+        self.names = names
         for name in names:
             self.register_parameter(name, nn.Parameter(getattr(module, name).detach().clone()))
+
+    def private_values(self) -> list[str]:
+        return list(self._parameters)
 
     def forward(self, module: nn.Module) -> nn.Module:
         """A shallow twin of `module` that holds the private values."""

@@ -44,32 +44,31 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
 
 
 def check_order(base: nn.Module, trees: dict[str, AdapterTree]) -> None:
-    """Private parameters act innermost, so merging must put them in before other adapters change what they replace.
+    """What changes parameters acts innermost, so it must be merged before what changes the module around them.
 
     Args:
         trees: adapters by name, in the order of their merging.
 
     Raises:
-        UsageError: an adapter replaces a parameter that an earlier one changes.
+        UsageError: an adapter changes a parameter that an earlier one has changed as a module's weight or bias.
     """
-    private = {name: set(_private_parameters(tree)) for name, tree in trees.items()}
-    replaced = {path for found in private.values() for path, _ in found}
+    innermost = {
+        name: {
+            (path, leaf) for path, adapter in tree.items() if isinstance(adapter, ParameterAdapter) for leaf in adapter.names
+        }
+        for name, tree in trees.items()
+    }
+    paths = {path for found in innermost.values() for path, _ in found}
     changed: set[tuple[str, str]] = set()
     for name, tree in trees.items():
-        for path, leaf in sorted(private[name] & changed):
+        for path, leaf in sorted(innermost[name] & changed):
             order = ", ".join(f'"{each}"' for each in (name, *(other for other in trees if other != name)))
             raise UsageError(
                 f'"{name}" replaces {path}.{leaf}, which another adapter changes; merge it before the others: {order}'
             )
         for path, adapter in tree.items():
-            if isinstance(adapter, LinearAdapter) and path in replaced:
+            if isinstance(adapter, LinearAdapter) and path in paths:
                 changed.update((path, leaf) for leaf in _merged_values(base.get_submodule(path), adapter))
-
-
-def _private_parameters(tree: AdapterTree) -> Iterator[tuple[str, str]]:
-    for path, adapter in tree.items():
-        if isinstance(adapter, ParameterAdapter):
-            yield from ((path, leaf) for leaf, _ in adapter.named_parameters())
 
 
 def into_weights(base: nn.Module, trees: list[AdapterTree], safe: bool, keep: bool) -> Originals:
@@ -118,6 +117,11 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
     bias = None if view.bias is None else view.bias.to(wide)
     weight, new_bias = adapter.merge(view.weight().to(wide), bias, view)
     values = {"weight": view.stored(weight).to(module.weight.dtype)}
+    if new_bias is not None and module._parameters.get("bias") is None:
+        raise UsageError(
+            f"{type(adapter).__name__} gives a bias to a {type(module).__name__} that has none, so it cannot be merged; "
+            "use the handle as it is"
+        )
     if new_bias is not None and new_bias is not bias:
         values["bias"] = new_bias.to(module.bias.dtype)
     return values

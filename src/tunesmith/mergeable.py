@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from . import site
+from .conflicts import conflict
 from .errors import UsageError
 from .frame import CarriesFrame
 from .merge import Originals, check, check_order, into_weights, plain_copy, restore
@@ -97,7 +98,11 @@ class Mergeable:
             raise UsageError(f"not a change of weights, so it cannot be merged: {', '.join(fixed)}; use the handle as it is")
         for name in names:
             check(self.base_model, self.tree(name))
-        check_order(self.base_model, {name: self.tree(name) for name in (*after, *names)})
+        together = {name: self.tree(name) for name in (*after, *names)}
+        reason = conflict(together)
+        if reason:
+            raise UsageError(reason)
+        check_order(self.base_model, together)
 
     def _register(self: Any) -> None:
         base = self.base_model

@@ -23,6 +23,7 @@ from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
 from .combinable import Combinable
 from .config import PeftConfig, PromptConfig, TaskType
+from .conflicts import conflict
 from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
 from .frame import BASE_ROW, CarriesFrame, Frame, Mixture, entered
 from .framed import Framed
@@ -183,7 +184,10 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
                 function = getattr(module, "_gradient_checkpointing_func", None)
                 if function is not None and not isinstance(function, CarriesFrame):
                     module._gradient_checkpointing_func = CarriesFrame(function)
-        return entered(self._frame if frame is None else frame)
+        frame = self._frame if frame is None else frame
+        if self._conflict is not None and frame.mixture is None and frame.names == self._frame.names:
+            raise UsageError(self._conflict)
+        return entered(frame)
 
     def _acting(self) -> tuple[str, ...]:
         """Names of the adapters that act in a call: active, not disabled, not already in the weights."""
@@ -195,6 +199,7 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         Calls only read `_frame`: reading names there would compile one graph per name (the limit is 8).
         """
         self._frame = self._frame_of(self._acting())
+        self._conflict = conflict({name: self.tree(name) for name in (*self._merged, *self._acting())})
 
     def _frame_of(self, acting: tuple[str, ...]) -> Frame:
         if acting not in self._frames:
@@ -299,8 +304,6 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
     # --- virtual tokens -------------------------------------------------------------------------------------------
 
     def _with_virtual_tokens(self, inputs: dict[str, Any], frame: Frame) -> dict[str, Any]:
-        if frame.mixture is None and len(frame.prompts) > 1:
-            raise UsageError("only one adapter with virtual tokens can be active at a time")
         if all(prompt.in_cache for prompt, _ in frame.prompts):
             return self._without_tasks(inputs)
         task_ids, inputs = inputs.get("task_ids"), self._without_tasks(inputs)

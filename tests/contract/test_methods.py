@@ -182,10 +182,12 @@ def test_compiles_into_one_graph_with_the_same_gradients(method):
 
 
 ON_LINEAR = [method for method, layer in COMBINATIONS if layer == "linear"]
+REPLACES = [name for name in METHODS if issubclass(all_methods()[METHODS[name].method].adapter, ParameterAdapter)]
+# Two private values of one parameter cannot both act; test_several_adapters.py has that they are refused.
+TOGETHER = [(first, second) for first in ON_LINEAR for second in ON_LINEAR if not (first == second and first in REPLACES)]
 
 
-@pytest.mark.parametrize("first", ON_LINEAR)
-@pytest.mark.parametrize("second", ON_LINEAR)
+@pytest.mark.parametrize(("first", "second"), TOGETHER)
 def test_two_methods_active_at_once_fold_and_merge_alike(first, second):
     """Those on blocks stay beside the base while the others are merged into it."""
     handle, _, inputs = handle_on(first, "linear")

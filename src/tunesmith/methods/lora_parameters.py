@@ -55,7 +55,7 @@ class LoraParameters(ParameterAdapter):
     """LoRA on some parameters of one module, by name, in the order in which the module holds them."""
 
     def __init__(self, module: nn.Module, config: LoraConfig, settings: dict[str, dict[str, Any]]) -> None:
-        super().__init__(module, [])
+        super().__init__(module, [])  # it changes what is there, so it has no values to put in its place
         self.names = list(settings)
         for name in self.names:
             self._modules[name] = LoraOnParameter(module, name, config, settings[name])

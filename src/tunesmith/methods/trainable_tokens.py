@@ -90,6 +90,9 @@ class TokenRows(LinearAdapter):
         if settings.get("follows") is None:
             self.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), base.weight().shape[1]))
 
+    def private_values(self) -> list[str]:
+        return [f"weight[{token}]" for token in self.tokens.tolist()]
+
     @property
     def owner(self) -> TokenRows:
         """Who holds the rows: the followed one, or this one."""
