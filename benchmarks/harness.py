@@ -54,16 +54,15 @@ def main() -> int:
 
 def measure(case: str, variants: list[str], repeats: int, path: Path) -> None:
     """Run each variant `repeats` times, one after the other in turns, and replace its lines in the results."""
-    fresh = []
+    path.parent.mkdir(exist_ok=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [record for record in lines if record["variant"] not in variants]
     for turn in range(repeats):
         for variant in variants:
             record = {"variant": variant, "turn": turn, **in_fresh_process(case, variant), **environment()}
             print({key: value for key, value in record.items() if key not in environment()}, flush=True)
-            fresh.append(record)
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    path.parent.mkdir(exist_ok=True)
-    lines = [record for record in old if record["variant"] not in variants] + fresh
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lines.append(record)
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def in_fresh_process(case: str, variant: str) -> dict[str, Any]:
@@ -95,7 +94,8 @@ def environment() -> dict[str, Any]:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"versions": versions, "machine": f"{model}, {os.cpu_count()} cores"}
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    return {"versions": versions, "machine": f"{model}, {threads} of {os.cpu_count()} cores"}
 
 
 def medians(records: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:

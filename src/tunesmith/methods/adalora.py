@@ -69,7 +69,7 @@ class AdaLoraConfig(TargetedConfig):
     r: int = 8
 
     method: ClassVar[str] = "ADALORA"
-    usual_learning_rate: ClassVar[float] = 0.005
+    usual_learning_rate: ClassVar[float] = 0.03
     not_supported: ClassVar[dict[str, tuple]] = {
         "use_rslora": (), "alpha_pattern": (), "use_dora": (), "lora_bias": (), "trainable_token_indices": (),
         "target_parameters": (), "layer_replication": (), "loftq_config": (), "eva_config": (), "corda_config": (),

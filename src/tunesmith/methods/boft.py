@@ -18,7 +18,7 @@ from ..bases.view import BaseView
 from ..config import TargetedConfig, config_class
 from ..contracts import LinearAdapter
 from ..registry import register
-from .parts import at_least_fp32, convolved, no_probabilities, no_weight_map, ranks_below_one, wrong_bias
+from .parts import at_least_fp32, blockwise, convolved, no_probabilities, no_weight_map, ranks_below_one, wrong_bias
 
 
 @config_class
@@ -131,7 +131,7 @@ def _through_factor(x: Tensor, blocks: Tensor, shuffles: int) -> Tensor:
     size = blocks.shape[-1]
     if shuffles:
         x = x.unflatten(-1, (-1, 2, 2**shuffles, size // 2)).transpose(-3, -2).flatten(-4)
-    x = (x.unflatten(-1, (-1, 1, size)) @ blocks).flatten(-3)
+    x = blockwise(x, blocks)
     if shuffles:
         x = x.unflatten(-1, (-1, 2**shuffles, 2, size // 2)).transpose(-3, -2).flatten(-4)
     return x

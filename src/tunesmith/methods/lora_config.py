@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from ..config import TargetedConfig, config_class
 from ..errors import ConfigError, did_you_mean
+from .parts import by_pattern, no_probabilities, not_finite, ranks_below_one, with_pattern, wrong_bias
 from .trainable_tokens import index_faults
 
 FROM_WEIGHT = ("pissa", "olora", "loftq")  # starts that are parts of the base's weight
@@ -33,9 +34,7 @@ class LoftQConfig:
         found = []
         if self.loftq_bits not in (2, 3, 4, 8):
             found.append(f"loftq_bits={self.loftq_bits!r} must be 2, 3, 4 or 8")
-        if not _is_rank(self.loftq_iter):
-            found.append(f"loftq_iter={self.loftq_iter!r} must be a whole number of at least 1")
-        return found
+        return [*found, *ranks_below_one({"loftq_iter": self.loftq_iter})]
 
 
 @dataclass
@@ -127,17 +126,10 @@ class LoraConfig(TargetedConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        ranks = {"r": self.r} | {f'rank_pattern["{k}"]': r for k, r in (self.rank_pattern or {}).items()}
-        found += [f"{name}={r!r} must be a whole number of at least 1" for name, r in ranks.items() if not _is_rank(r)]
-        alphas = {
-            "lora_alpha": self.lora_alpha,
-            **{f'alpha_pattern["{key}"]': a for key, a in (self.alpha_pattern or {}).items()},
-        }
-        found += [f"{name}={alpha!r} must be a finite number" for name, alpha in alphas.items() if not math.isfinite(alpha)]
-        if not 0.0 <= self.lora_dropout < 1.0:
-            found.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
-        if self.bias not in ("none", "all", "lora_only"):
-            found.append(f'bias={self.bias!r} must be "none", "all" or "lora_only"')
+        found += ranks_below_one(with_pattern("r", self.r, self.rank_pattern, "rank_pattern"))
+        found += not_finite(with_pattern("lora_alpha", self.lora_alpha, self.alpha_pattern, "alpha_pattern"))
+        found += no_probabilities({"lora_dropout": self.lora_dropout})
+        found += wrong_bias(self.bias, "lora_only")
         found += index_faults(self.trainable_token_indices)
         return found + list(self._start_faults())
 
@@ -183,8 +175,8 @@ class LoraConfig(TargetedConfig):
         return int(found[1]) if found else None
 
     def settings(self, path: str) -> dict[str, Any]:
-        r = _by_pattern(self.rank_pattern, path, self.r)
-        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        r = by_pattern(self.rank_pattern, path, self.r)
+        alpha = by_pattern(self.alpha_pattern, path, self.lora_alpha)
         settings = {"r": r, "scale": alpha / math.sqrt(r) if self.use_rslora else alpha / r}
         return {**settings, "start": self._start()} if self.starts_from_weight else settings
 
@@ -210,12 +202,3 @@ def _made(name: str, kind: Any, value: Any, wanted: bool) -> Any:
     if value and not wanted:
         raise ConfigError(f'{name} acts only with init_lora_weights="{name.removesuffix("_config")}"; set it, or leave it out')
     return value or (kind() if wanted else None)
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _by_pattern(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first key that matches the end of `path` at a dot, as a regular expression."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -21,7 +21,7 @@ from ..bases.view import BaseView
 from ..config import TargetedConfig, config_class
 from ..contracts import LinearAdapter
 from ..registry import register
-from .parts import at_least_fp32, convolved, no_probabilities, not_finite, wrong_bias
+from .parts import at_least_fp32, blockwise, convolved, no_probabilities, not_finite, wrong_bias
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +105,10 @@ class OFT(LinearAdapter):
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         rotation = self._kept(self.rotation())
         if base.tokens_in:
-            return _rotated(base(x, *args, **kwargs), rotation)
+            return blockwise(base(x, *args, **kwargs), rotation)
         if base.weight().dim() == 4:
             return convolved(base, x, self._rotated_weight(base.weight(), rotation, base))
-        return base(_rotated(x, rotation), *args, **kwargs)
+        return base(blockwise(x, rotation), *args, **kwargs)
 
     def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
         return self._rotated_weight(weight, self.rotation(), base), bias
@@ -151,14 +151,7 @@ class OFT(LinearAdapter):
 
     def _rotated_weight(self, weight: Tensor, rotation: Tensor, base: BaseView) -> Tensor:
         turned = rotation if base.tokens_in else rotation.mT  # an embedding's output is rotated, else the input
-        return _rotated(weight.flatten(1), turned).reshape(weight.shape)
-
-
-def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Each block of the last dimension of `x` times its `(size, size)` matrix."""
-    size = rotation.shape[-1]
-    blocks = x.unflatten(-1, (-1, 1, size)) @ rotation.to(x.dtype)  # (..., blocks, 1, size)
-    return blocks.flatten(-3)
+        return blockwise(weight.flatten(1), turned).reshape(weight.shape)
 
 
 def _width(base: BaseView) -> int:

@@ -25,7 +25,7 @@ def with_pattern(name: str, value: Any, pattern: dict[str, Any] | None, pattern_
 
 def ranks_below_one(ranks: dict[str, int]) -> Iterator[str]:
     for name, rank in ranks.items():
-        if isinstance(rank, bool) or rank < 1:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             yield f"{name}={rank!r} must be a whole number of at least 1"
 
 
@@ -65,6 +65,14 @@ def no_weight_map(base: BaseView, method: str, groups: bool = True) -> str | Non
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """`tensor` in a type that is precise enough for solving and orthogonalising."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def blockwise(x: Tensor, matrices: Tensor) -> Tensor:
+    """Each block of the last dimension of `x` times its own of the matrices `(blocks, size, size)`, or times the only one."""
+    blocks, matrices = x.unflatten(-1, (-1, matrices.shape[-1])), matrices.to(x.dtype)
+    if len(matrices) == 1:
+        return (blocks @ matrices[0]).flatten(-2)
+    return torch.einsum("...bi,bij->...bj", blocks, matrices).flatten(-2)  # a broadcast `@` would copy them for every row
 
 
 def convolved(base: BaseView, x: Tensor, weight: Tensor) -> Tensor:
