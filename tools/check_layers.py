@@ -15,7 +15,7 @@ LAYERS = [
     ["auto"],
     ["tasks"],
     ["model"],
-    ["mirror", "framed", "preflight", "mergeable", "combinable", "scheduled", "status", "checkpoint", "data"],
+    ["mirror", "framed", "framing", "preflight", "mergeable", "combinable", "scheduled", "status", "checkpoint", "data"],
     ["merge", "merging", "record", "describe"],
     ["conflicts"],
     ["attach"],

@@ -7,7 +7,6 @@ call enters the handle's frame, so its active adapters act during the call and n
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import prefix, preflight, prompting, scheduled, segments, site
+from . import preflight, prompting, scheduled, segments, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
 from .checkpoint import load_adapter, save_adapters
@@ -23,10 +22,10 @@ from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
 from .combinable import Combinable
 from .config import PeftConfig, PromptConfig, TaskType
-from .conflicts import conflict
 from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
-from .frame import BASE_ROW, CarriesFrame, Frame, Mixture, entered
+from .frame import Frame
 from .framed import Framed
+from .framing import Framing
 from .match import Plan, check_config, check_task, match
 from .merge import Originals
 from .mergeable import Mergeable
@@ -36,7 +35,7 @@ from .registry import adapter_type
 from .status import Reporting
 
 
-class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
+class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
     """A base model with adapters beside it.
 
     Args:
@@ -173,107 +172,6 @@ class PeftModel(Mergeable, Combinable, Reporting, nn.Module):
         if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
             return Framed(self, result)
         return result
-
-    def _entered(self, frame: Frame | None = None) -> entered:
-        """Ready the base for a call of this handle, and the context manager of the handle's frame."""
-        base = self.base_model
-        if base.training != self.training:
-            base.train(self.training)
-        if self.training:
-            for module in self._checkpointing:
-                function = getattr(module, "_gradient_checkpointing_func", None)
-                if function is not None and not isinstance(function, CarriesFrame):
-                    module._gradient_checkpointing_func = CarriesFrame(function)
-        frame = self._frame if frame is None else frame
-        if self._conflict is not None and frame.mixture is None and frame.names == self._frame.names:
-            raise UsageError(self._conflict)
-        return entered(frame)
-
-    def _acting(self) -> tuple[str, ...]:
-        """Names of the adapters that act in a call: active, not disabled, not already in the weights."""
-        return () if self._disabled else tuple(name for name in self._active if name not in self._merged)
-
-    def _settle(self) -> None:
-        """Make the frame that follows from the handle's state; to be called after each change of it.
-
-        Calls only read `_frame`: reading names there would compile one graph per name (the limit is 8).
-        """
-        self._frame = self._frame_of(self._acting())
-        self._conflict = conflict({name: self.tree(name) for name in (*self._merged, *self._acting())})
-
-    def _frame_of(self, acting: tuple[str, ...]) -> Frame:
-        if acting not in self._frames:
-            trees: list[Any] = [(self.tree(name).prompt, self.peft_config[name]) for name in acting]
-            prompts = tuple((prompt, config.num_virtual_tokens) for prompt, config in trees if prompt is not None)
-            penalties = scheduled.penalties(self, acting)
-            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts, penalties=penalties, names=acting)
-        return self._frames[acting]
-
-    def _mixed(self, names: Any, args: tuple, kwargs: dict[str, Any]) -> Frame:
-        """The frame of a batch with one adapter per row.
-
-        Raises:
-            UsageError: there is not one name for each row, or the base's weights are not its own now.
-            AdapterNameError: an adapter is not here.
-        """
-        if isinstance(names, str):
-            raise UsageError(f'adapter_names="{names}" must be a list that holds one name for each row')
-        names = list(names)
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        first = next((value for value in tensors if value.dim()), None)
-        if first is not None and len(names) != first.shape[0]:
-            raise UsageError(f"adapter_names holds {len(names)} names for {first.shape[0]} rows; give one for each row")
-        for name in dict.fromkeys(names):
-            if name != BASE_ROW:
-                self._known(name)
-                self._check_splits(name)
-        if self._merged:
-            merged = ", ".join(f'"{name}"' for name in self._merged)
-            raise UsageError(f"{merged} is merged into the weights, so it would act on every row; call unmerge_adapter() first")
-        by_name: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            by_name.setdefault(BASE_ROW if self._disabled else name, []).append(row)
-        frames = [self._frame_of(() if name == BASE_ROW else (name,)) for name in by_name]
-        acting = tuple(sorted(by_name.keys() - {BASE_ROW}))
-        if len(frames) == 1:
-            return frames[0]
-        device = None if first is None else first.device
-        groups = [torch.tensor(rows, device=device) for rows in by_name.values()]
-        prompts = tuple(prompt for frame in frames for prompt in frame.prompts)
-        penalties = tuple(penalty for frame in frames for penalty in frame.penalties)
-        return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=acting)
-
-    def _check_splits(self, name: str) -> None:
-        """Modules of a list of experts get tokens of any rows in any order, so they cannot be told apart by rows."""
-        if name not in self._splits:
-            self._splits[name] = [path for path, _ in self.tree(name).items() if re.search(r"(^|\.)experts\.\d+(\.|$)", path)]
-        if self._splits[name]:
-            raise UsageError(
-                f'"{name}" adapts single experts ({self._splits[name][0]}, ...), whose tokens are of no known row; '
-                "run such a batch adapter by adapter"
-            )
-
-    def _adapters_by_site(self, names: tuple[str, ...]) -> dict[site.Site, tuple]:
-        """`{site: adapters}`, at each site in the order of `names` and, within one adapter, of its kinds."""
-        by_site: dict[site.Site, tuple] = {}
-        for name in names:
-            for path, adapter in self.tree(name).items():
-                at = site.install(self.base_model.get_submodule(path))
-                by_site[at] = (*by_site.get(at, ()), adapter)
-            prompt = self.tree(name).prompt
-            if prompt is not None and prompt.in_cache:
-                for path, around in prefix.places(prompt, self.base_model):
-                    at = site.install(self.base_model.get_submodule(path))
-                    by_site[at] = (*by_site.get(at, ()), around)
-        return by_site
-
-    def _forget(self) -> None:
-        """Drop what is derived from adapters and base, to be derived anew."""
-        self._frames: dict[tuple[str, ...], Frame] = {}
-        self._splits: dict[str, list[str]] = {}  # per adapter, the paths that keep it out of mixed batches
-        self._checked: set[tuple[tuple[str, ...], bool]] = set()  # what preflight has looked into, in eval or training
-        self._settle()
-        scheduled.watch(self)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Run AdaLoRA's schedule for this step, where a script numbers the steps itself; no training loop has to.

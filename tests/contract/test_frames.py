@@ -398,3 +398,14 @@ def test_a_copied_handle_with_merged_adapters_can_be_unmerged(llama, llama_input
     assert torch.equal(out(twin.base_model, llama_inputs), plain)
     assert twin.base_model.lm_head.weight is twin.base_model.model.embed_tokens.weight
     assert not torch.equal(out(base, llama_inputs), plain)
+
+
+def test_a_base_module_replaced_under_its_adapter_is_an_error(llama, llama_inputs):
+    """Otherwise the adapter would silently stop acting."""
+    handle = lora(llama, target_modules=["q_proj"])
+    handle(**llama_inputs)
+    llama.model.layers[0].self_attn.q_proj = copy.deepcopy(llama.model.layers[0].self_attn.q_proj)
+    with pytest.raises(UsageError, match=r"modules under adapters \(default\) were replaced on the base"):
+        handle(**llama_inputs)
+    with handle.disable_adapter():
+        assert handle(**llama_inputs).logits.isfinite().all()
