@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
 
 from tests import tiny
 from tests.contract.handles import lora, prompted
-from tunesmith import PrefixTuningConfig, Trainer, get_peft_model
+from tunesmith import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, Trainer, get_peft_model
+from tunesmith.train import shared_prefix
 from tunesmith.train.live_loss import LiveLoss
 
 
@@ -54,6 +57,35 @@ def both(handle, batch, **options):
 def test_equals_the_models_own_loss_and_gradients(name, maker):
     handle = MAKERS[maker](tiny.make(name), tiny.task_of(name)).eval()  # no dropout; gradients all the same
     (own, own_gradients), (fused, gradients) = both(handle, batch_for(name))
+    torch.testing.assert_close(fused, own, rtol=1e-5, atol=0)
+    scale = max(gradient.abs().max().item() for gradient in own_gradients)
+    for found, expected in zip(gradients, own_gradients):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+NOT_SHARED: set[str] = set()
+CAUSAL = [name for name in tiny.GENERATING if tiny.task_of(name) == "CAUSAL_LM"]
+VIRTUAL = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16),
+}
+
+
+@pytest.mark.parametrize("config", VIRTUAL)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_virtual_tokens_run_once_for_all_rows_with_the_same_loss_and_gradients(name, config, monkeypatch):
+    """Padded at the right; with padding at the left, every row has them behind its own."""
+    base, runs = tiny.make(name), []
+    handle, batch = get_peft_model(base, copy.deepcopy(VIRTUAL[config])).eval(), batch_for(name)
+    run = shared_prefix.run
+    monkeypatch.setattr(shared_prefix, "run", lambda *given: runs.append(1) or run(*given))
+    both(handle, batch)
+    assert not runs
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, -2:] = 0
+    batch["labels"][1, -2:] = -100
+    (own, own_gradients), (fused, gradients) = both(handle, batch)
+    assert len(runs) == (0 if name in NOT_SHARED else 4)
     torch.testing.assert_close(fused, own, rtol=1e-5, atol=0)
     scale = max(gradient.abs().max().item() for gradient in own_gradients)
     for found, expected in zip(gradients, own_gradients):

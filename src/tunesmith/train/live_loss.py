@@ -21,6 +21,7 @@ from ..frame import Frame
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..model import PeftModel
 from ..prompting import IGNORED
+from . import shared_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class LiveLoss:
         self.head: Any = getattr(self.base, "get_output_embeddings", lambda: None)()
         self.encoder_decoder = bool(getattr(self.base.config, "is_encoder_decoder", False)) if self.head is not None else False
         self._same: bool | None = None
+        self._shares = True  # virtual tokens are computed once for all rows
 
     def __call__(self, inputs: dict[str, Any], items: Any = None, smoothing: float = 0.0) -> Tensor | None:
         """The loss of a batch with labels; None where the model's own is to be taken.
@@ -62,7 +64,11 @@ class LiveLoss:
         if not self._applies(inputs):
             return None
         if self._same is None or preflight.is_due(self.handle, self.handle._frame):
+            self._shares = True
             self._same = self._agrees(inputs)
+            if not self._same and self._shares:
+                self._shares = False
+                self._same = self._agrees(inputs)
             if not self._same:
                 logger.info("the loss of %s is computed by the model itself", type(self.base).__name__)
         return self._fused(inputs, items, smoothing) if self._same else None
@@ -77,15 +83,17 @@ class LiveLoss:
         return "labels" in inputs and not (hooked or unusual or (at is not None and frame.adapters.get(at)))
 
     def _agrees(self, inputs: dict[str, Any]) -> bool:
-        """Whether both ways give the first row with labels the same loss, with the same numbers dropped out."""
+        """Whether both ways give the same loss, with the same numbers dropped out, on the first row with labels.
+
+        Where rows share virtual tokens, it is two rows.
+        """
         labels = inputs["labels"]
         live = (labels[:, 1:] if not self.encoder_decoder else labels) != IGNORED
         if labels.dim() != 2 or not bool(live.any()):
             return False
         row = int(live.any(1).nonzero()[0])
-        one = {
-            k: v[row : row + 1] if isinstance(v, Tensor) and v.shape[:1] == labels.shape[:1] else v for k, v in inputs.items()
-        }
+        rows = [row, (row + 1) % len(labels)] if self.handle._frame.prompts and len(labels) > 1 else [row]
+        one = {k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == labels.shape[:1] else v for k, v in inputs.items()}
         with torch.random.fork_rng():
             torch.manual_seed(0)
             own = self.handle(**one).loss
@@ -104,14 +112,19 @@ class LiveLoss:
         if inputs.get(segments.BOUNDARIES) is not None:
             frame, inputs = segments.packed(self.base, frame, inputs)
         with handle._entered(frame):
-            inputs = handle._with_virtual_tokens(dict(inputs), frame) if frame.prompts else dict(inputs)
-            labels = inputs.pop("labels")
-            if self.encoder_decoder and inputs.get("decoder_input_ids") is None:
-                inputs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)
-            self.base(**{**inputs, "use_cache": False})
-        hidden = tap.hidden  # (B, T, dim)
-        if not self.encoder_decoder:
-            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            if self._shares and shared_prefix.applies(handle, frame, inputs):
+                inputs = dict(inputs)
+                labels = inputs.pop("labels")
+                hidden = shared_prefix.run(self.base, frame, inputs, tap)[:, :-1]  # (B, T, dim)
+            else:
+                inputs = handle._with_virtual_tokens(dict(inputs), frame) if frame.prompts else dict(inputs)
+                labels = inputs.pop("labels")
+                if self.encoder_decoder and inputs.get("decoder_input_ids") is None:
+                    inputs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)
+                self.base(**{**inputs, "use_cache": False})
+                hidden = tap.hidden  # (B, T, dim)
+                if not self.encoder_decoder:
+                    hidden, labels = hidden[:, :-1], labels[:, 1:]
         live = labels != IGNORED
         chosen = labels[live]
         total = linear_cross_entropy(hidden[live], self.head.weight, self.head.bias, chosen, smoothing)
