@@ -1,8 +1,7 @@
-"""How fast does an adapter train? The same job on the same tokens with Tunesmith and with the peers.
+"""How fast does an adapter train? The same job on the same rows with Tunesmith and with the peers.
 
-Bases have the shapes of real models and random weights (no model can be downloaded here); rows are real texts. A variant
-is `<job>: <side>`; the sides are ours, the reference library with transformers' Trainer as its readers run it (fp32),
-and the same at its best (bf16).
+Bases have the shapes of real models and random weights (no model can be downloaded here); rows are real texts. Each side
+trains one epoch over the same rows in its own batches; whatever it does before its first step counts, too.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -18,32 +16,47 @@ from typing import Any
 
 PAGE = "benchmarks/speed.md"
 DATA = Path(__file__).parents[3] / "shared" / "data"
-STEPS = 4  # the first one is not counted
-
-SIDES = ("ours", "peft, default", "peft, bf16")
 MAX_LENGTH = 256
+
+SIDES = {
+    "Tunesmith": "bf16, what `tunesmith train` does: packed rows or batches of like lengths",
+    "peft, default": "fp32, transformers' Trainer as it comes, which is what its readers run",
+    "peft, best": "bf16 weights, batches of like lengths, no gradient checkpointing",
+    "TRL, default": "SFTTrainer with its own settings (gradient checkpointing, fp32 weights)",
+    "TRL, best": "SFTTrainer, bf16 weights, batches of like lengths, no gradient checkpointing",
+}
 QWEN = {
     "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
     "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
 }  # fmt: skip
-BLOOM = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
+BLOOM_560M = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
+BLOOM_1B4_ZH = {"hidden_size": 2048, "n_layer": 8, "n_head": 16, "vocab_size": 46145}  # 24 layers, cut to 8
 MT5 = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 250112, "dropout_rate": 0.0}
 JOBS: dict[str, dict[str, Any]] = {
     "S0: prompt tuning, 4 tokens, bloomz-560m": {
-        "config": "BloomConfig", "shape": BLOOM, "method": "prompt", "tokens": 4, "batch": 8, "rows": 50, "data": "texts",
+        "config": "BloomConfig", "shape": BLOOM_560M, "tokens": 4, "batch": 8, "rows": 50, "data": "prompts.csv",
+    },
+    "S2: prompt tuning, 16 tokens, bloom-1b4-zh cut to 8 layers": {
+        "config": "BloomConfig", "shape": BLOOM_1B4_ZH, "tokens": 16, "batch": 2, "accumulate": 8, "rows": 32,
+        "data": "alpaca_zh_demo.json",
     },
     "LoRA r=16 all-linear, Qwen2.5-0.5B": {
-        "config": "Qwen2Config", "shape": QWEN, "method": "lora", "r": 16, "target_modules": "all-linear", "batch": 4,
-        "rows": 50, "data": "pairs",
-    },
-    "prompt tuning, 200 tokens, Qwen2.5-0.5B": {
-        "config": "Qwen2Config", "shape": QWEN, "method": "prompt", "tokens": 200, "batch": 4, "rows": 50, "data": "texts",
+        "config": "Qwen2Config", "shape": QWEN, "r": 16, "target_modules": "all-linear", "batch": 4, "rows": 32,
+        "data": "alpaca_en_demo.json",
     },
     "LoRA r=8, mT5-small": {
-        "config": "MT5Config", "shape": MT5, "method": "lora", "r": 8, "batch": 8, "rows": 50, "data": "pairs", "seq2seq": True,
+        "config": "MT5Config", "shape": MT5, "r": 8, "batch": 8, "rows": 48, "data": "alpaca_en_demo.json", "seq2seq": True,
+    },
+    "prompt tuning, 200 tokens, Qwen2.5-0.5B": {
+        "config": "Qwen2Config", "shape": QWEN, "tokens": 200, "batch": 4, "rows": 32, "data": "prompts.csv",
     },
 }  # fmt: skip
-VARIANTS = {f"{job}: {side}": {"job": job, "side": side} for job in JOBS for side in SIDES}
+VARIANTS = {
+    f"{job}: {side}": {"job": job, "side": side}
+    for job, spec in JOBS.items()
+    for side in SIDES
+    if not (spec.get("seq2seq") and side.startswith("TRL"))  # SFTTrainer trains decoders
+}
 
 
 def run(job: str, side: str) -> dict[str, Any]:
@@ -51,60 +64,100 @@ def run(job: str, side: str) -> dict[str, Any]:
     import transformers as tf
 
     spec = JOBS[job]
-    library: Any = importlib.import_module("tunesmith" if side == "ours" else "peft")
-    trainer_class: Any = library.Trainer if side == "ours" else tf.Trainer
-    config = getattr(tf, spec["config"])(**spec["shape"])
+    config = getattr(tf, spec["config"])(**spec["shape"], use_cache=False)
     torch.manual_seed(0)
     base = tf.AutoModelForSeq2SeqLM if spec.get("seq2seq") else tf.AutoModelForCausalLM
-    model = base.from_config(config, dtype=torch.float32 if side == "peft, default" else torch.bfloat16)
-    rows, collator, clock = _rows(spec, config.vocab_size), Collator(), _clock()
+    model = base.from_config(config, dtype=torch.bfloat16 if side == "Tunesmith" or side.endswith("best") else torch.float32)
+    clock = _clock()
     torch.manual_seed(0)
-    handle = library.get_peft_model(model, _peft_config(library, spec))
     with tempfile.TemporaryDirectory() as folder:
-        arguments = tf.TrainingArguments(
-            output_dir=folder, max_steps=STEPS, per_device_train_batch_size=spec["batch"], learning_rate=1e-3, seed=0,
-            report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, bf16=side == "peft, bf16",
-        )  # fmt: skip
-        trainer_class(model=handle, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[clock]).train()
+        options = {
+            "output_dir": folder, "num_train_epochs": 1, "per_device_train_batch_size": spec["batch"], "learning_rate": 1e-3,
+            "gradient_accumulation_steps": spec.get("accumulate", 1), "seed": 0, "report_to": [], "save_strategy": "no",
+            "logging_steps": 1, "disable_tqdm": True, "use_cpu": True,
+        }  # fmt: skip
+        if side.endswith("best"):
+            options["train_sampling_strategy"] = "group_by_length"
+        trainer, collator = _trainer(side, model, spec, _rows(spec, config.vocab_size), options)
+        trainer.add_callback(clock)
+        trainer.train()
+    live = [sum(part) for part in _chunks(collator.live, spec.get("accumulate", 1))]
     return {
-        "tokens_per_second": sum(collator.tokens[1:STEPS]) / sum(clock.seconds[1:STEPS]),
-        "step_seconds": statistics.median(clock.seconds[1:STEPS]),
-        "first_loss": clock.losses[0],
-        "final_loss": clock.losses[-1],
+        "tokens_per_second": sum(collator.tokens) / clock.seconds,
+        "seconds": clock.seconds,
+        "tokens": sum(collator.tokens),
+        "loss": sum(loss * count for loss, count in zip(clock.losses, live)) / sum(live),
     }
 
 
-def _peft_config(library: Any, spec: dict[str, Any]) -> Any:
-    if spec["method"] == "prompt":
-        return library.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec["tokens"])
+def _trainer(side: str, model: Any, spec: dict[str, Any], rows: list[dict[str, list[int]]], options: dict[str, Any]) -> Any:
+    """`(trainer, its counting collator)`."""
+    import transformers as tf
+
+    collator = Counting(_padded)
+    if side == "Tunesmith":
+        from tunesmith import get_peft_model
+        from tunesmith.data.packing import PackedCollator
+        from tunesmith.train.job import batching
+
+        handle = get_peft_model(model, _peft_config("tunesmith", spec))
+        kind, own = batching(handle, None, 0)
+        if isinstance(own, PackedCollator):
+            collator = Counting(own)
+        return kind(handle, tf.TrainingArguments(**options), collator, rows), collator
+    if side.startswith("peft"):
+        import peft
+
+        handle = peft.get_peft_model(model, _peft_config("peft", spec))
+        return tf.Trainer(handle, tf.TrainingArguments(**options), collator, rows), collator
+    import datasets
+    import trl
+
+    if side == "TRL, best":
+        options |= {"gradient_checkpointing": False}
+    arguments = trl.SFTConfig(**options, bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    data, tokenizer = datasets.Dataset.from_list(rows), _tokenizer()
+    config = _peft_config("peft", spec)
+    return trl.SFTTrainer(
+        model, arguments, data_collator=collator, train_dataset=data, processing_class=tokenizer, peft_config=config
+    ), collator
+
+
+def _peft_config(library: str, spec: dict[str, Any]) -> Any:
+    configs = importlib.import_module(library)
+    if "tokens" in spec:
+        return configs.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec["tokens"])
     task = "SEQ_2_SEQ_LM" if spec.get("seq2seq") else "CAUSAL_LM"
-    return library.LoraConfig(task_type=task, r=spec["r"], lora_alpha=32, target_modules=spec.get("target_modules"))
+    return configs.LoraConfig(task_type=task, r=spec["r"], lora_alpha=32, target_modules=spec.get("target_modules"))
+
+
+def _tokenizer() -> Any:
+    from tunesmith import load_tokenizer
+
+    return load_tokenizer("sprout")
 
 
 def _rows(spec: dict[str, Any], words: int) -> list[dict[str, list[int]]]:
     """Real texts, split by sprout's tokenizer and spread over the vocabulary, so that lengths are real."""
-    from tunesmith import load_tokenizer
     from tunesmith.assets import FOLDER
 
-    tokenizer = load_tokenizer("sprout")
+    tokenizer = _tokenizer()
 
     def ids(text: str) -> list[int]:
         return [(id * 37 + 5) % words for id in tokenizer(text)["input_ids"]][:MAX_LENGTH]
 
-    pairs = [(row["instruction"] + row["input"], row["output"]) for row in _read("alpaca_en_demo.json", FOLDER)]
-    if spec["data"] == "pairs":
-        found = []
-        for question, answer in pairs[: spec["rows"]]:
-            first, second = ids(question), ids(answer)
-            if spec.get("seq2seq"):
-                found.append({"input_ids": first, "labels": second})
-            else:
-                found.append(
-                    {"input_ids": (first + second)[:MAX_LENGTH], "labels": ([-100] * len(first) + second)[:MAX_LENGTH]}
-                )
-        return found
-    texts = [row["prompt"] for row in _read("prompts.csv", FOLDER)]
-    return [{"input_ids": ids(text), "labels": ids(text)} for text in texts[: spec["rows"]]]
+    if spec["data"] == "prompts.csv":
+        texts = [row["prompt"] for row in _read("prompts.csv", FOLDER)][: spec["rows"]]
+        return [{"input_ids": ids(text), "labels": ids(text)} for text in texts]
+    found = []
+    for row in _read(spec["data"], FOLDER)[: spec["rows"]]:
+        question, answer = ids(row["instruction"] + row["input"]), ids(row["output"])
+        if spec.get("seq2seq"):
+            found.append({"input_ids": question, "labels": answer})
+        else:
+            labels = [-100] * len(question) + answer
+            found.append({"input_ids": (question + answer)[:MAX_LENGTH], "labels": labels[:MAX_LENGTH]})
+    return found
 
 
 def _read(name: str, demo: Path) -> list[dict[str, str]]:
@@ -119,38 +172,49 @@ def _read(name: str, demo: Path) -> list[dict[str, str]]:
     )
 
 
-class Collator:
-    """Pads at the right, as the peers' collators do; notes how many real tokens each batch has."""
+class Counting:
+    """A collator that notes how many real tokens, and how many with a label, each batch has."""
 
-    def __init__(self) -> None:
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
         self.tokens: list[int] = []
+        self.live: list[int] = []
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-        import torch
-
-        length, labels = max(len(r["input_ids"]) for r in rows), max(len(r["labels"]) for r in rows)
         separate = any(len(r["labels"]) != len(r["input_ids"]) for r in rows)
         self.tokens.append(sum(len(r["input_ids"]) + separate * len(r["labels"]) for r in rows))
-        return {
-            "input_ids": torch.tensor([r["input_ids"] + [0] * (length - len(r["input_ids"])) for r in rows]),
-            "attention_mask": torch.tensor([[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows]),
-            "labels": torch.tensor([r["labels"] + [-100] * (labels - len(r["labels"])) for r in rows]),
-        }
+        self.live.append(sum(label != -100 for r in rows for label in r["labels"]))
+        return self.collate(rows)
+
+
+def _padded(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """At the right, as the peers' collators pad."""
+    import torch
+
+    length, labels = max(len(r["input_ids"]) for r in rows), max(len(r["labels"]) for r in rows)
+    return {
+        "input_ids": torch.tensor([r["input_ids"] + [0] * (length - len(r["input_ids"])) for r in rows]),
+        "attention_mask": torch.tensor([[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows]),
+        "labels": torch.tensor([r["labels"] + [-100] * (labels - len(r["labels"])) for r in rows]),
+    }
+
+
+def _chunks(values: list[int], size: int) -> list[list[int]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def _clock() -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.losses: list[float] = []
+        seconds = 0.0
+        losses: list[float] = []
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.started)
+            self.seconds = time.perf_counter() - self.started
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
@@ -163,25 +227,34 @@ def report(records: list[dict[str, Any]]) -> str:
     lines = [
         "# How fast does an adapter train?",
         "",
-        f"Real tokens per second (padding is not counted) over steps 2 to {STEPS} of the same job on the same rows; peak",
-        "memory of the process. Bases have the named models' shapes and random weights.",
+        "Real tokens per second (padding is not counted) over one epoch of the same rows, with the peak memory of the process",
+        "and the epoch's mean loss. Bases have the named models' shapes and random weights. The sides:",
         "",
-        "| job | side | real tokens/s | of ours | peak memory | of ours | last loss |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        *(f"- **{side}**: {what}." for side, what in SIDES.items()),
+        "",
     ]
     by_name = {record["variant"]: record for record in records}
     for job in JOBS:
-        mine = by_name.get(f"{job}: ours")
+        own = by_name.get(f"{job}: Tunesmith")
+        if own is None:
+            continue
+        lines += [
+            f"## {job}",
+            "",
+            "| side | real tokens/s | Tunesmith is faster by | peak memory | Tunesmith holds | mean loss |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
         for side in SIDES:
             r = by_name.get(f"{job}: {side}")
-            if r is None or mine is None:
+            if r is None:
                 continue
-            if "error" in r or "error" in mine:
-                lines.append(f"| {job} | {side} | failed: {r.get('error', ['ours failed'])[0]} | | | | |")
+            if "error" in r or "error" in own:
+                lines.append(f"| {side} | failed: {r.get('error', ['Tunesmith failed'])[0]} | | | | |")
                 continue
-            speed, memory = r["tokens_per_second"], r["peak_mb"]
+            ratio, share = own["tokens_per_second"] / r["tokens_per_second"], own["peak_mb"] / r["peak_mb"]
             lines.append(
-                f"| {job} | {side} | {speed:.0f} | {speed / mine['tokens_per_second']:.2f} | {memory:,.0f} MB "
-                f"| {memory / mine['peak_mb']:.2f} | {r['final_loss']:.3f} |"
+                f"| {side} | {r['tokens_per_second']:.0f} | {ratio:.2f}x | {r['peak_mb']:,.0f} MB | {share:.2f}x "
+                f"| {r['loss']:.3f} |"
             )
+        lines.append("")
     return "\n".join(lines)

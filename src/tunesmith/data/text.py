@@ -47,7 +47,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> Tokenized
 
 
 class PadRight:
-    """Collator: rows of one length, labels equal to the ids, padding masked and `IGNORED`.
+    """Collator: rows of one length, labels the examples' own or else the ids, padding masked and `IGNORED`.
 
     Padding is told by position, never by id: where pad and end-of-text are one token, the real end is still learned.
     """
@@ -65,7 +65,7 @@ class PadRight:
         return {
             "input_ids": padded(self.pad_id, rows),
             "attention_mask": padded(0, [torch.ones_like(row) for row in rows]),
-            "labels": padded(IGNORED, rows),
+            "labels": padded(IGNORED, [torch.tensor(example.get("labels", example["input_ids"])) for example in examples]),
         }
 
 
