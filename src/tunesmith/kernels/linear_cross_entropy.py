@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS_AT_A_TIME = 2**26  # values; 128 MB in 16 bits. Larger chunks read the head's weight less often.
-TILE = 16_384  # values of one row that are exponentiated at a time
+TILE = {"cpu": 2**19}  # values that are exponentiated at a time: on a CPU what its cache holds in fp32, else all
+LEAST = -80.0  # exponents below vanish beside the largest term's 1, and would give subnormal numbers, which are slow
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -42,10 +42,11 @@ class _FrozenHead(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        rows = max(LOGITS_AT_A_TIME // weight.shape[0], 16)
+        rows = max(min(LOGITS_AT_A_TIME // weight.shape[0], hidden.shape[0]), 16)
+        memory = hidden.new_empty(rows * weight.shape[0])  # of every chunk's logits: new memory is slow at first touch
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
-            part, gradient[chunk] = _chunk(hidden[chunk], weight, bias, labels[chunk], smoothing, wide)
+            part, gradient[chunk] = _chunk(hidden[chunk], weight, bias, labels[chunk], smoothing, wide, memory)
             loss += part
         ctx.save_for_backward(gradient)
         return loss
@@ -57,23 +58,35 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float, wide: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    smoothing: float,
+    wide: torch.dtype,
+    memory: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Loss `()` and gradient `(rows, dim)` of some rows, in the wide type."""
-    words = weight.shape[0]
-    logits = F.linear(hidden, weight, bias)  # (rows, vocabulary)
+    words, count = weight.shape[0], len(labels)
+    logits = memory[: count * words].view(count, words)
+    torch.mm(hidden, weight.T, out=logits)
+    if bias is not None:
+        logits += bias
     largest = logits.amax(1, keepdim=True).to(wide)
-    of_label = logits.gather(1, labels[:, None])[:, 0].to(wide)
+    row = torch.arange(count, device=labels.device)
+    of_label = logits[row, labels].to(wide)
     total = logits.sum(1, dtype=wide) if smoothing else None
-    sums = torch.zeros(len(labels), dtype=wide, device=hidden.device)
-    for tile in logits.split(TILE, dim=1):
-        exponentials = torch.sub(tile, largest).exp_()  # in the wide type
+    sums = torch.zeros(count, dtype=wide, device=hidden.device)
+    width = max(TILE.get(hidden.device.type, words * count) // count, 1)
+    wide_memory = torch.empty(count, min(width, words), dtype=wide, device=hidden.device)
+    for tile in logits.split(width, dim=1):
+        exponentials = wide_memory[:, : tile.shape[1]].copy_(tile).sub_(largest).clamp_(min=LEAST).exp_()
         sums += exponentials.sum(1)
         tile.copy_(exponentials)
     log_sum = largest[:, 0] + sums.log()
     target = (of_label - largest[:, 0]).exp() - (1 - smoothing) * sums
     rounded = target.to(logits.dtype)
-    logits.scatter_(1, labels[:, None], rounded[:, None])
+    logits[row, labels] = rounded
     gradient = (logits @ weight).to(wide) + (target - rounded)[:, None] * weight[labels].to(wide)
     gradient /= sums[:, None]
     loss = log_sum - (1 - smoothing) * of_label

@@ -18,6 +18,7 @@ from .. import preflight, segments, site
 from ..contracts import Around
 from ..errors import UsageError
 from ..frame import Frame
+from ..kernels.activations import one_kernel
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..model import PeftModel
 from ..prompting import IGNORED
@@ -34,6 +35,16 @@ class Tap(Around):
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         (self.hidden,) = (*args, *kwargs.values())
         return self.hidden[..., :0]
+
+
+class OneKernel(Around):
+    """Around an activation that takes several passes over memory: computes it in one (`kernels/activations.py`)."""
+
+    def __init__(self, kernel: Callable[[Tensor], Tensor]) -> None:
+        self.kernel = kernel
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.kernel(*args, **kwargs)
 
 
 class LiveLoss:
@@ -53,6 +64,8 @@ class LiveLoss:
         self.encoder_decoder = bool(getattr(self.base.config, "is_encoder_decoder", False)) if self.head is not None else False
         self._same: bool | None = None
         self._shares = True  # virtual tokens are computed once for all rows
+        found = ((module, one_kernel(module)) for module in self.base.modules() if not site.fault(module))
+        self._activations = [(module, OneKernel(kernel)) for module, kernel in found if kernel is not None]
 
     def __call__(self, inputs: dict[str, Any], items: Any = None, smoothing: float = 0.0) -> Tensor | None:
         """The loss of a batch with labels; None where the model's own is to be taken.
@@ -108,7 +121,8 @@ class LiveLoss:
     def _fused(self, inputs: dict[str, Any], items: Any, smoothing: float) -> Tensor:
         handle, tap = self.handle, Tap()
         plain = handle._frame
-        frame = Frame({**plain.adapters, site.install(self.head): (tap,)}, plain.prompts, names=plain.names)
+        around: dict[site.Site, Any] = {site.install(module): (kernel,) for module, kernel in self._activations}
+        frame = Frame({**around, **plain.adapters, site.install(self.head): (tap,)}, plain.prompts, names=plain.names)
         if inputs.get(segments.BOUNDARIES) is not None:
             frame, inputs = segments.packed(self.base, frame, inputs)
         with handle._entered(frame):
