@@ -281,6 +281,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         self.adapters[name] = tree
         self.peft_config[name] = config
         self._forget()
+        scheduled.watch(self, [config])
         tree.requires_grad_(False)
         if not self._active:
             self.set_adapter(name)
@@ -391,10 +392,11 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
     def set_adapter(self, adapter_name: str | list[str] | tuple[str, ...], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; they alone train (unless loaded or set for inference)."""
         names = self._named(adapter_name)
-        self._active = names
+        before, self._active = self._active, names
         self._settle()
-        for name, tree in self.adapters.items():
-            tree.requires_grad_(name in names and not inference_mode and not self.peft_config[name].inference_mode)
+        for name in {*before, *names} & self.peft_config.keys():
+            trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
+            self.tree(name).requires_grad_(trains)
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove adapters; when no active one is left, the first remaining one becomes active."""
@@ -490,6 +492,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         """A copied or unpickled handle sets its sites on its own base."""
         super().__setstate__(state)
         self._forget()
+        scheduled.watch(self, self.peft_config.values())
         self._checkpointing = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
         records[self.base_model] = self._record
         self._record.handles.add(self)

@@ -38,6 +38,7 @@ def train(
         bool | None,
         typer.Option("--packing/--no-packing", help="Texts of a batch in one row, unpadded. Default: where possible."),
     ] = None,
+    dtype: Annotated[str, typer.Option(help="What the base computes in: auto (bfloat16 where fast), float32, ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Decides the held-out rows, start values and order of rows.")] = 0,
 ) -> None:
     """Train an adapter on your own texts.
@@ -53,6 +54,7 @@ def train(
     check_folder(output_dir)
 
     from ..auto import load_base, load_tokenizer
+    from ..bases.precision import dtype_named
     from ..train import job, quiet
 
     console = Console(highlight=False, soft_wrap=True)
@@ -61,8 +63,11 @@ def train(
         num_train_epochs, per_device_train_batch_size, learning_rate, max_length, held_out, seed, options, packing,
     )  # fmt: skip
     quiet.hush()
-    console.print(f"{len(texts)} rows from {data}; base {base}, method {method}")
-    model, tokenizer = load_base(base), load_tokenizer(base)
+    chosen = dtype_named(dtype)
+    model, tokenizer = load_base(base, dtype="auto" if chosen is None else chosen), load_tokenizer(base)
+    computes = str(model.dtype).removeprefix("torch.")
+    note = ", which this machine multiplies fastest (--dtype float32 for full precision)" if dtype == "auto" and chosen else ""
+    console.print(f"{len(texts)} rows from {data}; base {base} in {computes}{note}; method {method}")
     result = job.train(model, tokenizer, texts, settings, title=method, console=console)
     size = job.save(result, tokenizer, output_dir)
     trainable, total = result.handle.get_nb_trainable_parameters()
