@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from . import site
+from .bases import quantised
 from .conflicts import conflict
 from .errors import UsageError
 from .frame import CarriesFrame
@@ -110,8 +111,16 @@ class Mergeable:
             records[base] = BaseRecord({name: p.requires_grad for name, p in base.named_parameters()})
         self._record = records[base]
         self._record.handles.add(self)
+        self._take_up_stored()
         for parameter in base.parameters():
             parameter.requires_grad_(False)
+
+    def _take_up_stored(self: Any) -> None:
+        """Quantised modules compute through their views, so that nothing rewrites what they store."""
+        quantised.hold(self.base_model)
+        for _, view in quantised.quantised_views(self.base_model):
+            if site.fault(view.module) is None:
+                site.install(view.module)
 
     def _detach(self: Any) -> nn.Module:
         base, record = self.base_model, self._record
@@ -124,6 +133,7 @@ class Mergeable:
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 if isinstance(function, CarriesFrame):
                     module._gradient_checkpointing_func = function.checkpoint
+            quantised.release(base)
             record.thaw(base)
             records.pop(base, None)
         return base
