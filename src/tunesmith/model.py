@@ -442,7 +442,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             self._disabled = before
             self._settle()
             if merged:
-                self.merge_adapter([name for name in merged if name in self.peft_config])
+                self.merge_adapter([name for name in merged if name in self.peft_config], requantize=True)
 
     def disable_adapters(self) -> None:
         """As `disable_adapter()`, until `enable_adapters()`."""

@@ -227,14 +227,21 @@ class Linear8bitView(QuantisedView):
         self.module.state.CB = self.module.state.SCB = None  # taken from the weight again
 
 
+def view_if_quantised(module: nn.Module) -> QuantisedView | None:
+    """The view of a module that is quantised; None for any other."""
+    kind = view_type(module)
+    if kind is None or not issubclass(kind, QuantisedView):
+        return None
+    view = kind(module)
+    return view if view.storage_fault() is None else None
+
+
 def quantised_views(model: nn.Module) -> Iterator[tuple[str, QuantisedView]]:
     """`(path, view)` of every quantised module of `model`, itself included."""
     for path, module in model.named_modules():
-        kind = view_type(module)
-        if kind is not None and issubclass(kind, QuantisedView):
-            view = kind(module)
-            if view.storage_fault() is None:
-                yield path, view
+        view = view_if_quantised(module)
+        if view is not None:
+            yield path, view
 
 
 def hold(model: nn.Module) -> None:

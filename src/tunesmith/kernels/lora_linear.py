@@ -41,7 +41,8 @@ def applies(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None) -> bool:
     frozen = (weight,) if bias is None else (weight, bias)
     return (
         type(x) in PLAIN
-        and all(type(value) in (*PLAIN, Decoded) and value.dtype == x.dtype and not value.requires_grad for value in frozen)
+        and all(type(value) in PLAIN or isinstance(value, Decoded) for value in frozen)
+        and all(value.dtype == x.dtype and not value.requires_grad for value in frozen)
         and x.layout is torch.strided
         and not x.is_nested
         and not torch.is_autocast_enabled(x.device.type)
