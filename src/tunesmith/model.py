@@ -17,6 +17,7 @@ from torch import nn
 from . import preflight, prompting, scheduled, segments, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
+from .bases.quantised import logical_size
 from .checkpoint import load_adapter, save_adapters
 from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
@@ -443,7 +444,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             self._disabled = before
             self._settle()
             if merged:
-                self.merge_adapter([name for name in merged if name in self.peft_config])
+                self.merge_adapter([name for name in merged if name in self.peft_config], requantize=True)
 
     def disable_adapters(self) -> None:
         """As `disable_adapter()`, until `enable_adapters()`."""
@@ -459,7 +460,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """`(trainable, all)` parameter counts; shared parameters count once."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        sizes = [(logical_size(p), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -496,6 +497,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         self._checkpointing = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
         records[self.base_model] = self._record
         self._record.handles.add(self)
+        self._take_up_stored()
         self._adapters_by_site(tuple(self.peft_config))
 
     def _known(self, name: str) -> None:
