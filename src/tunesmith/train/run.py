@@ -203,10 +203,8 @@ def _smaller(settings: Settings) -> str:
     batch, length = settings.per_device_train_batch_size, settings.max_length
     advice = []
     if batch > 1:
-        accumulation = settings.gradient_accumulation_steps * 2
-        advice.append(
-            f"--per-device-train-batch-size {batch // 2} --gradient-accumulation-steps {accumulation} (the same steps)"
-        )
+        twice = settings.gradient_accumulation_steps * 2
+        advice.append(f"--batch-size {batch // 2} --gradient-accumulation-steps {twice} (the same steps)")
     if not settings.gradient_checkpointing:
         advice.append("--gradient-checkpointing")
     advice.append(f"--max-length {length // 2}")

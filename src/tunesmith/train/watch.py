@@ -27,9 +27,7 @@ class RecordMetrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.monotonic()
-        kept = [
-            record for record in read_metrics(self.path) if record.get("step", 0) <= state.global_step and state.global_step
-        ]
+        kept = [record for record in read_metrics(self.path) if 0 < record.get("step", 0) <= state.global_step]
         self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
