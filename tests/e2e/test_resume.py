@@ -95,7 +95,9 @@ def test_settings_and_data_must_be_the_same_to_go_on(recipe, tmp_path):
     assert finished(recipe, "--output-dir", folder, "--max-steps", 3)[0] == 0
     code, printed = finished(recipe, "--output-dir", folder, "--max-steps", 3)
     assert code == 2 and "--resume" in printed
-    code, printed = finished(recipe, "--output-dir", folder, "--max-steps", 3, "--resume", "--learning-rate", "0.5", "--seed", 4)
+    code, printed = finished(
+        recipe, "--output-dir", folder, "--max-steps", 3, "--resume", "--learning-rate", "0.5", "--seed", 4
+    )
     assert code == 2 and "learning_rate: 0.002 there, 0.5 now" in printed and "seed: 0 there, 4 now" in printed
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:-1]))
     code, printed = finished(recipe, "--output-dir", folder, "--max-steps", 3, "--resume")

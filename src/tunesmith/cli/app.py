@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun, OutOfMemoryError, TunesmithError
-from . import demo, generate, methods, train
+from . import demo, generate, methods, train, validate
 
 EXIT_CODES: dict[type[BaseException], int] = {
     DataError: 3,
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("validate")(validate.validate)
 app.command("methods")(methods.methods)
 
 
