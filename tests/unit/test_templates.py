@@ -17,7 +17,12 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ASK = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]
-TALK = [{"role": "system", "content": "Be brief."}, *ASK, {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2."}]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    *ASK,
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "2."},
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +86,23 @@ def test_parquet_rows_are_read_and_numbered(tmp_path):
 
 def test_every_faulty_row_is_told_with_its_line(tmp_path):
     path = tmp_path / "rows.json"
-    rows = [FORMS["alpaca"], {"instruction": "", "output": "3"}, {"instruction": "Add."}, {"instruction": "Add.", "output": 3}, 7]
+    rows = [
+        FORMS["alpaca"],
+        {"instruction": "", "output": "3"},
+        {"instruction": "Add."},
+        {"instruction": "Add.", "output": 3},
+        7,
+    ]
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]")
     found = read_examples(path)
     assert len(found.examples) == 1 and found.total == 5
     text = "\n".join(found.faults)
-    for line, words in {3: '"instruction" is empty', 4: 'no column "output"', 5: "holds 3, expected text", 6: "holds 7"}.items():
+    for line, words in {
+        3: '"instruction" is empty',
+        4: 'no column "output"',
+        5: "holds 3, expected text",
+        6: "holds 7",
+    }.items():
         assert f"{path}:{line}" in text and words in text
 
 
@@ -106,7 +122,9 @@ def test_the_form_of_the_chinese_article(tokenizer):
 
 def test_the_form_of_the_spanish_article(tokenizer):
     user = {"role": "user", "content": "Suma.\n1 y 2", "instruction": "Suma.", "input": "1 y 2"}
-    pieces = chosen("instruccion", "alpaca", tokenizer).pieces(example([user, {"role": "assistant", "content": "3"}]), tokenizer)
+    pieces = chosen("instruccion", "alpaca", tokenizer).pieces(
+        example([user, {"role": "assistant", "content": "3"}]), tokenizer
+    )
     assert [piece.trained for piece in pieces] == [False, True] and pieces[1].text == "3"
     assert pieces[0].text.startswith("### Instrucción:\nUtiliza la siguiente Tarea")
     assert pieces[0].text.endswith("### Tarea:\nSuma.\n\n### Entrada:\n1 y 2\n\n### Respuesta:\n")
@@ -141,7 +159,7 @@ def test_everything_is_trained_when_asked_for(tokenizer):
 
 
 def test_a_template_that_rewrites_what_was_said_is_refused(tokenizer):
-    forgets = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{{ loop.length }}{% endif %}{% endfor %}"
+    forgets = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
     with pytest.raises(DataError, match=r"rows.json:1: .*differently once it is answered.*--no-completion-only-loss"):
         Template("forgets", forgets).pieces(example(ASK), tokenizer)
 
@@ -172,7 +190,8 @@ def test_what_is_taken_where_none_is_named(tokenizer):
 
 def test_a_template_of_ones_own(tokenizer, tmp_path):
     path = tmp_path / "mine.jinja"
-    path.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+    turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    path.write_text(turns + "{% if add_generation_prompt %}[assistant] {% endif %}")
     mine = chosen(str(path), "alpaca", tokenizer)
     assert mine.name == "mine.jinja" and [text.strip() for text in trained(mine.pieces(example(ASK), tokenizer))] == ["1."]
     path.write_text("Question: {{ question }}")

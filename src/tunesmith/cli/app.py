@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun, OutOfMemoryError, TunesmithError
-from . import demo, generate, methods, train, validate
+from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, train, validate
 
 EXIT_CODES: dict[type[BaseException], int] = {
     DataError: 3,
@@ -29,11 +30,20 @@ app = typer.Typer(
     context_settings={"max_content_width": 110},
     rich_markup_mode=None,  # plain help: a screen holds it, and rich is not imported for it
 )
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("generate")(generate.generate)
-app.command("validate")(validate.validate)
-app.command("methods")(methods.methods)
+COMMANDS: dict[str, Any] = {
+    "validate": validate.validate,
+    "train": train.train,
+    "eval": evaluate.evaluate,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "merge": merge.merge,
+    "inspect": inspect.inspect,
+    "methods": methods.methods,
+    "doctor": doctor.doctor,
+    "demo": demo.demo,
+}
+for verb, command in COMMANDS.items():
+    app.command(verb)(command)
 
 
 def _show_version(wanted: bool) -> None:

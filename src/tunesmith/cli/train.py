@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..train.recipe import FIELDS, NOTHING_TO_SET, OLD_NAMES, TYPES, resolve
+from ..train.recipe import FIELDS, NOTHING_TO_SET, OLD_NAMES, SYNONYMS, TYPES, resolve
 from ..train.settings import Settings
 
 HELP = """Train an adapter on your own data.
@@ -96,29 +96,30 @@ def _list_settings() -> None:
 def _flags() -> list[inspect.Parameter]:
     """A flag for each setting, and hidden ones for the names that other tools have for them."""
 
-    def flag(name: str, annotation: Any, *names: str, help: str = "", shown: bool = True) -> inspect.Parameter:
-        option = typer.Option(*names, help=help, hidden=not shown, show_default=False)
+    def flag(name: str, annotation: Any, spelling: str, help: str = "", shown: bool = True) -> inspect.Parameter:
+        option = typer.Option(spelling, help=help, hidden=not shown, show_default=False)
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
         )
 
     found = []
     for name, field in FIELDS.items():
-        spellings = [f"--{other.replace('_', '-')}" for other in (name, *field.metadata["names"])]
+        spelling = f"--{name.replace('_', '-')}"
         hint = TYPES[name]
         optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
         kind = next(option for option in typing.get_args(hint) if option is not type(None)) if optional else hint
         if kind is bool:
-            spellings = [f"{spellings[0]}/--no-{spellings[0][2:]}"]
+            spelling += f"/--no-{spelling[2:]}"
         if typing.get_origin(kind) is dict:
             kind = list[str]
         elif kind is not bool:
             kind = str  # one reader of numbers for recipes, the environment and flags
         default = "" if field.default in (None, "") or callable(field.default_factory) else f" [{field.default}]"
         help = field.metadata["help"] + default
-        found.append(flag(name, kind, *spellings, help=help, shown=field.metadata["shown"]))
-    for old in {**OLD_NAMES, **NOTHING_TO_SET}:
-        found.append(flag(old, str, f"--{old.replace('_', '-')}", shown=False))
+        found.append(flag(name, kind, spelling, help=help, shown=field.metadata["shown"]))
+    for other in {**SYNONYMS, **OLD_NAMES, **NOTHING_TO_SET}:
+        kind = list[str] if SYNONYMS.get(other) == "options" else str
+        found.append(flag(other, kind, f"--{other.replace('_', '-')}", shown=False))
     return found
 
 
@@ -131,7 +132,7 @@ def _give_signature() -> None:
         ),
         inspect.Parameter(
             "resume", inspect.Parameter.KEYWORD_ONLY, default=False,
-            annotation=Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output-dir.")],
+            annotation=Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")],
         ),
         inspect.Parameter(
             "dry_run", inspect.Parameter.KEYWORD_ONLY, default=False,

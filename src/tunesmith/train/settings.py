@@ -33,18 +33,16 @@ def method_names() -> list[str]:
 class Settings:
     """A job's settings under the ecosystem's names; those of the method are checked when made."""
 
-    method: str = setting("prompt-tuning", "prompt-tuning, lora, or any of `tunesmith methods`.", shown=True)
-    data: str | None = setting(None, "csv, json, jsonl, parquet or txt file, or a hub data set.", "dataset", shown=True)
+    method: str = setting("prompt-tuning", "See `tunesmith methods`.", shown=True)
+    data: str | None = setting(None, "csv, json, jsonl, parquet, txt or hub name.", "dataset", shown=True)
     text_column: str | None = setting(None, "Train on this column as plain text.", shown=True)
     columns: dict[str, str] = setting(  # noqa: RUF009
-        dict, "Your names of columns: instruction=question,output=answer.", shown=True
+        dict, "Your names, e.g. instruction=question.", shown=True
     )
     format: str | None = setting(None, "alpaca, messages, sharegpt, prompt-completion or text; default: told by the columns.")
-    template: str | None = setting(
-        None, "chat, human-assistant, instruction, instruccion, none or a Jinja file; default: by the data's form.", shown=True
-    )
+    template: str | None = setting(None, "chat, human-assistant, none, file.jinja, ...", shown=True)
     completion_only_loss: bool = setting(True, "Train the answers alone, not the questions.")
-    base: str = setting("sprout", "Base model: sprout, a folder or a hub id.", "model_name_or_path", shown=True)
+    base: str = setting("sprout", "Base: sprout, a folder or a hub id.", "model_name_or_path", shown=True)
     output_dir: str = setting("adapter", "Where the adapter is written.", shown=True)
     num_virtual_tokens: int = setting(8, "Prompt methods: how many virtual tokens.", shown=True)
     prompt_tuning_init_text: str | None = setting(None, "Prompt tuning: a text to start from.")
@@ -53,9 +51,9 @@ class Settings:
     lora_dropout: float = setting(0.0, "LoRA: dropout while training.")
     lora_target_modules: str | None = setting(None, "Comma-separated names or all-linear.", shown=True)
     options: dict[str, Any] = setting(  # noqa: RUF009
-        dict, "Fields of the method's config: use_dora=true,bias=all.", "option", shown=True
+        dict, "Config fields, e.g. use_dora=true,bias=all.", "option", shown=True
     )
-    num_train_epochs: float = setting(5, "Passes over the data.", "epochs", shown=True)
+    num_train_epochs: float = setting(5.0, "Passes over the data.", "epochs", shown=True)
     max_steps: int = setting(-1, "Stop after so many steps; -1 goes by the epochs.")
     per_device_train_batch_size: int = setting(8, "Rows per step.", "batch_size", shown=True)
     gradient_accumulation_steps: int = setting(1, "Batches that make one step.")
@@ -65,13 +63,13 @@ class Settings:
     warmup_steps: float | None = setting(None, "Steps of rising learning rate; below 1, a share of all. Default: up to 10.")
     weight_decay: float = setting(0.0, "Pull of the weights towards 0.")
     max_grad_norm: float = setting(1.0, "Longer gradients are cut to this length.")
-    max_length: int = setting(256, "Cut longer rows to so many tokens, virtual ones included.", shown=True)
+    max_length: int = setting(256, "Cut longer rows to so many tokens.", shown=True)
     held_out: float = setting(0.1, "Share of the rows kept for evaluation.", shown=True)
     packing: bool | None = setting(None, "Texts of a batch in one row, unpadded. Default: where possible.")
     logging_steps: int | None = setting(None, "Steps between records of the loss; default: a thirtieth of all.")
     save_steps: int = setting(100, "Steps between checkpoints.", shown=True)
     save_total_limit: int = setting(2, "How many checkpoints are kept.")
-    seed: int = setting(0, "Decides the held-out rows, start values and order of rows.", shown=True)
+    seed: int = setting(0, "Decides the held-out rows, start values and order of rows.")
 
     def __post_init__(self) -> None:
         if self.method not in method_names():
