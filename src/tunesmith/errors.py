@@ -34,6 +34,20 @@ class DataError(TunesmithError, ValueError):
     """A data file or row cannot be used."""
 
 
+class DivergedError(TunesmithError, RuntimeError):
+    """A training whose loss is no number or runs away; `good_step` is the last step whose weights were good."""
+
+    good_step: int | None = None
+
+
+class OutOfMemoryError(TunesmithError, RuntimeError):
+    """The machine's memory does not suffice for a training."""
+
+
+class InterruptedRun(TunesmithError, RuntimeError):
+    """A training that a signal ended, with a checkpoint to go on from."""
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     """The up to `count` options most like `name`, best first."""
     return difflib.get_close_matches(name, list(dict.fromkeys(options)), n=count, cutoff=0.5)

@@ -7,6 +7,7 @@ import torch
 
 from tunesmith import ConfigError
 from tunesmith.bases import precision
+from tunesmith.train.settings import Settings
 
 
 @pytest.mark.parametrize("instructions", [(False, False), (True, False), (False, True)])
@@ -22,5 +23,5 @@ def test_bfloat16_where_the_cpu_multiplies_it(instructions, monkeypatch):
 def test_named_types_and_others():
     assert precision.dtype_named("float32") is torch.float32
     assert precision.fast_dtype(torch.device("meta")) is None
-    with pytest.raises(ConfigError, match=r'dtype "fp32" is unknown; use auto, float32, bfloat16, float16'):
-        precision.dtype_named("fp32")
+    with pytest.raises(ConfigError, match=r'dtype "fp32" is unknown.*use auto, float32, bfloat16, float16'):
+        Settings(dtype="fp32")

@@ -9,10 +9,6 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
-
-NAMES = ("auto", "float32", "bfloat16", "float16")
-
 
 def fast_dtype(device: torch.device | None = None) -> torch.dtype | None:
     """bfloat16 where `device` (by default the one a Trainer would take) has instructions for it, else None."""
@@ -27,13 +23,7 @@ def fast_dtype(device: torch.device | None = None) -> torch.dtype | None:
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """The type of that name; "auto" is `fast_dtype()`, and None leaves the base in the type it is stored in.
-
-    Raises:
-        ConfigError: the name is none of `NAMES`.
-    """
-    if name not in NAMES:
-        raise ConfigError(f'dtype "{name}" is unknown; use {", ".join(NAMES)}')
+    """The type of that name; "auto" is `fast_dtype()`, and None leaves the base in the type it is stored in."""
     return fast_dtype() if name == "auto" else getattr(torch, name)
 
 

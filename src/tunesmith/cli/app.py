@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
 from .. import __version__
-from ..errors import ConfigError, DataError, TunesmithError
-from . import demo, generate, methods, train
+from ..errors import ConfigError, DataError, DivergedError, InterruptedRun, OutOfMemoryError, TunesmithError
+from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, train, validate
 
-EXIT_FAILED, EXIT_USAGE, EXIT_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_CODES: dict[type[BaseException], int] = {
+    DataError: 3,
+    ConfigError: 2,
+    OutOfMemoryError: 4,
+    DivergedError: 5,
+    InterruptedRun: 130,
+    TunesmithError: 1,
+}
+EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="tunesmith",
@@ -18,11 +27,23 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 110},
+    rich_markup_mode=None,  # plain help: a screen holds it, and rich is not imported for it
 )
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("generate")(generate.generate)
-app.command("methods")(methods.methods)
+COMMANDS: dict[str, Any] = {
+    "validate": validate.validate,
+    "train": train.train,
+    "eval": evaluate.evaluate,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "merge": merge.merge,
+    "inspect": inspect.inspect,
+    "methods": methods.methods,
+    "doctor": doctor.doctor,
+    "demo": demo.demo,
+}
+for verb, command in COMMANDS.items():
+    app.command(verb)(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -39,16 +60,13 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 data, 130 interrupted."""
+    """Run the command line. Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 data, 4 memory,
+    5 diverged, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app([_with_dashes(argument) for argument in arguments])
-    except DataError as error:
-        _stop(error, EXIT_DATA)
-    except ConfigError as error:
-        _stop(error, EXIT_USAGE)
     except TunesmithError as error:
-        _stop(error, EXIT_FAILED)
+        _stop(error, next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
     except KeyboardInterrupt:
         _stop("interrupted", EXIT_INTERRUPTED)
 

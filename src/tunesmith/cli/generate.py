@@ -3,54 +3,66 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..errors import ConfigError
 
+Adapter = Annotated[
+    Path | None, typer.Option(help="Adapter folder or hub id; leave out for the bare base.", show_default=False)
+]
+Base = Annotated[
+    str | None, typer.Option(help="Base model; default: the one the adapter names, else sprout.", show_default=False)
+]
+TemplateName = Annotated[str | None, typer.Option(help="Default: the one kept with the adapter.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 avoids repetition.")]
+Seed = Annotated[int, typer.Option(help="Decides what is sampled.")]
+
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder or hub id; leave out for the bare base.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model; default: the one the adapter names, else sprout.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 60,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.9,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repetition.")] = 1.3,
+    prompt: Annotated[str, typer.Option(help="The question, or the text to go on from.")],
+    adapter: Adapter = None,
+    base: Base = None,
+    template: TemplateName = None,
+    max_new_tokens: MaxNewTokens = 60,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 0.9,
+    repetition_penalty: RepetitionPenalty = 1.3,
     compare: Annotated[bool, typer.Option(help="Show the bare base's text, too.")] = False,
-    seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Go on from a prompt.
+    """Answer a prompt in the form that the adapter was trained on.
 
-    Example: tunesmith generate --adapter my-adapter --prompt "I want you to act as"
+    \b
+    Examples:
+      tunesmith generate --adapter my-adapter --prompt "I want you to act as"
+      tunesmith generate --adapter my-adapter --prompt "Name three tips." --compare
+      tunesmith generate --adapter my-adapter --prompt "Go on from here" --template none
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0 or not prompt:
-        raise ConfigError("needs a prompt, --max-new-tokens of at least 1, --temperature of at least 0, --top-p above 0 and "
-                          "at most 1, --repetition-penalty above 0")  # fmt: skip
-    import torch
+    if not prompt:
+        raise ConfigError('needs a prompt: --prompt "..."')
     from rich.console import Console
 
-    from ..auto import load_base, load_tokenizer
-    from ..checkpoint.files import AdapterFolder
-    from ..model import PeftModel
     from ..train import quiet
+    from ..train.speaker import Sampling, Speaker
 
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
-    name = base or (AdapterFolder.find(adapter).config().base_model_name_or_path if adapter else None) or "sprout"
-    bare, tokenizer = load_base(name).eval(), load_tokenizer(name)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    speaker = Speaker(str(adapter) if adapter else None, base, template)
+    verbatim = speaker.template.name == "none"
+    text = speaker.prompt([{"role": "user", "content": prompt}])
 
-    def show(title: str, model: Any) -> None:
-        torch.manual_seed(seed)
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling)
+    def show(title: str) -> None:
         if compare:
             console.print(f"[bold]{title}[/bold]")
-        console.print(tokenizer.decode(ids[0], skip_special_tokens=True), highlight=False, markup=False)
+        console.print((prompt if verbatim else "") + speaker.go_on(text, sampling), markup=False)
 
-    if compare or not adapter:
-        show(name, bare)
-    if adapter:
-        show(str(adapter), PeftModel.from_pretrained(bare, str(adapter)).eval())
+    if compare and adapter:
+        with speaker.bare():
+            show(speaker.base_name)
+    show(str(adapter or speaker.base_name))

@@ -1,79 +1,74 @@
-"""`tunesmith train`: a data file to an adapter."""
+"""`tunesmith train`: a data file to an adapter. Its flags are the fields of `Settings`."""
 
 from __future__ import annotations
 
-import json
+import inspect
+import os
+import types
+import typing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
+from ..train.recipe import FIELDS, NOTHING_TO_SET, OLD_NAMES, SYNONYMS, TYPES, resolve
+from ..train.settings import Settings
+
+HELP = """Train an adapter on your own data.
+
+\b
+Examples:
+  tunesmith train --data prompts.csv --text-column prompt --output-dir my-adapter
+  tunesmith train --data alpaca.json --method lora --learning-rate 1e-3
+  tunesmith train recipe.yaml --learning-rate 1e-4    flags win over the recipe
+  tunesmith train --resume --output-dir my-adapter    goes on after an interruption
+
+Settings come from the recipe, then TUNESMITH_... variables, then flags. All of them: --settings.
+"""
 
 
-def train(
-    data: Annotated[Path, typer.Option(help="csv, json, jsonl or txt file with one text per row.")],
-    text_column: Annotated[str | None, typer.Option(help="Column or key that holds the text.")] = None,
-    base: Annotated[str, typer.Option("--base", "--model-name-or-path", help="sprout, a folder or a hub id.")] = "sprout",
-    output_dir: Annotated[Path, typer.Option(help="Where the adapter is written.")] = Path("adapter"),
-    method: Annotated[str, typer.Option(help="prompt-tuning, lora, or any of `tunesmith methods`.")] = "prompt-tuning",
-    num_virtual_tokens: Annotated[int, typer.Option(help="Prompt methods: how many virtual tokens.")] = 8,
-    prompt_tuning_init_text: Annotated[str | None, typer.Option(help="Prompt tuning: a text to start from.")] = None,
-    lora_r: Annotated[int, typer.Option(help="LoRA and its kin: rank.")] = 8,
-    lora_alpha: Annotated[int, typer.Option(help="LoRA: strength (scale is alpha / r).")] = 16,
-    lora_dropout: Annotated[float, typer.Option(help="LoRA: dropout while training.")] = 0.0,
-    lora_target_modules: Annotated[str | None, typer.Option(help="Comma-separated names or all-linear.")] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", help="A field of the method's config, e.g. use_dora=true; repeatable."),
-    ] = None,
-    num_train_epochs: Annotated[float, typer.Option("--num-train-epochs", "--epochs", help="Passes over the data.")] = 5,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: the method's usual one.")] = None,
-    per_device_train_batch_size: Annotated[
-        int, typer.Option("--per-device-train-batch-size", "--batch-size", help="Rows per step.")
-    ] = 8,
-    max_length: Annotated[int, typer.Option(help="Cut longer rows to so many tokens.")] = 256,
-    held_out: Annotated[float, typer.Option(help="Share of the rows kept for evaluation.")] = 0.1,
-    packing: Annotated[
-        bool | None,
-        typer.Option("--packing/--no-packing", help="Texts of a batch in one row, unpadded. Default: where possible."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="What the base computes in: auto (bfloat16 where fast), float32, ...")] = "auto",
-    seed: Annotated[int, typer.Option(help="Decides the held-out rows, start values and order of rows.")] = 0,
-) -> None:
-    """Train an adapter on your own texts.
+def train(recipe: Path | None, resume: bool, dry_run: bool, settings: bool, **flags: Any) -> None:
+    if settings:
+        return _list_settings()
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    recorded = Path(flags.get("output_dir") or Settings.output_dir) / "recipe.resolved.yaml"
+    if resume and recipe is None and recorded.is_file():
+        recipe = recorded
+    resolved = resolve(recipe, os.environ, given)
+    for warning in resolved.warnings:
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+    values = resolved.values
+    if recipe is not None and recipe == recorded:
+        values["output_dir"] = str(recorded.parent)
+    if dry_run:
+        from ..train.recipe import as_yaml
 
-    Example: tunesmith train --data prompts.csv --text-column prompt --output-dir my-adapter
-    """
+        typer.echo(as_yaml(Settings(**values)), nl=False)
+        return None
+    if not values.get("data"):
+        raise ConfigError("no data; give a file: --data prompts.csv, or `data: prompts.csv` in the recipe")
+
+    from ..data.files import check_folder, raise_faults
+    from ..data.formats import read_examples
+    from ..train import run
+
+    # Before torch is imported: a mistake in the data shows at once.
+    folder = Path(values.get("output_dir", Settings.output_dir))
+    data = read_examples(
+        values["data"], text_column=values.get("text_column"), columns=values.get("columns"), format=values.get("format")
+    )
+    raise_faults(data.faults, data.total)
+    check_folder(folder)
+    checkpoint = run.check_resume(folder, resume)
+
     from rich.console import Console
 
-    from ..data.files import check_folder, read_texts
-
-    options = read_options(option or [])
-    texts = read_texts(data, text_column)  # before torch is imported: a mistake in the data shows at once
-    check_folder(output_dir)
-
-    from ..auto import load_base, load_tokenizer
-    from ..bases.precision import dtype_named
-    from ..train import job, quiet
-
     console = Console(highlight=False, soft_wrap=True)
-    settings = job.Settings(
-        method, num_virtual_tokens, prompt_tuning_init_text, lora_r, lora_alpha, lora_dropout, lora_target_modules,
-        num_train_epochs, per_device_train_batch_size, learning_rate, max_length, held_out, seed, options, packing,
-    )  # fmt: skip
-    quiet.hush()
-    chosen = dtype_named(dtype)
-    model, tokenizer = load_base(base, dtype="auto" if chosen is None else chosen), load_tokenizer(base)
-    computes = str(model.dtype).removeprefix("torch.")
-    note = ", which this machine multiplies fastest (--dtype float32 for full precision)" if dtype == "auto" and chosen else ""
-    console.print(f"{len(texts)} rows from {data}; base {base} in {computes}{note}; method {method}")
-    result = job.train(model, tokenizer, texts, settings, title=method, console=console)
-    size = job.save(result, tokenizer, output_dir)
-    trainable, total = result.handle.get_nb_trainable_parameters()
-    console.print(f"trained {trainable:,} of {total:,} parameters; {result.sentence()}")
-    console.print(f"adapter: {output_dir} ({size / 1024:.1f} KB of tensors)")
-    console.print(f'use it: tunesmith generate --adapter {output_dir} --prompt "..."')
+    if resume and checkpoint is None:
+        console.print(f"{folder} holds no checkpoint yet; starting at the beginning")
+    run.start(Settings(**values), data, checkpoint, console)
+    return None
 
 
 def read_options(pairs: list[str]) -> dict[str, Any]:
@@ -82,14 +77,76 @@ def read_options(pairs: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a pair has no `=`, or a name comes twice.
     """
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name or name in options:
-            raise ConfigError(f"--option {pair}: give each field once, as name=value, e.g. --option use_dora=true")
-        try:
-            options[name] = json.loads(text)
-        except ValueError:
-            options[name] = text
-    return options
+    return resolve(None, {}, {"options": pairs}).values["options"]
+
+
+def _list_settings() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("setting", "default", "what it is"):
+        table.add_column(column, no_wrap=column != "what it is")
+    for name, field in FIELDS.items():
+        default: Any = {} if callable(field.default_factory) else field.default
+        table.add_row(name, str(default), field.metadata["help"])
+    Console(highlight=False, markup=False).print(table)
+
+
+def _flags() -> list[inspect.Parameter]:
+    """A flag for each setting, and hidden ones for the names that other tools have for them."""
+
+    def flag(name: str, annotation: Any, spelling: str, help: str = "", shown: bool = True) -> inspect.Parameter:
+        option = typer.Option(spelling, help=help, hidden=not shown, show_default=False)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
+        )
+
+    found = []
+    for name, field in FIELDS.items():
+        spelling = f"--{name.replace('_', '-')}"
+        hint = TYPES[name]
+        optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kind = next(option for option in typing.get_args(hint) if option is not type(None)) if optional else hint
+        if kind is bool:
+            spelling += f"/--no-{spelling[2:]}"
+        if typing.get_origin(kind) is dict:
+            kind = list[str]
+        elif kind is not bool:
+            kind = str  # one reader of numbers for recipes, the environment and flags
+        default = "" if field.default in (None, "") or callable(field.default_factory) else f" [{field.default}]"
+        help = field.metadata["help"] + default
+        found.append(flag(name, kind, spelling, help=help, shown=field.metadata["shown"]))
+    for other in {**SYNONYMS, **OLD_NAMES, **NOTHING_TO_SET}:
+        kind = list[str] if SYNONYMS.get(other) == "options" else str
+        found.append(flag(other, kind, f"--{other.replace('_', '-')}", shown=False))
+    return found
+
+
+def _give_signature() -> None:
+    """Typer reads a command's flags from its signature."""
+    own = [
+        inspect.Parameter(
+            "recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None,
+            annotation=Annotated[Path | None, typer.Argument(help="A yaml file of settings.", show_default=False)],
+        ),
+        inspect.Parameter(
+            "resume", inspect.Parameter.KEYWORD_ONLY, default=False,
+            annotation=Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")],
+        ),
+        inspect.Parameter(
+            "dry_run", inspect.Parameter.KEYWORD_ONLY, default=False,
+            annotation=Annotated[bool, typer.Option("--dry-run", help="Print every setting as a recipe, and stop.")],
+        ),
+        inspect.Parameter(
+            "settings", inspect.Parameter.KEYWORD_ONLY, default=False,
+            annotation=Annotated[bool, typer.Option("--settings", help="List every setting, and stop.")],
+        ),
+    ]  # fmt: skip
+    parameters = [*own, *_flags()]
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    train.__doc__ = HELP
+
+
+_give_signature()

@@ -1,48 +1,113 @@
-"""Rows of a person's data file: csv, json, jsonl or txt, with errors that name the file and the line."""
+"""Rows of csv, json, jsonl, parquet and txt files and of hub data sets, with faults that name the file and the line."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError, did_you_mean
+from ..errors import ConfigError, DataError, bullet_list, did_you_mean
 
 Row = dict[str, Any]
+HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row and where it stands, as errors name it: `prompts.csv:12`."""
+
+    where: str
+    row: Row
+
+
+@dataclass
+class Table:
+    """What a data file holds: the rows that could be read, and a sentence for each that could not."""
+
+    path: str
+    records: list[Record] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that any row has, in the order in which they first appear."""
+        return list(dict.fromkeys(name for record in self.records for name in record.row))
+
+
+def raise_faults(faults: list[str], rows: int) -> None:
+    """One error for all faulty rows; nothing where there are none.
+
+    Raises:
+        DataError: the first 20 faults, and how many more there are.
+    """
+    if len(faults) == 1:
+        raise DataError(faults[0])
+    if faults:
+        raise DataError(f"{len(faults)} of {rows} rows cannot be used:\n{bullet_list(faults)}")
+
+
+def read_table(path: str | Path) -> Table:
+    """All rows of a data file (UTF-8), or of a data set on the hub (`owner/name`, its train split).
+
+    Raises:
+        DataError: the file is missing, of an unknown kind, empty, not UTF-8 or broken as a whole.
+    """
+    file, table = Path(path), Table(str(path))
+    try:
+        table.records = list(_records(file, table))
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(file, error)) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    if not table.records and not table.faults:
+        raise DataError(f"{path} holds no rows; give a file with one example per row")
+    return table
 
 
 def read_texts(path: str | Path, column: str | None = None) -> list[str]:
     """The text of every row, in order.
 
     Args:
-        path: a csv, json (a list of objects), jsonl or txt (one text per line) file, UTF-8.
+        path: a data file; a txt file holds one text per line.
         column: which column or key holds the text; may be left out when there is only one.
 
     Raises:
-        DataError: the file is missing, empty, not UTF-8 or malformed, or rows lack the column; says where.
+        DataError: the file cannot be read, or rows lack the column; says where.
     """
-    path = Path(path)
-    rows = list(_rows(path))
-    if not rows:
-        raise DataError(f"{path} holds no rows; give a file with one text per row")
-    column = column or _only_column(path, rows[0][1])
-    if path.suffix.lower() == ".csv" and column not in rows[0][1]:
-        raise DataError(_no_column(path, column, rows[0][1]))
+    table = read_table(path)
+    texts, faults = column_of(table, column)
+    raise_faults([*table.faults, *faults], len(table.records) + len(table.faults))
+    return [text for _, text in texts]
+
+
+def column_of(table: Table, column: str | None = None) -> tuple[list[tuple[str, str]], list[str]]:
+    """`([(where, text)], faults)` of one column that holds texts.
+
+    Raises:
+        DataError: no row has the column, or none is named and there are several.
+    """
+    columns = table.columns
+    if column is None and len(columns) > 1:
+        raise DataError(
+            f"{table.path} has the columns {', '.join(columns)}; say which one holds the text: --text-column {columns[0]}"
+        )
+    column = column or (columns[0] if columns else "text")
+    if table.records and column not in columns:
+        raise DataError(no_column(table.path, column, columns))
     texts, faults = [], []
-    for line, row in rows:
-        value = row.get(column)
-        if column not in row:
-            faults.append(_no_column(f"{path}:{line}", column, row))
+    for record in table.records:
+        value = record.row.get(column)
+        if column not in record.row:
+            faults.append(no_column(record.where, column, record.row))
         elif not isinstance(value, str) or not value.strip():
-            faults.append(f'{path}:{line}: column "{column}" holds {value!r}, expected text')
+            faults.append(f'{record.where}: column "{column}" holds {shortened(value)}, expected text')
         else:
-            texts.append(value)
-    if faults:
-        more = f"\n... and {len(faults) - 5} more rows" if len(faults) > 5 else ""
-        raise DataError("\n".join(faults[:5]) + more)
-    return texts
+            texts.append((record.where, value))
+    return texts, faults
 
 
 def check_folder(folder: Path) -> None:
@@ -63,83 +128,202 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"cannot write into {folder} ({error.strerror}); give another --output-dir") from error
 
 
-def _no_column(where: object, column: str, row: Row) -> str:
-    return f'{where}: no column "{column}"; columns: {", ".join(row)}{did_you_mean(column, row)}'
+def no_column(where: object, column: str, columns: Any) -> str:
+    """The sentence for a missing column, with the nearest one."""
+    return f'{where}: no column "{column}"; columns: {", ".join(map(str, columns))}{did_you_mean(column, columns)}'
 
 
-def _only_column(path: Path, row: Row) -> str:
-    if len(row) == 1:
-        return next(iter(row))
-    raise DataError(f"{path} has the columns {', '.join(row)}; say which one holds the text: --text-column {next(iter(row))}")
+def shortened(value: object, length: int = 60) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """`(line or row number, row)`."""
+# --- one reader for each kind of file -----------------------------------------------------------------------------------
+
+
+def _records(path: Path, table: Table) -> Iterator[Record]:
     if not path.is_file():
-        raise DataError(f"{path}: no such file" if not path.exists() else f"{path} is a folder; give a data file")
+        if path.exists():
+            raise DataError(f"{path} is a folder; give a data file")
+        if HUB_NAME.fullmatch(str(path)) and path.suffix.lower() not in _READERS:
+            return _read_hub(str(path))
+        raise DataError(f"{path}: no such file")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f'{path}: unknown kind of file "{path.suffix}"; use {", ".join(_READERS)}')
+    return reader(path, table)
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    data = path.read_bytes()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return f"{path}:1: not UTF-8 but UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
+    line = data[: _first_bad_byte(data)].count(b"\n") + 1
+    return f"{path}:{line}: not UTF-8 ({error.reason}); convert it: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}"
+
+
+def _first_bad_byte(data: bytes) -> int:
     try:
-        yield from reader(path)
+        data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from error
+        return error.start
+    return len(data)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_csv(path: Path, table: Table) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the usual limit refuses texts of 128 KB
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.reader(file, strict=True)
+        header: list[str] | None = None
+        line = 1
         try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames or ())} columns")
-                yield reader.line_num, row
+            for cells in reader:
+                start, line = line, reader.line_num + 1
+                if not cells:
+                    continue
+                if header is None:
+                    header = cells
+                    _check_header(path, header)
+                elif len(cells) != len(header):
+                    table.faults.append(f"{path}:{start}: expected {len(header)} columns, found {len(cells)}")
+                else:
+                    yield Record(f"{path}:{start}", dict(zip(header, cells)))
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: malformed csv ({error})") from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
+def _check_header(path: Path, header: list[str]) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f'{path}:1: the column "{twice[0]}" comes twice; give each column its own name')
+
+
+def _read_json(path: Path, table: Table) -> Iterator[Record]:
+    text = path.read_text(encoding="utf-8-sig")
+    position = _skip(text, 0)
+    if text[position : position + 1] != "[":
+        kind = type(_decoded(text, position, path)[0]).__name__ if text.strip() else "nothing"
+        raise DataError(f"{path} holds {kind}, expected a list of objects: [{{...}}, {{...}}]")
+    position = _skip(text, position + 1)
+    line, counted = 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        value, position = _decoded(text, position, path)
+        record = _record(value, f"{path}:{line}", table)
+        if record is not None:
+            yield record
+        position = _skip(text, position)
+        if text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+            if text[position : position + 1] == "]":
+                raise DataError(_malformed(path, json.JSONDecodeError("comma after the last row", text, position)))
+        elif text[position : position + 1] != "]":
+            raise DataError(_malformed(path, json.JSONDecodeError("expected a comma or the list's end", text, position)))
+
+
+def _skip(text: str, position: int) -> int:
+    """The position of the next character that is no white space."""
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _decoded(text: str, position: int, path: Path) -> tuple[Any, int]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        return _DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: malformed json ({error.msg})") from error
-    if not isinstance(values, list):
-        raise DataError(f"{path} holds a {type(values).__name__}, expected a list of objects")
-    for number, value in enumerate(values, 1):
-        yield number, _as_row(value, f"{path}: row {number}")
+        raise DataError(_malformed(path, error)) from error
+    except (RecursionError, _DuplicateKey) as error:
+        raise DataError(f"{path}:{text.count(chr(10), 0, position) + 1}: {error}") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+def _malformed(path: Path, error: json.JSONDecodeError) -> str:
+    return f"{path}:{error.lineno}: malformed json ({error.msg}, column {error.colno})"
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _DuplicateKey(f'the key "{twice}" comes twice in one row; keep one')
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _read_jsonl(path: Path, table: Table) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            where = f"{path}:{number}"
             try:
-                value = json.loads(line)
+                record = _record(_DECODER.decode(line), where, table)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: malformed json ({error.msg})") from error
-            yield number, _as_row(value, f"{path}:{number}")
+                table.faults.append(f"{where}: malformed json ({error.msg}, column {error.colno})")
+            except (RecursionError, _DuplicateKey) as error:
+                table.faults.append(f"{where}: {error}")
+            else:
+                if record is not None:
+                    yield record
 
 
-def _read_txt(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_txt(path: Path, table: Table) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield number, {"text": line.rstrip("\r\n")}
+                yield Record(f"{path}:{number}", {"text": line.rstrip("\r\n")})
 
 
-def _as_row(value: Any, where: str) -> Row:
+def _read_parquet(path: Path, table: Table) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install 'tunesmith[data]'") from error
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path} is damaged or no parquet file ({reason}); write it again") from error
+    for number, row in enumerate(rows, 1):
+        yield Record(f"{path}: row {number}", row)
+
+
+def _read_hub(name: str) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{name}: no such file; as a data set of the hub it needs: pip install 'tunesmith[data]'") from error
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{name}: no such file here, and no data set of the hub can be had ({reason})") from error
+    for number, row in enumerate(rows, 1):
+        yield Record(f"{name}: row {number}", row)
+
+
+def _record(value: Any, where: str, table: Table) -> Record | None:
     if isinstance(value, str):
-        return {"text": value}
+        return Record(where, {"text": value})
     if isinstance(value, dict) and value:
-        return value
-    raise DataError(f'{where} holds {value!r}, expected an object such as {{"text": ...}}')
+        return Record(where, value)
+    table.faults.append(f'{where} holds {shortened(value)}, expected an object such as {{"text": ...}}')
+    return None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
+_READERS: dict[str, Callable[[Path, Table], Iterator[Record]]] = {
     ".csv": _read_csv,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
     ".txt": _read_txt,
 }

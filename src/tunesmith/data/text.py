@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..prompting import IGNORED
 
 Example = dict[str, list[int]]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Tokenized:
         return sum(len(example["input_ids"]) for example in self.examples)
 
 
-def split(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
+def split(texts: Sequence[R], held_out: float, seed: int) -> tuple[list[R], list[R]]:
     """`(train, held out)`: a share of the rows (at least one) chosen by `seed`; the order of rows is kept."""
     count = max(1, round(len(texts) * held_out)) if held_out > 0 and len(texts) > 1 else 0
     chosen = set(random.Random(seed).sample(range(len(texts)), count))

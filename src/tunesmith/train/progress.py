@@ -47,5 +47,9 @@ class ShowProgress(TrainerCallback):
             self.console.print(f"{self.title}: step {state.global_step}/{state.max_steps}, {text}, {seconds:.0f} s")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it should be, however the training ended."""
         if self.bar is not None:
             self.bar.stop()

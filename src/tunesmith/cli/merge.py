@@ -1,0 +1,46 @@
+"""`tunesmith merge`: an adapter into its base's weights, as a plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .generate import Base
+
+
+def merge(
+    adapter: Annotated[Path, typer.Option(help="Adapter folder or hub id.")],
+    output_dir: Annotated[Path, typer.Option(help="A new folder for the model.")],
+    base: Base = None,
+) -> None:
+    """Write base and adapter as one plain model, which needs no Tunesmith to run.
+
+    \b
+    Example:
+      tunesmith merge --adapter my-adapter --output-dir merged
+    """
+    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
+        raise ConfigError(f"{output_dir} is there already; give a new --output-dir")
+    import torch
+    from rich.console import Console
+
+    from ..data.files import check_folder
+    from ..train import merging, quiet
+    from ..train.speaker import Speaker
+
+    check_folder(output_dir)
+    quiet.hush()
+    console = Console(highlight=False, soft_wrap=True)
+    speaker = Speaker(str(adapter), base)
+    ids = torch.tensor([speaker.tokenizer("A text to compare both models on.")["input_ids"]])
+    with torch.no_grad():
+        before = speaker.model(input_ids=ids).logits.float()
+        plain = speaker.model.merge_and_unload()
+        after = plain(input_ids=ids).logits.float()
+    size = merging.write(plain, speaker.tokenizer, output_dir)
+    console.print(f"merged: {output_dir} ({size / 1e6:.1f} MB, {plain.dtype})")
+    console.print(f"largest difference to base and adapter: {(after - before).abs().max():.2g} in logits of up to "
+                  f"{before.abs().max():.3g} (rounding to {plain.dtype})")  # fmt: skip

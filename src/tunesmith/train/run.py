@@ -1,0 +1,228 @@
+"""A run: a job with a folder of its own, which says how it was made and can be gone on with.
+
+recipe.resolved.yaml     every setting
+environment.json         versions, machine, and the data's hash
+metrics.jsonl            every record of the training
+checkpoint-N/            adapter, optimizer, schedule, random states
+adapter_config.json, adapter_model.safetensors, tunesmith_template.json, tokenizer files: what came of it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, bullet_list
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..data.formats import Examples
+    from ..data.templates import Piece, Template
+    from .settings import Settings
+
+RECIPE_FILE = "recipe.resolved.yaml"
+ENVIRONMENT_FILE = "environment.json"
+# These may change when a run is gone on with: they do not change what is computed.
+FREE = {"output_dir", "data", "save_steps", "save_total_limit", "logging_steps"}
+
+
+def check_resume(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None starts at the beginning.
+
+    Raises:
+        ConfigError: the folder holds another run's checkpoints.
+    """
+    from .checkpoints import checkpoints
+
+    found = checkpoints(folder)
+    if found and not resume:
+        raise ConfigError(f"{folder} holds checkpoints of another run; go on with it (--resume), or give another --output-dir")
+    return found[-1] if found else None
+
+
+def check_same(folder: Path, settings: Settings, data_hash: str) -> None:
+    """A run is gone on with under its own settings and data, or its result would be nobody's.
+
+    Raises:
+        ConfigError: names every setting that differs.
+    """
+    from .recipe import as_yaml, read_recipe
+
+    recipe = folder / RECIPE_FILE
+    if not recipe.is_file():
+        raise ConfigError(f"{folder} holds checkpoints but no {RECIPE_FILE}; give another --output-dir")
+    import yaml
+
+    there, here = read_recipe(recipe), yaml.safe_load(as_yaml(settings))
+    names = [name for name in here if name not in FREE and there.get(name) != here[name]]
+    faults = [f"{name}: {there.get(name)!r} there, {here[name]!r} now" for name in names]
+    try:
+        recorded = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("data_sha256")
+    except (OSError, ValueError):
+        recorded = None
+    if recorded is not None and recorded != data_hash:
+        faults.append("the data file has changed")
+    if faults:
+        raise ConfigError(
+            f"the run in {folder} was made with other settings; leave them as they were, or give another --output-dir:\n"
+            + bullet_list(faults)
+        )
+
+
+def file_hash(path: str | Path) -> str:
+    """The SHA-256 of a file; of a name on the hub, of the name."""
+    file = Path(path)
+    return hashlib.sha256(file.read_bytes() if file.is_file() else str(path).encode()).hexdigest()
+
+
+def environment(settings: Settings, data_hash: str) -> dict[str, Any]:
+    """What a result depends on beside its recipe."""
+    import torch
+
+    names = ("tunesmith", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "data": settings.data,
+        "data_sha256": data_hash,
+    }
+
+
+def write_records(folder: Path, settings: Settings, data_hash: str) -> None:
+    """Write the recipe and the environment, both or neither."""
+    from ..checkpoint.files import write_folder
+    from .recipe import as_yaml
+
+    texts = {
+        RECIPE_FILE: as_yaml(settings),
+        ENVIRONMENT_FILE: json.dumps(environment(settings, data_hash), indent=2) + "\n",
+    }
+    write_folder(folder, {name: partial(_write_text, text) for name, text in texts.items()})
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def pieces_of(data: Examples, template: Template, tokenizer: Any, completion_only: bool) -> list[list[Piece]]:
+    """Every example as text in pieces.
+
+    Raises:
+        DataError: all conversations at once that the template refuses.
+    """
+    rows, faults = written(data, template, tokenizer, completion_only)
+    from ..data.files import raise_faults
+
+    raise_faults(faults, data.total)
+    return rows
+
+
+def written(data: Examples, template: Template, tokenizer: Any, completion_only: bool) -> tuple[list[list[Piece]], list[str]]:
+    """`(examples as text in pieces, faults)`."""
+    from ..errors import DataError
+
+    rows, faults = [], []
+    for example in data.examples:
+        try:
+            rows.append(template.pieces(example, tokenizer, completion_only))
+        except DataError as error:
+            faults.append(str(error))
+    return rows, faults
+
+
+def start(settings: Settings, data: Examples, resume_from: Path | None, console: Console) -> None:
+    """Train, evaluate and save one run into `settings.output_dir`.
+
+    Raises:
+        TunesmithError: see `job.train`.
+    """
+    import torch
+
+    from ..auto import load_base, load_tokenizer
+    from ..bases.precision import dtype_named
+    from ..data.templates import chosen
+    from ..errors import OutOfMemoryError
+    from . import job, quiet
+    from .watch import RecordMetrics
+
+    quiet.hush()
+    folder, data_hash = Path(settings.output_dir), file_hash(data.path)
+    if resume_from is not None:
+        check_same(folder, settings, data_hash)
+    tokenizer = load_tokenizer(settings.base)
+    template = chosen(settings.template, data.format, tokenizer)
+    rows: Sequence[Any] = pieces_of(data, template, tokenizer, settings.completion_only_loss)
+    dtype = dtype_named(settings.dtype)
+    model = load_base(settings.base, dtype=dtype or "auto")
+    computes = str(model.dtype).removeprefix("torch.")
+    why = (
+        ", which this machine multiplies fastest (--dtype float32: full precision)"
+        if settings.dtype == "auto" and dtype
+        else ""
+    )
+    console.print(f"{len(rows)} rows from {data.path}: {data.format}, template {template.name}; "
+                  f"base {settings.base} in {computes}{why}; method {settings.method}")  # fmt: skip
+    if resume_from is not None:
+        console.print(f"going on from {resume_from}")
+    else:
+        settings.room  # noqa: B018  (its fault shows before anything is written)
+    existed = folder.exists()
+    write_records(folder, settings, data_hash)
+    try:
+        result = job.train(
+            model, tokenizer, rows, settings, title=settings.method, console=console, run=folder, resume_from=resume_from
+        )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"out of memory ({str(error).partition('. ')[0]}); {_smaller(settings)}") from error
+    except Exception:
+        _remove_if_empty(folder, existed)
+        raise
+    size = job.save(result, tokenizer, folder)
+    template.save(folder)
+    RecordMetrics(folder).write(
+        held_out_loss_before=result.held_out_before, held_out_loss_after=result.held_out_after, seconds=round(result.seconds, 3)
+    )
+    trainable, total = result.handle.get_nb_trainable_parameters()
+    console.print(f"trained {trainable:,} of {total:,} parameters; {result.sentence()}")
+    console.print(f"adapter: {folder} ({size / 1024:.1f} KB of tensors)")
+    console.print(f'use it: tunesmith generate --adapter {folder} --prompt "..."')
+
+
+def _smaller(settings: Settings) -> str:
+    """What to change when memory does not suffice."""
+    batch, length = settings.per_device_train_batch_size, settings.max_length
+    advice = []
+    if batch > 1:
+        twice = settings.gradient_accumulation_steps * 2
+        advice.append(f"--batch-size {batch // 2} --gradient-accumulation-steps {twice} (the same steps)")
+    if not settings.gradient_checkpointing:
+        advice.append("--gradient-checkpointing")
+    advice.append(f"--max-length {length // 2}")
+    return "try " + ", then ".join(advice)
+
+
+def _remove_if_empty(folder: Path, existed: bool) -> None:
+    """After a mistake that was found before the first step: leave no trace of a folder that was not there."""
+    if existed or any(path.name not in (RECIPE_FILE, ENVIRONMENT_FILE) for path in folder.iterdir()):
+        return
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
