@@ -63,7 +63,6 @@ def test_equals_the_models_own_loss_and_gradients(name, maker):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
-NOT_SHARED: set[str] = set()
 CAUSAL = [name for name in tiny.GENERATING if tiny.task_of(name) == "CAUSAL_LM"]
 VIRTUAL = {
     "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
@@ -77,6 +76,8 @@ def test_virtual_tokens_run_once_for_all_rows_with_the_same_loss_and_gradients(n
     """Padded at the right; with padding at the left, every row has them behind its own."""
     base, runs = tiny.make(name), []
     handle, batch = get_peft_model(base, copy.deepcopy(VIRTUAL[config])).eval(), batch_for(name)
+    monkeypatch.setattr(shared_prefix, "PASS", 0)
+    monkeypatch.setattr(shared_prefix, "WORTH", 1)
     run = shared_prefix.run
     monkeypatch.setattr(shared_prefix, "run", lambda *given: runs.append(1) or run(*given))
     both(handle, batch)
@@ -85,7 +86,7 @@ def test_virtual_tokens_run_once_for_all_rows_with_the_same_loss_and_gradients(n
     batch["attention_mask"][1, -2:] = 0
     batch["labels"][1, -2:] = -100
     (own, own_gradients), (fused, gradients) = both(handle, batch)
-    assert len(runs) == (0 if name in NOT_SHARED else 4)
+    assert len(runs) == 4
     torch.testing.assert_close(fused, own, rtol=1e-5, atol=0)
     scale = max(gradient.abs().max().item() for gradient in own_gradients)
     for found, expected in zip(gradients, own_gradients):
@@ -156,3 +157,13 @@ def test_training_takes_it_and_learns_the_same(name, smoothing, tmp_path, monkey
         return
     for mine, theirs in zip(found, train(tf.Trainer)):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_virtual_tokens_are_shared_where_that_saves_more_than_another_pass_over_the_weights():
+    handle = get_peft_model(tiny.make("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30)).train()
+    batch = {"input_ids": torch.ones(4, 5, dtype=torch.long)}
+    assert shared_prefix.applies(handle, handle._frame, batch)
+    assert not shared_prefix.applies(handle, handle._frame, {"input_ids": batch["input_ids"][:2]})
+    assert not shared_prefix.applies(handle, handle._frame, {**batch, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 4)})
+    handle.gradient_checkpointing_enable()
+    assert not shared_prefix.applies(handle, handle._frame, batch)

@@ -63,7 +63,7 @@ class LiveLoss:
         self.head: Any = getattr(self.base, "get_output_embeddings", lambda: None)()
         self.encoder_decoder = bool(getattr(self.base.config, "is_encoder_decoder", False)) if self.head is not None else False
         self._same: bool | None = None
-        self._shares = True  # virtual tokens are computed once for all rows
+        self._shares: bool | None = None  # the same, where virtual tokens are computed once for all rows
         found = ((module, one_kernel(module)) for module in self.base.modules() if not site.fault(module))
         self._activations = [(module, OneKernel(kernel)) for module, kernel in found if kernel is not None]
 
@@ -76,15 +76,18 @@ class LiveLoss:
         """
         if not self._applies(inputs):
             return None
-        if self._same is None or preflight.is_due(self.handle, self.handle._frame):
-            self._shares = True
-            self._same = self._agrees(inputs)
-            if not self._same and self._shares:
-                self._shares = False
-                self._same = self._agrees(inputs)
+        frame = self.handle._frame
+        if preflight.is_due(self.handle, frame):
+            self._same = self._shares = None
+        shared = shared_prefix.applies(self.handle, frame, inputs)
+        if shared and self._shares is None:
+            self._shares = self._agrees(inputs, shared=True)
+        shared = shared and bool(self._shares)
+        if not shared and self._same is None:
+            self._same = self._agrees(inputs, shared=False)
             if not self._same:
                 logger.info("the loss of %s is computed by the model itself", type(self.base).__name__)
-        return self._fused(inputs, items, smoothing) if self._same else None
+        return self._fused(inputs, items, smoothing, shared) if shared or self._same else None
 
     def _applies(self, inputs: dict[str, Any]) -> bool:
         """Whether the head is plain, frozen and without adapters, and the batch is of the usual kind."""
@@ -95,7 +98,7 @@ class LiveLoss:
         unusual = {"adapter_names", "shift_labels", "logits_to_keep"} & inputs.keys()
         return "labels" in inputs and not (hooked or unusual or (at is not None and frame.adapters.get(at)))
 
-    def _agrees(self, inputs: dict[str, Any]) -> bool:
+    def _agrees(self, inputs: dict[str, Any], shared: bool) -> bool:
         """Whether both ways give the same loss, with the same numbers dropped out, on the first row with labels.
 
         Where rows share virtual tokens, it is two rows.
@@ -105,20 +108,20 @@ class LiveLoss:
         if labels.dim() != 2 or not bool(live.any()):
             return False
         row = int(live.any(1).nonzero()[0])
-        rows = [row, (row + 1) % len(labels)] if self.handle._frame.prompts and len(labels) > 1 else [row]
+        rows = [row, (row + 1) % len(labels)] if shared else [row]
         one = {k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == labels.shape[:1] else v for k, v in inputs.items()}
         with torch.random.fork_rng():
             torch.manual_seed(0)
             own = self.handle(**one).loss
             torch.manual_seed(0)
             try:
-                fused = self._fused(one, None, 0.0)
+                fused = self._fused(one, None, 0.0, shared)
             except UsageError:
                 return False
         tolerance = 2e-2 if self.head.weight.dtype.itemsize == 2 else 1e-3
         return own is not None and bool((fused - own).abs() <= tolerance * own.abs().clamp(min=1))
 
-    def _fused(self, inputs: dict[str, Any], items: Any, smoothing: float) -> Tensor:
+    def _fused(self, inputs: dict[str, Any], items: Any, smoothing: float, shared: bool) -> Tensor:
         handle, tap = self.handle, Tap()
         plain = handle._frame
         around: dict[site.Site, Any] = {site.install(module): (kernel,) for module, kernel in self._activations}
@@ -126,7 +129,7 @@ class LiveLoss:
         if inputs.get(segments.BOUNDARIES) is not None:
             frame, inputs = segments.packed(self.base, frame, inputs)
         with handle._entered(frame):
-            if self._shares and shared_prefix.applies(handle, frame, inputs):
+            if shared:
                 inputs = dict(inputs)
                 labels = inputs.pop("labels")
                 hidden = shared_prefix.run(self.base, frame, inputs, tap)[:, :-1]  # (B, T, dim)

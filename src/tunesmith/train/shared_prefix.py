@@ -2,7 +2,8 @@
 
 Under causal attention nothing behind them changes what virtual tokens compute, so they run as one row; the rows of the
 batch then run behind their keys and values, which are broadcast, and whose gradients autograd sums over the rows. This
-takes `rows - 1` times the number of virtual tokens less work than running them in front of each row.
+takes `rows - 1` times the number of virtual tokens less work than running them in front of each row, and one more pass over the
+weights, which is as much as a few dozen tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from ..prompting import prepend, virtual_counts, virtual_tokens
 
 UNUSUAL = {"inputs_embeds", "past_key_values", "position_ids", "token_type_ids", "task_ids", segments.BOUNDARIES}
 
+PASS = 32  # tokens that cost as much as reading all weights once more
+WORTH = 64  # tokens that must be saved beyond that
+
 
 def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
     """Whether a training batch is of several rows that all begin with the same virtual tokens, then text."""
@@ -32,10 +36,14 @@ def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
         and entrance.labels_per_token
         and "past_key_values" in entrance.accepts
         and not UNUSUAL & inputs.keys()
-        and len(inputs["input_ids"]) > 1
+        and _saved(len(inputs["input_ids"]), virtual_counts(frame)) >= WORTH
         and not any(module.gradient_checkpointing for module in handle._checkpointing)
         and (mask is None or (mask.dim() == 2 and bool(mask[:, 0].all())))
     )
+
+
+def _saved(rows: int, virtual: int) -> int:
+    return rows * virtual - max(virtual, PASS)
 
 
 def run(base: Any, frame: Frame, inputs: dict[str, Any], tap: Any) -> Tensor:
