@@ -105,6 +105,8 @@ class Linear4bitView(QuantisedView):
     def storage_fault(self) -> str | None:
         if self._state is None:
             return "its weight is not quantised yet, which moving it to its device does; load the base with transformers"
+        if self._state.shape != self.shape:
+            return f"its stored weight has shape {tuple(self._state.shape)}, {tuple(self.shape)} expected; load the right files"
         return None
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
@@ -207,6 +209,8 @@ class Linear8bitView(QuantisedView):
             return "it keeps 16-bit weights and quantises them at each step; load the base without llm_int8_has_fp16_weight"
         if not self._is_stored:
             return "its weight is not quantised yet, which moving it to its device does; load the base with transformers"
+        if self.module.weight.shape != self.shape:
+            return f"its stored weight has shape {tuple(self.module.weight.shape)}, {tuple(self.shape)} expected"
         return None
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
@@ -242,6 +246,15 @@ def quantised_views(model: nn.Module) -> Iterator[tuple[str, QuantisedView]]:
         view = view_if_quantised(module)
         if view is not None:
             yield path, view
+
+
+def stored_faults(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """`(path, fault)` of every module whose stored form cannot be its weight."""
+    for path, module in model.named_modules():
+        kind = view_type(module)
+        fault = kind(module).storage_fault() if kind is not None and issubclass(kind, QuantisedView) else None
+        if fault:
+            yield path, fault
 
 
 def hold(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, TunesmithError
-from . import demo, generate, methods, train
+from . import demo, generate, methods, quantize, train
 
 EXIT_FAILED, EXIT_USAGE, EXIT_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -23,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("methods")(methods.methods)
+app.command("quantize")(quantize.quantize)
 
 
 def _show_version(wanted: bool) -> None:
