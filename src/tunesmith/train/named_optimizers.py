@@ -51,7 +51,7 @@ def usable_optimizer(name: str, device: str) -> str:
         return OF_TORCH[name]
     if device == "cpu" and name in UNPAGED:
         logger.warning(
-            'optim="%s" pages its states out of a GPU\'s memory, and this is a CPU; going on with "%s", the same without paging',
+            'optim="%s" pages its states out of a GPU\'s memory, and this is a CPU; going on with "%s", which does not page',
             name, UNPAGED[name],
         )  # fmt: skip
         return UNPAGED[name]
