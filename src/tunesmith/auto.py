@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .assets import resolve
+from .bases.quantised import stored_faults
 from .checkpoint.files import AdapterFolder
+from .checkpoint.stored_base import check_stored
 from .config import TaskType
-from .errors import ConfigError, UsageError
+from .errors import ConfigError, UsageError, bullet_list
 from .model import PeftModel
 
 _AUTO_CLASSES = {
@@ -31,8 +34,32 @@ def load_base(name_or_path: str, task_type: TaskType | str | None = TaskType.CAU
     import transformers
 
     auto = getattr(transformers, _AUTO_CLASSES[TaskType(task_type) if task_type else None])
+    folder = Path(resolve(name_or_path))
+    if folder.is_dir():
+        check_stored(folder)
     with _explained(name_or_path):
-        return auto.from_pretrained(resolve(name_or_path), **kwargs)
+        model = auto.from_pretrained(resolve(name_or_path), **kwargs)
+    faults = [f"{path}: {fault}" for path, fault in stored_faults(model)]
+    if faults:
+        raise UsageError(f'base model "{name_or_path}" does not fit its configuration:\n' + bullet_list(faults))
+    return model
+
+
+def base_folder(name_or_path: str) -> Path:
+    """The folder that holds a base model's files; a hub id is downloaded."""
+    folder = Path(resolve(name_or_path))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    with _explained(name_or_path):
+        try:
+            return Path(
+                snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+            )
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise ValueError(str(error)) from error
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.decoded_linear import Decoded, decoded_linear
+from . import packed
 from .dense import LinearView
 from .view import class_forward, register_view, view_type
 
@@ -59,12 +60,16 @@ class QuantisedView(LinearView):
         return Decoded(self.weight_as, self.computes_in(dtype))
 
     @property
-    def is_plain(self) -> bool:
-        """On other devices the package's own kernels are the faster way."""
+    def decodes(self) -> bool:
+        """Whether to decode and multiply: on other devices the package's own kernels are the faster way."""
         return self.module.weight.device.type == "cpu"
 
+    @property
+    def is_plain(self) -> bool:
+        return self.decodes and torch.is_grad_enabled()  # else a product of few rows has a way of its own
+
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.is_plain:
+        if not self.decodes:
             return class_forward(self.module)(x, *args, **kwargs)
         return self._linear(x, self.bias)
 
@@ -105,6 +110,8 @@ class Linear4bitView(QuantisedView):
     def storage_fault(self) -> str | None:
         if self._state is None:
             return "its weight is not quantised yet, which moving it to its device does; load the base with transformers"
+        if self._state.shape != self.shape:
+            return f"its stored weight has shape {tuple(self._state.shape)}, {tuple(self.shape)} expected; load the right files"
         return None
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
@@ -114,9 +121,22 @@ class Linear4bitView(QuantisedView):
         if state.dtype != dtype:
             state = copy.copy(state)
             state.dtype = dtype
-        packed: Tensor = self.module.weight.data.view(-1, 1)
-        weight: Tensor = dequantize_4bit(packed, state)
+        codes: Tensor = self.module.weight.data.view(-1, 1)
+        weight: Tensor = dequantize_4bit(codes, state)
         return weight
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() or self.module.training:
+            return super()._linear(x, bias)
+        y = packed.product_of_few_rows(self.module, x.to(self.dtype), self._state)
+        if y is None:
+            return super()._linear(x, bias)
+        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+
+    def operand(self, dtype: torch.dtype) -> Decoded:
+        if torch.is_grad_enabled():
+            packed.drop(self.module)
+        return super().operand(dtype)
 
     def parameter(self, weight: Tensor) -> nn.Parameter:
         from bitsandbytes.functional import quantize_4bit
@@ -150,12 +170,13 @@ class Linear4bitView(QuantisedView):
         module = self.module
         module.__dict__.setdefault("_packs_when_released", getattr(module, _PACKS, False))
         setattr(module, _PACKS, False)
-        packed = getattr(self._state, "packing_format_for_cpu", False)
-        if packed:
+        repacked = getattr(self._state, "packing_format_for_cpu", False)
+        if repacked:
             self._unpack()
-        return packed
+        return repacked
 
     def release(self) -> None:
+        packed.drop(self.module)
         if "_packs_when_released" in self.module.__dict__:
             setattr(self.module, _PACKS, self.module.__dict__.pop("_packs_when_released"))
 
@@ -187,8 +208,8 @@ class Linear8bitView(QuantisedView):
         return None
 
     @property
-    def is_plain(self) -> bool:
-        return super().is_plain and self._is_stored
+    def decodes(self) -> bool:
+        return super().decodes and self._is_stored
 
     @property
     def _is_stored(self) -> bool:
@@ -207,6 +228,8 @@ class Linear8bitView(QuantisedView):
             return "it keeps 16-bit weights and quantises them at each step; load the base without llm_int8_has_fp16_weight"
         if not self._is_stored:
             return "its weight is not quantised yet, which moving it to its device does; load the base with transformers"
+        if self.module.weight.shape != self.shape:
+            return f"its stored weight has shape {tuple(self.module.weight.shape)}, {tuple(self.shape)} expected"
         return None
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
@@ -244,14 +267,23 @@ def quantised_views(model: nn.Module) -> Iterator[tuple[str, QuantisedView]]:
             yield path, view
 
 
+def stored_faults(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """`(path, fault)` of every module whose stored form cannot be its weight."""
+    for path, module in model.named_modules():
+        kind = view_type(module)
+        fault = kind(module).storage_fault() if kind is not None and issubclass(kind, QuantisedView) else None
+        if fault:
+            yield path, fault
+
+
 def hold(model: nn.Module) -> None:
     """Keep bitsandbytes from rewriting what `model` stores, until `release`."""
-    packed = sum(view.hold() for _, view in quantised_views(model))
-    if packed:
+    repacked = sum(view.hold() for _, view in quantised_views(model))
+    if repacked:
         logger.warning(
             "bitsandbytes had repacked %d modules for evaluation and rounded their scales to bf16; the codes are unpacked "
             "again, for the stored scales load the base anew and attach adapters before its first call",
-            packed,
+            repacked,
         )
 
 

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun, OutOfMemoryError, TunesmithError
-from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, train, validate
+from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, quantize, train, validate
 
 EXIT_CODES: dict[type[BaseException], int] = {
     DataError: 3,
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Any] = {
     "generate": generate.generate,
     "chat": chat.chat,
     "merge": merge.merge,
+    "quantize": quantize.quantize,
     "inspect": inspect.inspect,
     "methods": methods.methods,
     "doctor": doctor.doctor,

@@ -17,6 +17,7 @@ from ..checkpoint.files import CONFIG_FILE
 from ..errors import AdapterFileError
 from ..model import PeftModel
 from .live_loss import LiveLoss
+from .named_optimizers import usable_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +36,12 @@ class AdapterTrainerMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
             load_all(handle, resume_from_checkpoint)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimiser of `args.optim`, or what stands in for it on this machine."""
+        settings = self.args  # type: ignore[attr-defined]
+        settings.optim = type(settings.optim)(usable_optimizer(str(settings.optim.value), settings.device.type))
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         handle = self._handle()
