@@ -4,7 +4,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 METHOD ?= prompt-tuning
 
-.PHONY: demo test check format clean
+CASES ?= startup lora_step packing speed learning
+
+.PHONY: demo test check bench format clean
 
 demo: .venv/runtime.stamp
 	$(BIN)/tunesmith demo --method $(METHOD)
@@ -12,6 +14,11 @@ demo: .venv/runtime.stamp
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
 	$(BIN)/python -m pytest -m timing
+
+# Alone on the machine, about an hour and a half; `make bench CASES=startup` runs one case.
+bench: .venv/dev.stamp
+	$(PIP) --editable '.[bench]'
+	for case in $(CASES); do $(BIN)/python -m benchmarks.harness $$case || exit 1; done
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

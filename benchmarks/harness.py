@@ -49,7 +49,21 @@ def main() -> int:
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(case.report(kept) + "\n" + footer(arguments.case, kept))
     print(f"{path}\n{page}")
+    update_readme()
     return int(any("error" in record for record in kept))
+
+
+def update_readme() -> None:
+    """Write the README's table from the records of all cases."""
+    from benchmarks import summary
+
+    records = {}
+    for name in ("speed", "startup"):
+        path = RESULTS / f"{name}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        records[name] = medians(lines, list(importlib.import_module(f"benchmarks.cases.{name}").VARIANTS))
+    readme = ROOT / "README.md"
+    readme.write_text(summary.written_into(readme.read_text(), records))
 
 
 def measure(case: str, variants: list[str], repeats: int, path: Path) -> None:

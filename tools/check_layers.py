@@ -16,7 +16,7 @@ LAYERS = [
     ["tasks"],
     ["model"],
     ["mirror", "framed", "framing", "preflight", "mergeable", "combinable", "scheduled", "status", "checkpoint", "data"],
-    ["merge", "merging", "record", "describe"],
+    ["merge", "merge_quantised", "merging", "record", "describe"],
     ["conflicts"],
     ["attach"],
     ["match"],

@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prefix tuning": {"method": "prefix-tuning"},
     "prefix tuning, projected": {"method": "prefix-tuning", "learning_rate": 3e-3, "options": {"prefix_projection": True}},
     "LLaMA-Adapter": {"method": "adaption-prompt"},
-    "trained rows of 256 tokens": {"method": "trainable-tokens", "options": {"token_indices": list(range(4, 260))}},
+    "trained rows of 256 tokens": {"method": "trainable-tokens", "options": {"token_indices": list(range(260, 516))}},
 }
 
 

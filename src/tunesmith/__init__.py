@@ -17,6 +17,7 @@ _PLACES = {
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification", "load_base", "load_tokenizer",
     ],
+    "bases.prepare": ["prepare_model_for_kbit_training"],
     "bases.view": ["BaseView"],
     "config": ["PeftConfig", "PeftType", "PromptConfig", "TargetedConfig", "TaskType", "config_class"],
     "contracts": ["LinearAdapter", "PromptAdapter", "SublayerAdapter"],

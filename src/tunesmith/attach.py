@@ -35,7 +35,9 @@ class Branch(nn.Module):
         assert kind in self.KINDS
         node: Any = self
         for part in path.split("."):
-            node = node._modules.setdefault(part, Branch())  # not add_module, which refuses names such as "items"
+            if part not in node._modules:
+                node._modules[part] = Branch()  # not add_module, which refuses names such as "items"
+            node = node._modules[part]
         node.add_module(kind, adapter)
 
     def node(self, path: str) -> Branch:

@@ -91,11 +91,15 @@ def unknown_key(key: str, cls: type, value: Any) -> str:
 
 def wrong_types(config: Any) -> Iterator[str]:
     """A sentence for each field whose value is not of the annotated type (files can hold anything)."""
-    hints = typing.get_type_hints(type(config))
+    kind: Any = type(config)
+    hints = _type_hints(kind)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
             yield f"{field.name}={value!r} must be of the type {str(field.type).replace(' | ', ' or ')}"
+
+
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -6,7 +6,6 @@ what it computes (`forward`), what it does to the weights (`merge`) and which te
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .bases.quantised import dense_copy
 from .bases.view import BaseView, compute_dtype, plain_forward, view_of, view_type
 from .config import PromptConfig
 from .errors import UsageError
@@ -114,6 +114,14 @@ class Adapted(BaseView):
     @property
     def bias(self) -> Tensor | None:
         return self.adapter.merge(self.base.weight(), self.base.bias, self.base)[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
 
     @property
     def output_scale(self) -> Any:
@@ -241,11 +249,11 @@ def shallow_twin(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> 
 
 
 class ModuleCopy(Adapter):
-    """A private, trainable copy of a whole module, called in its place (`modules_to_save`, task heads)."""
+    """A private, trainable copy of a whole module, called in its place (`modules_to_save`, task heads); always dense."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module).requires_grad_(True)
+        self.module = dense_copy(module).requires_grad_(True)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

@@ -120,4 +120,3 @@ class Framing:
         self._splits: dict[str, list[str]] = {}  # per adapter, the paths that keep it out of mixed batches
         self._checked: set[tuple[tuple[str, ...], bool]] = set()  # what preflight has looked into, in eval or training
         self._settle()
-        scheduled.watch(self)

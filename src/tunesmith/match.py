@@ -263,10 +263,9 @@ def _unfit(modules: dict[str, Any], config: TargetedConfig, plan: Plan) -> Itera
         elif view_type(module) is None:
             by_type.setdefault(type(module).__name__, []).append(path)
             continue
-        elif not module.weight.is_floating_point():
-            reason = f"its weight is stored as {module.weight.dtype}, which this version cannot adapt"
         else:
-            reason = adapter.fault(view_of(module), config, settings)
+            view = view_of(module)
+            reason = view.storage_fault() or adapter.fault(view, config, settings)
         if reason:
             yield f"{path}: {reason}"
     for name, paths in by_type.items():

@@ -1,20 +1,22 @@
 """Adapters into weights and back out.
 
 Merging computes in at least fp32, rounds once to the stored type and puts *new* parameters in place of the old ones;
-the old ones are kept, so unmerging restores the very tensors, ties included.
+the old ones are kept, so unmerging restores the very tensors, ties included. Quantised weights are quantised anew, and how
+much that rounds is said.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .attach import AdapterTree
+from .bases.quantised import QuantisedView, view_if_quantised
 from .bases.view import BaseView, view_of
 from .contracts import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter
 from .errors import UsageError
@@ -71,26 +73,55 @@ def check_order(base: nn.Module, trees: dict[str, AdapterTree]) -> None:
                 changed.update((path, leaf) for leaf in _merged_values(base.get_submodule(path), adapter))
 
 
-def into_weights(base: nn.Module, trees: list[AdapterTree], safe: bool, keep: bool) -> Originals:
+class HasAdapters(Protocol):
+    """An adapter's tree, or a part of one."""
+
+    def items(self) -> Iterator[tuple[str, Adapter]]: ...
+
+
+def into_weights(base: nn.Module, trees: Sequence[HasAdapters], safe: bool, keep: bool) -> Originals:
     """Replace the parameters of `base` that checked `trees` change; returns what was replaced when `keep` is set.
 
     Raises:
         UsageError: with `safe`, a merged value is not finite; the base is then as it was.
     """
     originals: Originals = {}
+    rounding = Rounding()
     try:
         for path, adapter, followers in (item for tree in trees for item in _together(base, tree)):
             for name, value in _merged_values(base.get_submodule(path), adapter).items():
                 if safe and not torch.isfinite(value).all():
                     raise UsageError(f"merging gives values that are not finite in {path}.{name}; nothing was merged")
-                old = _put(base, [path, *followers], name, value)
+                old = _put(base, [path, *followers], name, value, rounding)
                 if keep or safe:
                     for changed in (path, *followers):
                         originals.setdefault((changed, name), old)
     except Exception:
         restore(base, originals)
         raise
+    rounding.report()
     return originals if keep else {}
+
+
+class Rounding:
+    """How much of what adapters change is lost where merged weights are quantised again."""
+
+    def __init__(self) -> None:
+        self.modules = 0
+        self.lost = self.change = 0.0  # sums of squares
+
+    def add(self, before: Tensor, merged: Tensor, after: Tensor) -> None:
+        self.modules += 1
+        self.lost += (after - merged).square().sum().item()
+        self.change += (merged - before).square().sum().item()
+
+    def report(self) -> None:
+        if self.modules:
+            logger.warning(
+                "merging quantised %d weights anew, which moved them %.3g times as far as the adapters did; "
+                "merge_and_unload() keeps all of it in a dense model",
+                self.modules, (self.lost / self.change) ** 0.5 if self.change else 0.0,
+            )  # fmt: skip
 
 
 def restore(base: Any, originals: Originals) -> None:
@@ -98,6 +129,9 @@ def restore(base: Any, originals: Originals) -> None:
     for (path, name), original in originals.items():
         owner, leaf = _owner(base, path, name)
         (owner._buffers if leaf in owner._buffers else owner._parameters)[leaf] = original
+        quantised = view_if_quantised(owner)
+        if quantised is not None:
+            quantised.adopt()
     if hasattr(base, "config") and base.__dict__.pop("_untied_by_tunesmith", False):
         base.config.tie_word_embeddings = True
 
@@ -113,10 +147,10 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in adapter.replaced(module).items()}
     assert isinstance(adapter, LinearAdapter)
     view: BaseView = view_of(module)
-    wide = torch.promote_types(view.weight().dtype, torch.float32)
+    wide = torch.promote_types(view.dtype, torch.float32)
     bias = None if view.bias is None else view.bias.to(wide)
-    weight, new_bias = adapter.merge(view.weight().to(wide), bias, view)
-    values = {"weight": view.stored(weight).to(module.weight.dtype)}
+    weight, new_bias = adapter.merge(view.weight_as(wide), bias, view)
+    values = {"weight": weight if view_if_quantised(module) else view.stored(weight).to(module.weight.dtype)}
     if new_bias is not None and module._parameters.get("bias") is None:
         raise UsageError(
             f"{type(adapter).__name__} gives a bias to a {type(module).__name__} that has none, so it cannot be merged; "
@@ -127,7 +161,7 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
     return values
 
 
-def _together(base: nn.Module, tree: AdapterTree) -> Iterator[tuple[str, Adapter, list[str]]]:
+def _together(base: nn.Module, tree: HasAdapters) -> Iterator[tuple[str, Adapter, list[str]]]:
     """`(path, adapter, followers)`: followers hold the same weight and train the same rows, so they stay tied."""
     done: set[str] = set()
     for path, adapter in tree.items():
@@ -143,9 +177,12 @@ def _together(base: nn.Module, tree: AdapterTree) -> Iterator[tuple[str, Adapter
         yield path, adapter, followers
 
 
-def _put(base: nn.Module, paths: list[str], name: str, value: Tensor) -> Tensor:
+def _put(base: nn.Module, paths: list[str], name: str, value: Tensor, rounding: Rounding) -> Tensor:
     """Set one parameter or buffer, which the modules at `paths` share, to a new tensor; returns the old one."""
     owner, leaf = _owner(base, paths[0], name)
+    quantised = view_if_quantised(owner) if leaf == "weight" else None
+    if quantised is not None:
+        return _put_quantised(quantised, value, rounding)
     if leaf in owner._buffers:
         old = owner._buffers[leaf]
         owner._buffers[leaf] = value
@@ -156,6 +193,15 @@ def _put(base: nn.Module, paths: list[str], name: str, value: Tensor) -> Tensor:
     for path in paths:
         owner, leaf = _owner(base, path, name)
         owner._parameters[leaf] = new
+    return old
+
+
+def _put_quantised(view: QuantisedView, merged: Tensor, rounding: Rounding) -> Tensor:
+    merged, old = merged.float(), view.module.weight
+    before = view.weight_as(torch.float32)
+    view.module._parameters["weight"] = view.parameter(merged)
+    view.adopt()
+    rounding.add(before, merged, view.weight_as(torch.float32))
     return old
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import site
+from .attach import AdapterTree
+from .bases import quantised
 from .conflicts import conflict
 from .errors import UsageError
 from .frame import CarriesFrame
 from .merge import Originals, check, check_order, into_weights, plain_copy, restore
+from .merge_quantised import changed, into_dense
 from .record import BaseRecord, records
 
 
@@ -19,16 +23,28 @@ class Mergeable:
 
     _active: tuple[str, ...]
 
-    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False, *, requantize: bool = False
+    ) -> None:
         """Put adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
 
+        Args:
+            requantize: merge into quantised weights, too, which rounds the merged ones again.
+
         Raises:
-            UsageError: adapters are switched off, other handles use this base, or the adapter cannot be merged.
+            UsageError: adapters are switched off, other handles use this base, the adapter cannot be merged, or its modules
+                are quantised and `requantize` is not asked for.
         """
         if self._disabled:
             raise UsageError("adapters are switched off, so none is to act from the weights; call enable_adapters() first")
         names = [name for name in self._named(adapter_names or self._active) if name not in self._merged]
         self._check_mergeable(names, after=tuple(self._merged))
+        rounded = [] if requantize else changed(self.base_model, [self.tree(name) for name in names])
+        if rounded:
+            raise UsageError(
+                f"{len(rounded)} of the adapted modules are quantised ({rounded[0]}, ...), and merging would round them again; "
+                "merge_and_unload() gives a dense model, merge_adapter(requantize=True) accepts the rounding"
+            )
         done: dict[str, Originals] = {}
         try:
             for name in names:
@@ -52,13 +68,18 @@ class Mergeable:
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         copy: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        requantize: bool = False,
     ) -> nn.Module:
-        """The base with the adapters in its weights: a plain model again.
+        """The base with the adapters in its weights: a plain model again. A quantised base gives a dense one.
 
         Args:
             safe_merge: check that every merged weight is finite.
             adapter_names: which ones; by default the active ones.
             copy: merge into a copy and leave the base and this handle alone.
+            dtype: of weights that were quantised; by default the type that they had before.
+            requantize: leave a quantised base quantised, which rounds the merged weights again.
 
         Raises:
             UsageError: other handles use this base and no copy is asked for, or an adapter cannot be merged.
@@ -69,11 +90,12 @@ class Mergeable:
         if copy:
             with self.disable_adapter():  # out of the weights, while they are copied
                 base = plain_copy(self.base_model)
-            into_weights(base, trees, safe_merge, keep=False)
+            quantised.release(base)
+            _into(base, trees, safe_merge, dtype, requantize)
             self._record.thaw(base)
             return base
         self.unmerge_adapter()
-        into_weights(self.base_model, trees, safe_merge, keep=False)
+        _into(self.base_model, trees, safe_merge, dtype, requantize)
         return self._detach()
 
     def unload(self: Any) -> nn.Module:
@@ -110,8 +132,16 @@ class Mergeable:
             records[base] = BaseRecord({name: p.requires_grad for name, p in base.named_parameters()})
         self._record = records[base]
         self._record.handles.add(self)
+        self._take_up_stored()
         for parameter in base.parameters():
             parameter.requires_grad_(False)
+
+    def _take_up_stored(self: Any) -> None:
+        """Quantised modules compute through their views, so that nothing rewrites what they store."""
+        quantised.hold(self.base_model)
+        for _, view in quantised.quantised_views(self.base_model):
+            if site.fault(view.module) is None:
+                site.install(view.module)
 
     def _detach(self: Any) -> nn.Module:
         base, record = self.base_model, self._record
@@ -124,6 +154,14 @@ class Mergeable:
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 if isinstance(function, CarriesFrame):
                     module._gradient_checkpointing_func = function.checkpoint
+            quantised.release(base)
             record.thaw(base)
             records.pop(base, None)
         return base
+
+
+def _into(base: nn.Module, trees: list[AdapterTree], safe: bool, dtype: torch.dtype | None, requantize: bool) -> None:
+    if requantize or not any(quantised.quantised_views(base)):
+        into_weights(base, trees, safe, keep=False)
+    else:
+        into_dense(base, trees, safe, dtype)

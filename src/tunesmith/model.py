@@ -17,6 +17,7 @@ from torch import nn
 from . import preflight, prompting, scheduled, segments, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
+from .bases.quantised import logical_size
 from .checkpoint import load_adapter, save_adapters
 from .checkpoint.files import AdapterFolder
 from .checkpoint.hub import push_folder
@@ -281,6 +282,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         self.adapters[name] = tree
         self.peft_config[name] = config
         self._forget()
+        scheduled.watch(self, [config])
         tree.requires_grad_(False)
         if not self._active:
             self.set_adapter(name)
@@ -391,10 +393,11 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
     def set_adapter(self, adapter_name: str | list[str] | tuple[str, ...], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; they alone train (unless loaded or set for inference)."""
         names = self._named(adapter_name)
-        self._active = names
+        before, self._active = self._active, names
         self._settle()
-        for name, tree in self.adapters.items():
-            tree.requires_grad_(name in names and not inference_mode and not self.peft_config[name].inference_mode)
+        for name in {*before, *names} & self.peft_config.keys():
+            trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
+            self.tree(name).requires_grad_(trains)
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove adapters; when no active one is left, the first remaining one becomes active."""
@@ -441,7 +444,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             self._disabled = before
             self._settle()
             if merged:
-                self.merge_adapter([name for name in merged if name in self.peft_config])
+                self.merge_adapter([name for name in merged if name in self.peft_config], requantize=True)
 
     def disable_adapters(self) -> None:
         """As `disable_adapter()`, until `enable_adapters()`."""
@@ -457,7 +460,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """`(trainable, all)` parameter counts; shared parameters count once."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        sizes = [(logical_size(p), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -490,9 +493,11 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         """A copied or unpickled handle sets its sites on its own base."""
         super().__setstate__(state)
         self._forget()
+        scheduled.watch(self, self.peft_config.values())
         self._checkpointing = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
         records[self.base_model] = self._record
         self._record.handles.add(self)
+        self._take_up_stored()
         self._adapters_by_site(tuple(self.peft_config))
 
     def _known(self, name: str) -> None:

@@ -7,7 +7,7 @@ for an adapter when the optimiser holds its parameters.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .attach import AdapterTree
+from .config import PeftConfig
 from .errors import UsageError
 from .registry import adapter_type
 
@@ -42,9 +43,9 @@ class Progress:
     by_hand: bool = False
 
 
-def watch(handle: PeftModel) -> None:
-    """Follow the optimiser steps of a handle that has scheduled adapters."""
-    if not any(adapter_type(config).scheduled for config in handle.peft_config.values()):
+def watch(handle: PeftModel, configs: Iterable[PeftConfig]) -> None:
+    """Follow the optimiser steps of a handle, if one of these adapters of it is scheduled."""
+    if not any(adapter_type(config).scheduled for config in configs):
         return
     _watched.add(handle)
     if not _hooks:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .bases.view import plain_forward
+from .bases.view import class_forward, computing_view
 from .contracts import fold
 from .errors import TargetError
 from .frame import Frame, current_frame
@@ -26,18 +26,19 @@ class Site:
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
         self.__name__ = "forward"
-        self.__signature__ = inspect.signature(plain_forward(module))
+        self.__signature__ = inspect.signature(class_forward(module))
+        self.view = computing_view(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module()
         frame = current_frame()
         if frame is None:
-            return type(module).forward(module, *args, **kwargs)
+            return self._plain(module, args, kwargs)
         if frame.mixture is not None:
             return self._mixed(module, frame, args, kwargs)
         adapters = frame.adapters.get(self)
         if not adapters:
-            return type(module).forward(module, *args, **kwargs)
+            return self._plain(module, args, kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
         return fold(module, adapters)(*args, **kwargs)
@@ -46,10 +47,15 @@ class Site:
         mixture: Any = frame.mixture
         adapters = [part.adapters.get(self, ()) for part in mixture.frames]
         if not any(adapters):
-            return type(module).forward(module, *args, **kwargs)
+            return self._plain(module, args, kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
         return run_by_rows(module, mixture, adapters, args, kwargs)
+
+    def _plain(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.view is None:
+            return type(module).forward(module, *args, **kwargs)
+        return self.view(module)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or pickle of the module alone holds its plain forward (and needs no Tunesmith to be read).
@@ -94,7 +100,7 @@ def install(module: nn.Module) -> Site:
 def remove(module: nn.Module) -> None:
     """Take our site away and nothing else; a hook that wraps it keeps wrapping the plain forward."""
     if isinstance(module.__dict__.get("_old_forward"), Site):
-        module.__dict__["_old_forward"] = plain_forward(module)
+        module.__dict__["_old_forward"] = class_forward(module)
     if isinstance(module.__dict__.get("forward"), Site):
         del module.__dict__["forward"]
 

@@ -26,7 +26,7 @@ class LinearView(BaseView):
         return F.linear(x, weight)
 
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out, inner = self.weight().shape
+        out, inner = self.shape
         return (r, inner), (out, r)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class EmbeddingView(BaseView):
         return self._look_up(x, weight)
 
     def low_rank_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        tokens, dim = self.weight().shape
+        tokens, dim = self.shape
         return (r, tokens), (dim, r)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:

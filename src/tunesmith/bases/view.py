@@ -2,6 +2,8 @@
 
 An adapter never touches the module. It calls the view (`base(x)`) or asks it for parts: the product without bias, the
 dense weight in the orientation `(out, in)`, the bias. A storage format (4-bit, 8-bit) is one more view type.
+
+Types of packages that may not be installed stand in the table by their full names.
 """
 
 from __future__ import annotations
@@ -21,18 +23,19 @@ class BaseView:
     """
 
     tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
+    computes: ClassVar[bool] = False  # under a handle the view's own call stands for the class's forward, adapters or not
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output, bit for bit."""
-        return plain_forward(self.module)(x, *args, **kwargs)
+        return class_forward(self.module)(x, *args, **kwargs)
 
     @property
     def is_matrix(self) -> bool:
         """Whether the weight is `(out, in)` and the input holds `in` numbers: no lookup, no convolution."""
-        return not self.tokens_in and self.weight().dim() == 2
+        return not self.tokens_in and len(self.shape) == 2
 
     @property
     def bias(self) -> Tensor | None:
@@ -47,14 +50,43 @@ class BaseView:
         """The dense weight, `(out, in, ...)`."""
         raise NotImplementedError
 
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight in this type; of a stored form decoded to it, rather than rounded on the way."""
+        return self.weight().to(dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of `weight()`."""
+        return self.weight().shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type that the module computes in."""
+        return self.weight().dtype
+
+    def storage_fault(self) -> str | None:
+        """Why there is no dense weight to be had from what the module stores; None where there is one."""
+        weight = self.module.weight
+        return (
+            None if weight.is_floating_point() else f"its weight is stored as {weight.dtype}, which this version cannot adapt"
+        )
+
     @property
     def is_plain(self) -> bool:
-        """Whether the module computes `x W^T + bias` of the two tensors it stores, and nothing else."""
+        """Whether the module computes `x W^T + bias`, and nothing else."""
         return False
+
+    def operand(self, dtype: torch.dtype) -> Any:
+        """The weight as `kernels.lora_linear` takes it for inputs of this type: a tensor, or what decodes it."""
+        return self.weight()
 
     def stored(self, weight: Tensor) -> Tensor:
         """`weight` as the module stores it: the inverse orientation of `weight()`."""
         return weight
+
+    def parameter(self, weight: Tensor) -> nn.Parameter:
+        """A frozen parameter for the module that stands for `weight`, rounded to what the module stores."""
+        return nn.Parameter(self.stored(weight).to(self.module.weight.dtype), requires_grad=False)
 
     def matmul(self, x: Tensor) -> Tensor:
         """`W x` without the bias."""
@@ -89,16 +121,31 @@ class BaseView:
         return None
 
 
-def plain_forward(module: nn.Module) -> Callable[..., Any]:
+def class_forward(module: nn.Module) -> Callable[..., Any]:
     """The class's forward bound to `module`: what the module computes with no site in its `__dict__`."""
     return type(module).forward.__get__(module)
 
 
-_views: dict[type[nn.Module], type[BaseView]] = {}
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """What the module computes under a handle when no adapter acts on it."""
+    own = computing_view(module)
+    return own(module) if own else class_forward(module)
 
 
-def register_view(*modules: type[nn.Module]) -> Callable[[type[BaseView]], type[BaseView]]:
-    """Class decorator: these module types, and their subclasses, are seen through the decorated view."""
+def computing_view(module: nn.Module) -> type[BaseView] | None:
+    """The module's view, if that computes in place of the class's forward."""
+    found = view_type(module)
+    return found if found is not None and found.computes else None
+
+
+_views: dict[type[nn.Module] | str, type[BaseView]] = {}
+
+
+def register_view(*modules: type[nn.Module] | str) -> Callable[[type[BaseView]], type[BaseView]]:
+    """Class decorator: these module types, and their subclasses, are seen through the decorated view.
+
+    A type of a package that may be missing is given by its full name, "package.module.Class".
+    """
 
     def add(view: type[BaseView]) -> type[BaseView]:
         _views.update(dict.fromkeys(modules, view))
@@ -109,9 +156,13 @@ def register_view(*modules: type[nn.Module]) -> Callable[[type[BaseView]], type[
 
 def view_type(module: nn.Module) -> type[BaseView] | None:
     """The view type for `module`, found along its class's bases; None where no adapter can sit."""
-    from . import dense  # noqa: F401  (fills the table)
+    from . import dense, quantised  # noqa: F401  (fill the table)
 
-    return next((_views[cls] for cls in type(module).__mro__ if cls in _views), None)
+    for cls in type(module).__mro__:
+        found = _views.get(cls) or _views.get(f"{cls.__module__}.{cls.__qualname__}")
+        if found is not None:
+            return found
+    return None
 
 
 def view_of(module: nn.Module) -> BaseView:
@@ -123,6 +174,8 @@ def view_of(module: nn.Module) -> BaseView:
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The floating-point type of the module's weight, of a block's first one."""
+    if computing_view(module) is not None:
+        return view_of(module).dtype
     weight = getattr(module, "weight", None)
     if weight is None:
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)

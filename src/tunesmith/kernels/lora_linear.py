@@ -16,30 +16,33 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .decoded_linear import Decoded
+
 PLAIN = (Tensor, nn.Parameter)  # subclasses (sharded, quantised, traced tensors) compute in ways of their own
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """`x W^T + bias + scale x A^T B^T`, in x's type; twin: `reference.lora_linear`.
 
     Args:
         x: `(..., in)`.
-        weight, bias: `(out, in)` and `(out,)`, of x's type; frozen.
+        weight, bias: `(out, in)` and `(out,)`, of x's type; frozen. A `Decoded` weight is decoded in each direction.
         a, b: `(r, in)` and `(out, r)`, of any floating-point type, which their gradients have, too.
     """
     y, _ = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)  # (tokens, out)
-    result: Tensor = y.view(*x.shape[:-1], weight.shape[0])
+    result: Tensor = y.view(*x.shape[:-1], b.shape[0])
     return result
 
 
-def applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def applies(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None) -> bool:
     """Whether `lora_linear` can stand in for its twin: on plain tensors of one type, nothing trained but the factors, and
     nothing around the call that has to see each operation (autocast, `torch.func`, forward-mode gradients, tracing).
     """
     frozen = (weight,) if bias is None else (weight, bias)
     return (
         type(x) in PLAIN
-        and all(type(value) in PLAIN and value.dtype == x.dtype and not value.requires_grad for value in frozen)
+        and all(type(value) in PLAIN or isinstance(value, Decoded) for value in frozen)
+        and all(value.dtype == x.dtype and not value.requires_grad for value in frozen)
         and x.layout is torch.strided
         and not x.is_nested
         and not torch.is_autocast_enabled(x.device.type)
@@ -54,14 +57,16 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor | Decoded, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         h = x @ a.to(x.dtype).T  # (tokens, r)
-        y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)  # (tokens, out)
+        dense = weight() if isinstance(weight, Decoded) else weight  # (out, in)
+        y = x @ dense.T if bias is None else torch.addmm(bias, x, dense.T)  # (tokens, out)
         y.addmm_(h, b.to(x.dtype).T, alpha=scale)
         _, _, _, trains_a, trains_b, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if trains_a else None, weight, a, b, h if trains_b else None)
-        ctx.scale = scale
+        kept = None if isinstance(weight, Decoded) else weight
+        ctx.save_for_backward(x if trains_a else None, kept, a, b, h if trains_b else None)
+        ctx.decoded, ctx.scale = (weight if kept is None else None), scale
         return y, h
 
     @staticmethod
@@ -73,7 +78,7 @@ class _LoraLinear(torch.autograd.Function):
         if wants_x or trains_a:
             g = dh + ctx.scale * (dy @ b.to(dy.dtype))  # (tokens, r)
         if wants_x:
-            dx = (dy @ weight).addmm_(g, a.to(dy.dtype))  # (tokens, in)
+            dx = (dy @ (weight if ctx.decoded is None else ctx.decoded())).addmm_(g, a.to(dy.dtype))  # (tokens, in)
         if trains_a:
             da = (g.T @ x).to(a.dtype)  # (r, in)
         if trains_b:

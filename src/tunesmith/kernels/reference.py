@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .decoded_linear import Decoded
+
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Sum over rows of the cross-entropy of `hidden @ weight.T + bias` with `labels`, in fp32.
@@ -14,6 +16,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     logits = F.linear(hidden, weight, bias)
     wide = logits.double() if logits.dtype.itemsize == 8 else logits.float()
     return F.cross_entropy(wide, labels, reduction="sum", label_smoothing=smoothing)
+
+
+def decoded_linear(x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` of the decoded weight, which autograd then keeps."""
+    return F.linear(x, weight(), bias)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:

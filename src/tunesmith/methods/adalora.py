@@ -132,7 +132,7 @@ class AdaLora(LinearAdapter):
 
     def __init__(self, base: BaseView, config: AdaLoraConfig, settings: dict[str, Any]) -> None:
         super().__init__(base, config, settings)
-        r, (out, *inner) = settings["r"], base.weight().shape
+        r, (out, *inner) = settings["r"], base.shape
         self.scale: float = settings["scale"]
         self.starts_at_zero = config.init_lora_weights
         self.lora_A = nn.Parameter(torch.empty(r, math.prod(inner)))
@@ -154,7 +154,7 @@ class AdaLora(LinearAdapter):
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
         inputs = self.dropout(x.to(y.dtype))
-        if base.weight().dim() == 4:
+        if len(base.shape) == 4:
             return y + base.product(inputs, self._change(base).to(y.dtype))
         scaled = (self.lora_A * self.lora_E * self.scale).to(y.dtype)
         return y + inputs @ scaled.T @ self.lora_B.to(y.dtype).T
@@ -163,7 +163,7 @@ class AdaLora(LinearAdapter):
         return weight + self._change(base).to(weight.dtype), bias
 
     def _change(self, base: BaseView) -> Tensor:
-        return (self.scale * self.lora_B @ (self.lora_A * self.lora_E)).reshape(base.weight().shape)
+        return (self.scale * self.lora_B @ (self.lora_A * self.lora_E)).reshape(base.shape)
 
     # --- the budget, over all modules of one adapter ------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class AdaptionPromptConfig(TargetedConfig):
     adapter_layers: int | None = None
 
     method: ClassVar[str] = "ADAPTION_PROMPT"
-    usual_learning_rate: ClassVar[float] = 0.02
+    usual_learning_rate: ClassVar[float] = 0.06
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):

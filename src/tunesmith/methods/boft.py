@@ -64,7 +64,7 @@ class BOFT(LinearAdapter):
     @classmethod
     def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
         reason = no_weight_map(base, "BOFT", groups=False)
-        width, factors = math.prod(base.weight().shape[1:]), config.boft_n_butterfly_factor
+        width, factors = math.prod(base.shape[1:]), config.boft_n_butterfly_factor
         wanted = config.boft_block_size or config.boft_block_num
         if reason or width % wanted:
             return reason or f"its input of {width} is not a multiple of {wanted} (boft_block_size or boft_block_num)"
@@ -78,7 +78,7 @@ class BOFT(LinearAdapter):
 
     def __init__(self, base: BaseView, config: BOFTConfig, settings: dict[str, Any]) -> None:
         super().__init__(base, config, settings)
-        out, *inner = base.weight().shape
+        out, *inner = base.shape
         self.size, count = _blocks(math.prod(inner), config)
         self.dropout, self.init_weights = config.boft_dropout, config.init_weights
         self.boft_R = nn.Parameter(torch.empty(config.boft_n_butterfly_factor, count, self.size, self.size))
@@ -94,7 +94,7 @@ class BOFT(LinearAdapter):
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         rotations = self._kept(self._rotations())
-        if base.weight().dim() == 4:
+        if len(base.shape) == 4:
             return convolved(base, x, self._mapped(base.weight(), rotations))
         scale, bias = self.boft_s.flatten().to(x.dtype), base.bias
         for shuffles in reversed(range(len(rotations))):

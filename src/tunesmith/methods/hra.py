@@ -54,7 +54,7 @@ class HRA(LinearAdapter):
 
     @classmethod
     def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
-        width = math.prod(base.weight().shape[1:])
+        width = math.prod(base.shape[1:])
         if config.apply_GS and config.r > width:
             return f"r={config.r} vectors cannot be orthogonal in its input of {width}; take a smaller r"
         return no_weight_map(base, "HRA", groups=False)
@@ -64,7 +64,7 @@ class HRA(LinearAdapter):
         self.orthogonal = config.apply_GS
         # Gram-Schmidt of equal vectors is 0/0, so they start in pairs only without it.
         self.starts_in_pairs = config.init_weights and config.r % 2 == 0 and not config.apply_GS
-        self.hra_u = nn.Parameter(torch.empty(math.prod(base.weight().shape[1:]), config.r))
+        self.hra_u = nn.Parameter(torch.empty(math.prod(base.shape[1:]), config.r))
 
     def reset_parameters(self, base: BaseView) -> None:
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
@@ -73,7 +73,7 @@ class HRA(LinearAdapter):
                 self.hra_u[:, 1::2] = self.hra_u[:, ::2]
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
-        if base.weight().dim() == 4:
+        if len(base.shape) == 4:
             return convolved(base, x, self.merge(base.weight(), None, base)[0])
         u, t = self._reflections()
         u, t = u.to(x.dtype), t.to(x.dtype)

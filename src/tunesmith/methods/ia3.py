@@ -110,7 +110,7 @@ class IA3(LinearAdapter):
 
     def __init__(self, base: BaseView, config: IA3Config, settings: dict[str, Any]) -> None:
         super().__init__(base, config, settings)
-        out, inner, *kernel = base.weight().shape
+        out, inner, *kernel = base.shape
         self.groups: int = getattr(base.module, "groups", 1)
         self.scales_input: bool = settings["scales_input"]
         self.starts_at_one = config.init_ia3_weights

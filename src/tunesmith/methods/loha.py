@@ -41,7 +41,7 @@ class LoHa(LycorisAdapter):
     def __init__(self, base: BaseView, config: LoHaConfig, settings: dict[str, Any]) -> None:
         super().__init__(base, config, settings)
         self.init_weights = config.init_weights
-        r, (out, inner, *kernel) = settings["r"], base.weight().shape
+        r, (out, inner, *kernel) = settings["r"], base.shape
         self.has_cores = config.use_effective_conv2d and math.prod(kernel) > 1
         a_shape, b_shape = ((r, out), (r, inner)) if self.has_cores else ((out, r), (r, inner * math.prod(kernel)))
         self.hada_w1_a, self.hada_w1_b = nn.Parameter(torch.empty(a_shape)), nn.Parameter(torch.empty(b_shape))
@@ -62,4 +62,4 @@ class LoHa(LycorisAdapter):
             second = through_kernel(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
         else:
             first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
-        return (first * second).reshape(base.weight().shape)
+        return (first * second).reshape(base.shape)

@@ -57,7 +57,7 @@ class LoKr(LycorisAdapter):
     def __init__(self, base: BaseView, config: LoKrConfig, settings: dict[str, Any]) -> None:
         super().__init__(base, config, settings)
         self.init_weights = config.init_weights
-        r, (out, inner, *kernel) = settings["r"], base.weight().shape
+        r, (out, inner, *kernel) = settings["r"], base.shape
         out1, out2 = factorised(out, config.decompose_factor)
         in1, self.in2 = factorised(inner, config.decompose_factor)
         self.kernel = tuple(kernel)

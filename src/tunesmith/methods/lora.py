@@ -73,8 +73,8 @@ class Lora(LinearAdapter):
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         drops = self.training and self.dropout.p > 0
-        if base.is_plain and not drops and self.lora_B_bias is None and applies(x, base.weight(), base.bias):
-            return lora_linear(x, base.weight(), base.bias, self.lora_A, self.lora_B, self.scale)
+        if base.is_plain and not drops and self.lora_B_bias is None and applies(x, weight := base.operand(x.dtype), base.bias):
+            return lora_linear(x, weight, base.bias, self.lora_A, self.lora_B, self.scale)
         y = base(x, *args, **kwargs)
         return y + self.change(self._inputs(x, base, y.dtype), base, y.dtype)
 

@@ -38,9 +38,9 @@ class LoraFromWeight(Lora):
         name, _ = settings["start"]
         if not base.is_matrix:
             return f'init_lora_weights="{name}" takes a linear module\'s weight apart; leave it out of target_modules'
-        if base.weight().device.type == "meta":
+        if base.module.weight.device.type == "meta":
             return f'init_lora_weights="{name}" needs the weight, which is offloaded; load the base without offloading'
-        smaller = min(base.weight().shape)
+        smaller = min(base.shape)
         if settings["r"] > smaller:
             return f'init_lora_weights="{name}" finds {smaller} parts in its weight, fewer than r={settings["r"]}'
         if settings["scale"] <= 0:

@@ -81,7 +81,7 @@ class LycorisAdapter(LinearAdapter):
         y = base(x, *args, **kwargs)
         product = self.product(x.to(y.dtype), base) * self.scale
         if self.training and (self.rank_dropout or self.module_dropout):
-            product = product * self._kept_rows(y, channels_first=base.weight().dim() == 4)
+            product = product * self._kept_rows(y, channels_first=len(base.shape) == 4)
         return y + product
 
     def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:

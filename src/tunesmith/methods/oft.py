@@ -106,7 +106,7 @@ class OFT(LinearAdapter):
         rotation = self._kept(self.rotation())
         if base.tokens_in:
             return blockwise(base(x, *args, **kwargs), rotation)
-        if base.weight().dim() == 4:
+        if len(base.shape) == 4:
             return convolved(base, x, self._rotated_weight(base.weight(), rotation, base))
         return base(blockwise(x, rotation), *args, **kwargs)
 
@@ -156,7 +156,7 @@ class OFT(LinearAdapter):
 
 def _width(base: BaseView) -> int:
     """The numbers that are rotated together: a module's input (with a convolution's kernel), an embedding's output."""
-    return math.prod(base.weight().shape[1:])
+    return math.prod(base.shape[1:])
 
 
 def _block_size(width: int, config: OFTConfig) -> int:

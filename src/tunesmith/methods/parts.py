@@ -48,7 +48,7 @@ def wrong_bias(bias: str, own: str) -> Iterator[str]:
 
 def not_linear(base: BaseView, method: str) -> str | None:
     """Why `method`, which adapts linear modules only, cannot sit on this one; None where it can."""
-    if base.tokens_in or base.weight().dim() != 2:
+    if base.tokens_in or len(base.shape) != 2:
         return f"{method} adapts linear modules only; leave it out of target_modules"
     return None
 

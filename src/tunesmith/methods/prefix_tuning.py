@@ -34,7 +34,7 @@ class PrefixTuningConfig(PromptConfig):
     init_weights: Literal["zero"] | None = None
 
     method: ClassVar[str] = "PREFIX_TUNING"
-    usual_learning_rate: ClassVar[float] = 0.02
+    usual_learning_rate: ClassVar[float] = 0.05
 
     @property
     def trains_encoder(self) -> bool:

@@ -88,7 +88,7 @@ class TokenRows(LinearAdapter):
         self.register_buffer("order", tokens.argsort(), persistent=False)
         self.__dict__["follows"] = settings.get("follows")  # another node of the tree, whose parameter it stays
         if settings.get("follows") is None:
-            self.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), base.weight().shape[1]))
+            self.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), base.shape[1]))
 
     def private_values(self) -> list[str]:
         return [f"weight[{token}]" for token in self.tokens.tolist()]

@@ -82,13 +82,13 @@ class Vera(LinearAdapter):
 
     @classmethod
     def shared_tensors(cls, config: VeraConfig, modules: dict[str, nn.Module]) -> Projections:
-        shapes = [view_of(module).weight().shape for module in modules.values()]
+        shapes = [view_of(module).shape for module in modules.values()]
         out, inner = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
         return Projections(config.r, inner, out, config.projection_prng_key, config.save_projection)
 
     def __init__(self, base: BaseView, config: VeraConfig, settings: dict[str, Any]) -> None:
         super().__init__(base, config, settings)
-        self.out, self.inner = base.weight().shape
+        self.out, self.inner = base.shape
         self.d_initial, self.init_weights = config.d_initial, config.init_weights
         self.vera_lambda_b = nn.Parameter(torch.empty(self.out))
         self.vera_lambda_d = nn.Parameter(torch.empty(config.r))

@@ -135,7 +135,7 @@ class _Watch:
         for path in _lora_paths(model, name):
             module = model.base_model.get_submodule(path)
             if view_of(module).is_matrix:
-                r, inner = config.settings(path)["r"], view_of(module).weight().shape[1]
+                r, inner = config.settings(path)["r"], view_of(module).shape[1]
                 self.budget += r
                 self.limits[path] = min(round(r * eva.rho), inner)
                 self.hooks.append(module.register_forward_pre_hook(self._looking_at(path)))

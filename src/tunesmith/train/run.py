@@ -157,9 +157,11 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     import torch
 
     from ..auto import load_base, load_tokenizer
+    from ..bases.precision import dtype_named
     from ..data.templates import chosen
     from ..errors import OutOfMemoryError
     from . import job, quiet
+    from .devices import to_accelerator
     from .watch import RecordMetrics
 
     quiet.hush()
@@ -169,9 +171,14 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     tokenizer = load_tokenizer(settings.base)
     template = chosen(settings.template, data.format, tokenizer)
     rows: Sequence[Any] = pieces_of(data, template, tokenizer, settings.completion_only_loss)
-    console.print(f"{len(rows)} rows from {data.path}: {data.format}, template {template.name}; "
-                  f"base {settings.base}, method {settings.method}")  # fmt: skip
-    model = load_base(settings.base)
+    dtype = dtype_named(settings.dtype)
+    model = to_accelerator(load_base(settings.base, dtype="auto" if dtype is None else dtype))
+    computes = str(model.dtype).removeprefix("torch.")
+    note = ", which this machine multiplies fastest (--dtype float32 for full precision)"
+    console.print(
+        f"{len(rows)} rows from {data.path}: {data.format}, template {template.name}; method {settings.method}; "
+        f"base {settings.base} in {computes}{note if settings.dtype == 'auto' and dtype else ''}"
+    )
     if resume_from is not None:
         console.print(f"going on from {resume_from}")
     else:

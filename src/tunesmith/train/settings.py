@@ -43,6 +43,7 @@ class Settings:
     template: str | None = setting(None, "chat, human-assistant, none, file.jinja, ...", shown=True)
     completion_only_loss: bool = setting(True, "Train the answers alone, not the questions.")
     base: str = setting("sprout", "Base: sprout, a folder or a hub id.", "model_name_or_path", shown=True)
+    dtype: str = setting("auto", "What the base computes in: auto (bfloat16 where that is fast), float32, bfloat16 or float16.")
     output_dir: str = setting("adapter", "Where the adapter is written.", shown=True)
     num_virtual_tokens: int = setting(8, "Prompt methods: how many virtual tokens.", shown=True)
     prompt_tuning_init_text: str | None = setting(None, "Prompt tuning: a text to start from.")
@@ -95,6 +96,9 @@ class Settings:
         if self.lr_scheduler_type not in SCHEDULES:
             near = did_you_mean(self.lr_scheduler_type, SCHEDULES)
             raise ConfigError(f'lr_scheduler_type "{self.lr_scheduler_type}" is unknown{near}; use {", ".join(SCHEDULES)}')
+        from ..bases.precision import dtype_named
+
+        dtype_named(self.dtype)
         self.peft_config("sprout")  # its own faults show now, before anything is loaded
 
     @property

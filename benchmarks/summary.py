@@ -1,0 +1,42 @@
+"""The README's table of benchmarks, written from the records that are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cases import speed, startup
+
+START, END = "<!-- benchmarks: written by benchmarks/summary.py -->", "<!-- end of benchmarks -->"
+
+
+def table(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown; `records` are the medians of each case, by its name."""
+    by_name = {record["variant"]: record for record in records.get("speed", []) if "error" not in record}
+    lines = [
+        "| training | real tokens/s | than `peft`'s default | than its best | memory of its best |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for job in speed.JOBS:
+        own, default, best = (by_name.get(f"{job}: {side}") for side in ("Tunesmith", "peft, default", "peft, best"))
+        if own and default and best:
+            rate = own["tokens_per_second"]
+            lines.append(
+                f"| {job} | {rate:.0f} | {rate / default['tokens_per_second']:.1f}x | {rate / best['tokens_per_second']:.1f}x "
+                f"| {own['peak_mb'] / best['peak_mb']:.2f}x |"
+            )
+    starts = {record["variant"]: record for record in records.get("startup", []) if "error" not in record}
+    if len(starts) == 2:
+        own_time, peer_time = (sum(starts[side][stage] for stage in startup.STAGES) for side in ("Tunesmith", "peft"))
+        lines += [
+            "",
+            f"Import, {startup.ADAPTERS:,} adapters attached, one more loaded, one switched to: {own_time:.1f} s, "
+            f"with `peft` {peer_time:.1f} s.",
+        ]
+    return "\n".join(lines)
+
+
+def written_into(text: str, records: dict[str, list[dict[str, Any]]]) -> str:
+    """The README's text with the table between its marks."""
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    return f"{before}{START}\n\n{table(records)}\n\n{END}{after}"

@@ -1,0 +1,309 @@
+"""Views of modules that bitsandbytes stores in 4 or 8 bits: the stored form is read and never rewritten.
+
+    4 bits   W = level[code] * scale of its block, level one of 16 (NF4, FP4); a nested scale is itself 8 bits and an offset
+    8 bits   W = code * scale of its output / 127
+
+bitsandbytes supplies the form and decodes it. Everything else here is about leaving it alone: on a CPU its evaluation path
+repacks the codes and rounds the scales to bf16 in the module itself, and its forward passes rewrite the bias in the input's
+type. So under a handle these modules compute through their views, whether an adapter acts on them or not.
+
+Dettmers et al. 2023, "QLoRA", https://arxiv.org/abs/2305.14314 (section 3); Dettmers et al. 2022, "LLM.int8()",
+https://arxiv.org/abs/2208.07339 (section 2.1).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..kernels.decoded_linear import Decoded, decoded_linear
+from .dense import LinearView
+from .view import class_forward, register_view, view_type
+
+logger = logging.getLogger(__name__)
+
+_PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' own switch for repacking in evaluation
+
+
+class QuantisedView(LinearView):
+    """A linear map whose weight is decoded for each use."""
+
+    computes = True
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.module.out_features, self.module.in_features))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """The type that the weight had before it was quantised, where the stored form says it."""
+        raise NotImplementedError
+
+    def weight(self) -> Tensor:
+        return self.weight_as(self.dtype)
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The type that an input of type `dtype` is multiplied in."""
+        return self.dtype
+
+    def operand(self, dtype: torch.dtype) -> Decoded:
+        return Decoded(self.weight_as, self.computes_in(dtype))
+
+    @property
+    def is_plain(self) -> bool:
+        """On other devices the package's own kernels are the faster way."""
+        return self.module.weight.device.type == "cpu"
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.is_plain:
+            return class_forward(self.module)(x, *args, **kwargs)
+        return self._linear(x, self.bias)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self._linear(x, None)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.operand(x.dtype)
+        bias = None if bias is None else bias.to(weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # the module's own type decides
+            return decoded_linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    def hold(self) -> bool:
+        """Keep the package from rewriting what is stored, until `release`; whether it had done so before."""
+        return False
+
+    def release(self) -> None:
+        """Leave the module to the package again."""
+
+    def adopt(self) -> None:
+        """Bring what the module keeps beside its weight in line with a weight that was put into it."""
+
+
+@register_view("bitsandbytes.nn.modules.Linear4bit")
+class Linear4bitView(QuantisedView):
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.compute_dtype or self._state.dtype
+
+    def stored_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._state.dtype
+        return dtype
+
+    @property
+    def _state(self) -> Any:
+        return getattr(self.module.weight, "quant_state", None) or self.module.quant_state
+
+    def storage_fault(self) -> str | None:
+        if self._state is None:
+            return "its weight is not quantised yet, which moving it to its device does; load the base with transformers"
+        return None
+
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = self._state
+        if state.dtype != dtype:
+            state = copy.copy(state)
+            state.dtype = dtype
+        packed: Tensor = self.module.weight.data.view(-1, 1)
+        weight: Tensor = dequantize_4bit(packed, state)
+        return weight
+
+    def parameter(self, weight: Tensor) -> nn.Parameter:
+        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.nn import Params4bit
+
+        old, state = self.module.weight, self._state
+        data, new_state = quantize_4bit(
+            weight.contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=old.dtype,
+        )
+        new_state.dtype = state.dtype
+        return Params4bit(
+            data,
+            requires_grad=False,
+            quant_state=new_state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=old.dtype,
+            module=self.module,
+            bnb_quantized=True,
+        )
+
+    def adopt(self) -> None:
+        self.module.quant_state = self.module.weight.quant_state
+
+    def hold(self) -> bool:
+        module = self.module
+        module.__dict__.setdefault("_packs_when_released", getattr(module, _PACKS, False))
+        setattr(module, _PACKS, False)
+        packed = getattr(self._state, "packing_format_for_cpu", False)
+        if packed:
+            self._unpack()
+        return packed
+
+    def release(self) -> None:
+        if "_packs_when_released" in self.module.__dict__:
+            setattr(self.module, _PACKS, self.module.__dict__.pop("_packs_when_released"))
+
+    def _unpack(self) -> None:
+        """Undo a repacking that happened before: the codes come back exactly, the scales as they were rounded."""
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight, state = self.module.weight, copy.copy(self._state)
+        scales = state.absmax  # (in / blocksize, out), bf16
+        state.original_nested = False  # or it would quantise the rounded scales once more
+        weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        state.absmax = scales.T.contiguous().flatten().float()
+        state.state2 = state.offset = None
+        weight.quant_state = self.module.quant_state = state
+
+
+@register_view("bitsandbytes.nn.modules.Linear8bitLt")
+class Linear8bitView(QuantisedView):
+    """Computes in its input's type. On a CPU that input is not rounded to 8 bits, so evaluation computes what training does."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def stored_dtype(self) -> None:
+        return None
+
+    @property
+    def is_plain(self) -> bool:
+        return super().is_plain and self._is_stored
+
+    @property
+    def _is_stored(self) -> bool:
+        found: bool = self.module.weight.dtype == torch.int8
+        return found
+
+    @property
+    def _scales(self) -> Tensor:
+        """`(out,)`; a forward pass of the package moves them from the weight to the module's state."""
+        weight, state = self.module.weight, self.module.state
+        scales: Tensor = state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
+        return scales
+
+    def storage_fault(self) -> str | None:
+        if self.module.state.has_fp16_weights:
+            return "it keeps 16-bit weights and quantises them at each step; load the base without llm_int8_has_fp16_weight"
+        if not self._is_stored:
+            return "its weight is not quantised yet, which moving it to its device does; load the base with transformers"
+        return None
+
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        weight: Tensor = int8_vectorwise_dequant(self.module.weight.data, self._scales)
+        return weight.to(dtype)
+
+    def parameter(self, weight: Tensor) -> nn.Parameter:
+        from bitsandbytes.nn import Int8Params
+
+        old, scales = self.module.weight, weight.abs().amax(1).float()  # (out,)
+        old.CB, old.SCB = old.data, self._scales  # it may be put back, and must then have its own scales
+        codes = (weight * (127 / scales.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).round().to(torch.int8)
+        return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+
+    def adopt(self) -> None:
+        self.module.state.CB = self.module.state.SCB = None  # taken from the weight again
+
+
+def view_if_quantised(module: nn.Module) -> QuantisedView | None:
+    """The view of a module that is quantised; None for any other."""
+    kind = view_type(module)
+    if kind is None or not issubclass(kind, QuantisedView):
+        return None
+    view = kind(module)
+    return view if view.storage_fault() is None else None
+
+
+def quantised_views(model: nn.Module) -> Iterator[tuple[str, QuantisedView]]:
+    """`(path, view)` of every quantised module of `model`, itself included."""
+    for path, module in model.named_modules():
+        view = view_if_quantised(module)
+        if view is not None:
+            yield path, view
+
+
+def hold(model: nn.Module) -> None:
+    """Keep bitsandbytes from rewriting what `model` stores, until `release`."""
+    packed = sum(view.hold() for _, view in quantised_views(model))
+    if packed:
+        logger.warning(
+            "bitsandbytes had repacked %d modules for evaluation and rounded their scales to bf16; the codes are unpacked "
+            "again, for the stored scales load the base anew and attach adapters before its first call",
+            packed,
+        )
+
+
+def release(model: nn.Module) -> None:
+    """Leave the modules to bitsandbytes again."""
+    for _, view in quantised_views(model):
+        view.release()
+
+
+def logical_size(parameter: Tensor) -> int:
+    """How many numbers of the model a parameter stands for: 4-bit ones share their bytes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def dense_module(view: QuantisedView, dtype: torch.dtype) -> nn.Module:
+    """A module of the type that was quantised, with the decoded weight."""
+    quantised = view.module
+    inner, out = quantised.in_features, quantised.out_features
+    turned = issubclass(getattr(quantised, "source_cls", nn.Linear), Conv1D)
+    with torch.device("meta"):
+        module: Any = Conv1D(out, inner) if turned else nn.Linear(inner, out, bias=quantised.bias is not None)
+    weight = view.weight_as(dtype)
+    module.weight = nn.Parameter(weight.T.contiguous() if turned else weight, requires_grad=False)
+    if quantised.bias is not None:
+        module.bias = nn.Parameter(quantised.bias.detach().to(dtype), requires_grad=False)
+    module.train(quantised.training)
+    hook = getattr(quantised, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(module, copy.copy(hook))
+    return module
+
+
+def dense_copy(module: nn.Module) -> nn.Module:
+    """A deep copy in which quantised modules are dense, of the type they compute in."""
+    copied = copy.deepcopy(module)
+    for path, view in list(quantised_views(copied)):
+        dense = dense_module(view, view.dtype)
+        if not path:
+            return dense
+        copied.set_submodule(path, dense)
+    return copied
+
+
+def drop_marks(model: Any) -> None:
+    """Take away what says that `model` is quantised, once nothing of it is."""
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.__dict__.pop("is_quantized", None)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for config in configs.values():
+        config.__dict__.pop("quantization_config", None)
+        config.__dict__.pop("_is_quantized", None)

@@ -1,0 +1,66 @@
+"""A frozen linear map whose weight is stored in another form and decoded where it is needed.
+
+    y = x W^T + b,   dx = dy W,   W decoded in the forward pass and again in the backward one
+
+Kept for the backward pass is nothing but a reference to the stored form: neither x, which no gradient needs, nor the decoded
+weight, which would make every step as large as one on a dense base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+class Decoded:
+    """A frozen weight that exists while it is used: calling gives the dense tensor, `(out, in)`, of type `dtype`."""
+
+    requires_grad = False
+
+    def __init__(self, decode: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
+        self.decode = decode
+        self.dtype = dtype
+
+    def __call__(self) -> Tensor:
+        return self.decode(self.dtype)
+
+
+def decoded_linear(x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` in x's type, which is the weight's; twin: `reference.decoded_linear`.
+
+    Args:
+        x: `(..., in)`.
+        bias: `(out,)`, of x's type.
+    """
+    trained = bias is not None and bias.requires_grad
+    if not torch.is_grad_enabled() or not x.requires_grad or trained or _is_watched():
+        return F.linear(x, weight(), bias)
+    result: Tensor = _DecodedLinear.apply(x, weight, bias)
+    return result
+
+
+def _is_watched() -> bool:
+    """Whether something around the call has to see each operation (`torch.func`, forward-mode gradients, tracing)."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+    )
+
+
+class _DecodedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight(), bias)  # (..., out)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = upstream
+        return dy @ ctx.weight(), None, None  # (..., in)
