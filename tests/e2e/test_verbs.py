@@ -212,3 +212,79 @@ def test_doctor_says_what_is_here(capsys):
     assert run("doctor") == 0
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in printed and "processor" in printed and "model cache" in printed
+
+
+def test_a_sweep_trains_each_combination_and_does_not_repeat(data_file, tmp_path, capsys):
+    recipe = tmp_path / "sweep.yaml"
+    recipe.write_text(
+        f"data: {data_file}\noutput_dir: {tmp_path}/runs\nmethod: lora\nmax_steps: 2\n"
+        "learning_rate: [1e-4, 1e-2]\nlora_r: [2, 4]\n"
+    )
+    assert run("sweep", recipe, "--dry-run") == 0
+    names = capsys.readouterr().out.split()
+    assert len(names) == 4 and "learning_rate=1e-4,lora_r=2" in names
+    assert run("sweep", recipe) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    rows = json.loads((tmp_path / "runs" / "sweep.json").read_text())
+    assert [row["run"] for row in rows] == names
+    ranks = {json.loads((tmp_path / "runs" / name / "adapter_config.json").read_text())["r"] for name in names}
+    assert ranks == {2, 4}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("adapter_model.safetensors")}
+    assert run("sweep", recipe) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1", "varies nothing"),
+        ("seed: []", "empty list"),
+        ("data: [a.csv, b.csv]", "cannot be varied"),
+        ("seed: [1, 1]", "twice"),
+        ("seed: [1, x]", "not a number"),
+        ("lora_r: [1,2,3,4,5,6]\nseed: [1,2,3,4,5,6]\nmax_length: [1,2,3,4,5,6]", "216 runs"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense(text, words, tmp_path, capsys):
+    recipe = tmp_path / "sweep.yaml"
+    recipe.write_text(text)
+    assert run("sweep", recipe, "--output-dir", tmp_path / "runs") == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_push_uploads_what_makes_the_adapter(adapter, tmp_path, monkeypatch, capsys):
+    uploaded = {}
+
+    def push_folder(save, repo_id, **options):
+        place = tmp_path / "up"
+        place.mkdir()
+        save(str(place))
+        uploaded[repo_id] = ({path.name for path in place.iterdir()}, options)
+        return "https://hub/commit"
+
+    monkeypatch.setattr("tunesmith.checkpoint.hub.push_folder", push_folder)
+    assert run("push", adapter, "me/mine", "--private", "--token", "t") == 0
+    names = {"adapter_config.json", "adapter_model.safetensors", TEMPLATE_FILE, "README.md"}
+    assert uploaded == {"me/mine": (names, {"private": True, "token": "t"})}
+    assert "https://hub/commit" in capsys.readouterr().out
+    assert run("push", adapter, "mine") == 2 and "owner/name" in capsys.readouterr().err
+    assert run("push", tmp_path / "none", "me/mine") == 1
+
+
+def test_memory_that_does_not_suffice_says_what_to_change(data_file, tmp_path, monkeypatch, capsys):
+    from tunesmith.train import job
+
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried much."),
+        RuntimeError("[x] can't allocate memory: you tried"),
+    ):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(job, "train", fails)
+        assert run("train", "--data", data_file, "--method", "lora", "--output-dir", tmp_path / "out") == 4
+        err = capsys.readouterr().err
+        assert "--batch-size 4 --gradient-accumulation-steps 2" in err and "--gradient-checkpointing" in err
+        assert "--max-length 128" in err and not (tmp_path / "out").exists()

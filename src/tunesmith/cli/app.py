@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun, OutOfMemoryError, TunesmithError
-from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, quantize, train, validate
+from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, push, quantize, sweep, train, validate
 
 EXIT_CODES: dict[type[BaseException], int] = {
     DataError: 3,
@@ -33,12 +33,14 @@ app = typer.Typer(
 COMMANDS: dict[str, Any] = {
     "validate": validate.validate,
     "train": train.train,
+    "sweep": sweep.sweep,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "chat": chat.chat,
     "merge": merge.merge,
     "quantize": quantize.quantize,
     "inspect": inspect.inspect,
+    "push": push.push,
     "methods": methods.methods,
     "doctor": doctor.doctor,
     "demo": demo.demo,

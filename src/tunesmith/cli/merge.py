@@ -35,7 +35,8 @@ def merge(
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
     speaker = Speaker(str(adapter), base)
-    ids = torch.tensor([speaker.tokenizer("A text to compare both models on.")["input_ids"]])
+    text = "A text to compare both models on."
+    ids = torch.tensor([speaker.tokenizer(text)["input_ids"]], device=speaker.base.device)
     with torch.no_grad():
         before = speaker.model(input_ids=ids).logits.float()
         plain = speaker.model.merge_and_unload()

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
 from ..train.recipe import FIELDS, NOTHING_TO_SET, OLD_NAMES, SYNONYMS, TYPES, resolve
 from ..train.settings import Settings
 
@@ -46,28 +45,9 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, settings: bool, **fl
 
         typer.echo(as_yaml(Settings(**values)), nl=False)
         return None
-    if not values.get("data"):
-        raise ConfigError("no data; give a file: --data prompts.csv, or `data: prompts.csv` in the recipe")
-
-    from ..data.files import check_folder, raise_faults
-    from ..data.formats import read_examples
     from ..train import run
 
-    # Before torch is imported: a mistake in the data shows at once.
-    folder = Path(values.get("output_dir", Settings.output_dir))
-    data = read_examples(
-        values["data"], text_column=values.get("text_column"), columns=values.get("columns"), format=values.get("format")
-    )
-    raise_faults(data.faults, data.total)
-    check_folder(folder)
-    checkpoint = run.check_resume(folder, resume)
-
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    if resume and checkpoint is None:
-        console.print(f"{folder} holds no checkpoint yet; starting at the beginning")
-    run.start(Settings(**values), data, checkpoint, console)
+    run.from_values(values, resume)
     return None
 
 

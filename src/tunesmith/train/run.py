@@ -13,19 +13,21 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, bullet_list
+from ..errors import ConfigError, OutOfMemoryError, bullet_list
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..data.formats import Examples
     from ..data.templates import Piece, Template
+    from .job import Result
     from .settings import Settings
 
 RECIPE_FILE = "recipe.resolved.yaml"
@@ -148,19 +150,45 @@ def written(data: Examples, template: Template, tokenizer: Any, completion_only:
     return rows, faults
 
 
-def start(settings: Settings, data: Examples, resume_from: Path | None, console: Console) -> None:
+def from_values(values: dict[str, Any], resume: bool) -> Result:
+    """Read the data, look at the folder, and train; what is wrong with either shows before torch is imported.
+
+    Raises:
+        TunesmithError: see `start`.
+    """
+    from ..data.files import check_folder, raise_faults
+    from ..data.formats import read_examples
+    from .settings import Settings
+
+    if not values.get("data"):
+        raise ConfigError("no data; give a file: --data prompts.csv, or `data: prompts.csv` in the recipe")
+    folder = Path(values.get("output_dir", Settings.output_dir))
+    data = read_examples(
+        values["data"], text_column=values.get("text_column"), columns=values.get("columns"), format=values.get("format")
+    )
+    raise_faults(data.faults, data.total)
+    check_folder(folder)
+    checkpoint = check_resume(folder, resume)
+
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    if resume and checkpoint is None:
+        console.print(f"{folder} holds no checkpoint yet; starting at the beginning")
+    return start(Settings(**values), data, checkpoint, console)
+
+
+def start(settings: Settings, data: Examples, resume_from: Path | None, console: Console) -> Result:
     """Train, evaluate and save one run into `settings.output_dir`.
 
     Raises:
         TunesmithError: see `job.train`.
     """
-    import torch
-
     from ..auto import load_base, load_tokenizer
     from ..bases.precision import dtype_named
     from ..data.templates import chosen
-    from ..errors import OutOfMemoryError
     from . import job, quiet
+    from .devices import to_accelerator
     from .watch import RecordMetrics
 
     quiet.hush()
@@ -171,15 +199,14 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     template = chosen(settings.template, data.format, tokenizer)
     rows: Sequence[Any] = pieces_of(data, template, tokenizer, settings.completion_only_loss)
     dtype = dtype_named(settings.dtype)
-    model = load_base(settings.base, dtype=dtype or "auto")
+    with _memory_explained(settings):
+        model = to_accelerator(load_base(settings.base, dtype="auto" if dtype is None else dtype))
     computes = str(model.dtype).removeprefix("torch.")
-    why = (
-        ", which this machine multiplies fastest (--dtype float32: full precision)"
-        if settings.dtype == "auto" and dtype
-        else ""
+    note = ", which this machine multiplies fastest (--dtype float32 for full precision)"
+    console.print(
+        f"{len(rows)} rows from {data.path}: {data.format}, template {template.name}; method {settings.method}; "
+        f"base {settings.base} in {computes}{note if settings.dtype == 'auto' and dtype else ''}"
     )
-    console.print(f"{len(rows)} rows from {data.path}: {data.format}, template {template.name}; "
-                  f"base {settings.base} in {computes}{why}; method {settings.method}")  # fmt: skip
     if resume_from is not None:
         console.print(f"going on from {resume_from}")
     else:
@@ -187,16 +214,15 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     existed = folder.exists()
     write_records(folder, settings, data_hash)
     try:
-        result = job.train(
-            model, tokenizer, rows, settings, title=settings.method, console=console, run=folder, resume_from=resume_from
-        )
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"out of memory ({str(error).partition('. ')[0]}); {_smaller(settings)}") from error
+        with _memory_explained(settings):
+            result = job.train(
+                model, tokenizer, rows, settings, title=settings.method, console=console, run=folder, resume_from=resume_from
+            )
     except Exception:
         _remove_if_empty(folder, existed)
         raise
-    size = job.save(result, tokenizer, folder)
     template.save(folder)
+    size = job.save(result, tokenizer, folder)
     RecordMetrics(folder).write(
         held_out_loss_before=result.held_out_before, held_out_loss_after=result.held_out_after, seconds=round(result.seconds, 3)
     )
@@ -204,6 +230,22 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     console.print(f"trained {trainable:,} of {total:,} parameters; {result.sentence()}")
     console.print(f"adapter: {folder} ({size / 1024:.1f} KB of tensors)")
     console.print(f'use it: tunesmith generate --adapter {folder} --prompt "..."')
+    return result
+
+
+@contextmanager
+def _memory_explained(settings: Settings) -> Iterator[None]:
+    """Memory that does not suffice, as an error that says what to change."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(f"out of memory ({str(error).partition('. ')[0]}); {_smaller(settings)}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's words for the CPU
+            raise
+        raise OutOfMemoryError(f"out of memory; {_smaller(settings)}") from error
 
 
 def _smaller(settings: Settings) -> str:

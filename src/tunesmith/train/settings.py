@@ -44,7 +44,7 @@ class Settings:
     template: str | None = setting(None, "chat, human-assistant, none, file.jinja, ...", shown=True)
     completion_only_loss: bool = setting(True, "Train the answers alone, not the questions.")
     base: str = setting("sprout", "Base: sprout, a folder or a hub id.", "model_name_or_path", shown=True)
-    dtype: str = setting("auto", "What the base computes in: auto (bfloat16 where fast), float32, ...", shown=True)
+    dtype: str = setting("auto", "What the base computes in: auto (bfloat16 where that is fast), float32, bfloat16 or float16.")
     output_dir: str = setting("adapter", "Where the adapter is written.", shown=True)
     num_virtual_tokens: int = setting(8, "Prompt methods: how many virtual tokens.", shown=True)
     prompt_tuning_init_text: str | None = setting(None, "Prompt tuning: a text to start from.")

@@ -14,6 +14,7 @@ from ..data.formats import Message
 from ..data.templates import Template, chosen
 from ..errors import ConfigError
 from ..model import PeftModel
+from .devices import to_accelerator
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Speaker:
         self.tokenizer = load_tokenizer(self.base_name)
         self.template = kept or chosen(template or (None if self.tokenizer.chat_template and not adapter else "none"),
                                        "messages", self.tokenizer)  # fmt: skip
-        self.base = load_base(self.base_name).eval()
+        self.base = to_accelerator(load_base(self.base_name)).eval()
         self.model: Any = PeftModel.from_pretrained(self.base, adapter).eval() if adapter else self.base
 
     @contextmanager
