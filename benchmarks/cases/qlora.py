@@ -160,8 +160,8 @@ def report(records: list[dict[str, Any]]) -> str:
     lines = [
         "# QLoRA: memory and time",
         "",
-        "LoRA of r=64 on q and v, dropout 0.1, on a base of TinyLlama's shape (1.1 billion parameters, random weights) in NF4 with",
-        f"double quantisation. Steps of {LENGTH} tokens; the peak is what the whole process holds at most. The sides:",
+        "LoRA of r=64 on q and v, dropout 0.1, on a base of TinyLlama's shape (1.1 billion parameters, random weights) in NF4",
+        f"with double quantisation. Steps of {LENGTH} tokens; the peak is what the whole process holds at most. The sides:",
         "",
         *(f"- **{side}**: {what}." for side, what in WHAT.items()),
         "",
@@ -177,9 +177,8 @@ def report(records: list[dict[str, Any]]) -> str:
             continue
         faster = [f"{peer['seconds'] / own['seconds']:.2f}x" if peer else "" for peer in peers]
         share = [f"{own['peak_mb'] / peer['peak_mb']:.2f}x" if peer else "" for peer in peers]
-        lines.append(
-            f"| {side} | {own['seconds']:.2f} | {faster[0]} | {faster[1]} | {own['peak_mb']:,.0f} MB | {share[0]} | {share[1]} |"
-        )
+        cells = [f"{own['seconds']:.2f}", *faster, f"{own['peak_mb']:,.0f} MB", *share]
+        lines.append(f"| {side} | {' | '.join(cells)} |")
     lines += [
         "",
         "## Generation",

@@ -46,7 +46,7 @@ def test_on_sprout(tmp_path):
     output = output_of(tmp_path)
     found = re.search(r"16 rows kept apart: ([\d.]+) before, ([\d.]+) after", output)
     assert found and float(found[2]) < 0.2 * float(found[1])
-    assert "trainable params: 430,080 " in output  # r=64 on q and v of 7 layers
+    assert "trainable params: 430,080 " in output  # r=64 on q and v of 6 layers
     assert "def compute(" in output.rpartition("### Response:")[2]
     assert_made(tmp_path / "python-coder")
 

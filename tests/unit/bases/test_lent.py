@@ -47,7 +47,7 @@ def test_memory_is_used_again_and_threads_have_their_own():
     other.start()
     other.join()
     assert torch.equal(one, expected)
-    again = lent.decoded(weight.data, weight.quant_state, torch.float32)
+    again = lent.decoded(second.weight.data, second.weight.quant_state, torch.float32)
     assert again.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() and torch.equal(again, found[0])
     lent.give_back()
     assert lent._memory.bytes is None
