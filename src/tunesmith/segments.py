@@ -106,6 +106,15 @@ def packed(base: Any, frame: Frame, inputs: dict[str, Any]) -> tuple[Frame, dict
     return frame, {**inputs, "use_cache": False}
 
 
+def cut(inputs: dict[str, Any], columns: int) -> dict[str, Any]:
+    """Where the texts lie in the first columns of a row; nothing where the row is not packed."""
+    if inputs.get(BOUNDARIES) is None:
+        return {}
+    boundaries = inputs[BOUNDARIES].clamp(max=columns).unique()
+    longest = int(boundaries.diff().max())
+    return dict(zip(KEYS, (boundaries, boundaries, longest, longest)))
+
+
 def fault(base: Any, frame: Frame) -> str | None:
     """Why texts of one row cannot be kept apart on this base with the frame's adapters; None where they can."""
     config, name = getattr(base, "config", None), type(base).__name__
