@@ -27,6 +27,7 @@ from . import site
 from .contracts import ModuleCopy, Twin, shallow_twin
 from .errors import UsageError
 from .frame import Frame, current_frame
+from .kernels import short_attention
 
 varlen_attn: Any
 try:
@@ -217,6 +218,8 @@ def _attend_one(
     if softcap is not None:
         return _attend_capped(query, key, value, dropout, scaling, window, softcap)
     mask = _seen(length, window, query.device) if window is not None and window < length else None
+    if mask is None and not dropout and short_attention.applies(query, key, value):
+        return short_attention.short_attention(query, key, value, scaling)
     grouped = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
