@@ -12,7 +12,13 @@ import argparse
 import math
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    PrinterCallback,
+    TrainingArguments,
+)
 
 import tunesmith
 from tunesmith import PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, Trainer, get_peft_model
@@ -94,10 +100,11 @@ def create_trainer(model, rows, learning_rate):
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        logging_strategy="no",
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    trainer.remove_callback(PrinterCallback)  # it prints every record
+    return trainer
 
 
 def perplexity(trainer, rows):
