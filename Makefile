@@ -6,7 +6,7 @@ METHOD ?= prompt-tuning
 
 CASES ?= startup lora_step packing speed learning
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench docs format clean
 
 demo: .venv/runtime.stamp
 	$(BIN)/tunesmith demo --method $(METHOD)
@@ -19,6 +19,9 @@ test: check
 bench: .venv/dev.stamp
 	$(PIP) --editable '.[bench]'
 	for case in $(CASES); do $(BIN)/python -m benchmarks.harness $$case || exit 1; done
+
+docs: .venv/dev.stamp
+	$(BIN)/mkdocs build --strict
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -42,4 +45,4 @@ format: .venv/dev.stamp
 	touch $@
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache demo-out
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache demo-out site

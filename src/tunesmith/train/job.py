@@ -125,7 +125,7 @@ def train(
             disable_tqdm=True,
         )
         if run is not None:
-            watched: Any = (WholeCheckpoints, StopsWhenDiverging, trainer_type)
+            watched: Any = (StopsWhenDiverging, WholeCheckpoints, trainer_type)
             trainer_type = type("RunTrainer", watched, {"keep": settings.save_total_limit})
         callbacks: list[Any] = [progress] if run is None else [progress, signals, RecordMetrics(run)]
         trainer = trainer_type(
