@@ -12,8 +12,9 @@ import torch
 
 from ..bases.precision import dtype_named
 from ..config import TaskType
-from ..errors import ConfigError
+from ..errors import ConfigError, TunesmithError
 from ..train.settings import Settings
+from .machine import memory
 from .predict import Example, Plan, Storage, predict
 from .skeleton import config_of
 
@@ -138,6 +139,21 @@ def fitting(
         if plan.peak <= budget:
             return candidate, plan
     return None
+
+
+def advice(settings: Settings) -> str:
+    """What to change where a job ran out of memory, in words; by how much, where the job can be planned."""
+    try:
+        asked = plan_training(settings)
+        less = int(asked.held + 0.7 * (asked.peak - asked.held))
+        found = fitting(settings, min(memory(usual_device()) or less, less))
+    except TunesmithError:
+        smallest = list(smaller(settings))[-1:]
+        return "try " + flags(smallest[0], settings) if smallest else "take a smaller base"
+    if found is None:
+        return f"it needs about {asked.peak / 1e9:.2f} GB, and no settings make it much less; take a smaller base"
+    sizes = f"{found[1].peak / 1e9:.2f} GB rather than {asked.peak / 1e9:.2f}"
+    return f"try {flags(found[0], settings)}: about {sizes} (tunesmith plan)"
 
 
 def flags(settings: Settings, than: Settings) -> str:

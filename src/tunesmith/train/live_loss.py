@@ -116,9 +116,7 @@ class LiveLoss:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             own = self.handle(**one).loss
-            own = (
-                None if own is None else own.detach()
-            )  # and what was kept for its gradients goes, before as much is kept again
+            own = None if own is None else own.detach()  # before as much is kept again for gradients
             torch.manual_seed(0)
             try:
                 fused = self._fused(one, None, 0.0, shared)
