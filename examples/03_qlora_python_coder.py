@@ -1,23 +1,33 @@
 """QLoRA: a model that writes Python, trained on a base in 4 bits, merged, and run in 4 bits again.
 
-Small by default: the embedded base *sprout* and tasks made here; nothing is downloaded. The one argument that makes it the
-article's job is `--base meta-llama/Llama-2-7b-hf`, whose rows then come from the hub; `--data` takes a file of your own
-with the columns instruction, input and output.
+Small by default: the embedded base *sprout* and the tasks of `python_tasks.jsonl`; nothing is downloaded. The one argument that
+makes it the article's job is `--base meta-llama/Llama-2-7b-hf`, whose 18,000 rows come from the hub; `--data` takes a file of
+your own with the columns instruction, input and output.
+
+It needs `pip install "tunesmith[quant,tensorboard]" datasets`; `03_qlora_python_coder.yaml` is the training as a recipe.
 """
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
-from tunesmith import AutoPeftModelForCausalLM, LoraConfig, PackedCollator, Trainer, get_peft_model
-from tunesmith import prepare_model_for_kbit_training, resolve
+from tunesmith import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PackedCollator,
+    Trainer,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+    resolve,
+)
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--base", default="sprout", help="sprout, a folder or a hub id")
-parser.add_argument("--data", help="a json file; default: tasks made here, for another base 18,000 from the hub")
+parser.add_argument("--data", help="a json file; default: python_tasks.jsonl, for another base rows from the hub")
 parser.add_argument("--output-dir", default="python-coder")
 parser.add_argument("--hub-repo", help="push the merged model there, as owner/name")
 settings = parser.parse_args()
@@ -45,26 +55,9 @@ Use the Task below and the Input given to write the Response, which is a program
 {sample["output"]}"""
 
 
-def tasks_made_here():
-    steps = {"adds": "+", "subtracts": "-", "multiplies by": "*", "divides by": "/"}
-    return [
-        {
-            "instruction": f"Write a function in Python that {verb} {number}.",
-            "input": f"{name} = {number + 1}",
-            "output": f"def compute({name}):\n    return {name} {sign} {number}",
-        }
-        for number in range(2, 14)
-        for name in ("x", "total")
-        for verb, sign in steps.items()
-    ]
-
-
-if settings.data:
-    dataset = load_dataset("json", data_files=settings.data, split="train")
-elif small:
-    dataset = Dataset.from_list(tasks_made_here())
-else:
-    dataset = load_dataset("iamtarun/python_code_instructions_18k_alpaca", split="train")
+hub_rows = "iamtarun/python_code_instructions_18k_alpaca"
+data = settings.data or (str(Path(__file__).with_name("python_tasks.jsonl")) if small else None)
+dataset = load_dataset("json", data_files=data, split="train") if data else load_dataset(hub_rows, split="train")
 dataset = dataset.shuffle(seed=42)
 print(f"{len(dataset)} rows, such as:\n{format_instruction(dataset[0])}\n")
 
@@ -153,4 +146,4 @@ model = AutoModelForCausalLM.from_pretrained(merged_folder, quantization_config=
 prompt = format_instruction({"instruction": "Write a function in Python that adds 5.", "input": "x = 6", "output": ""})
 inputs = tokenizer(prompt, return_tensors="pt", truncation=True)
 outputs = model.generate(**inputs, max_new_tokens=100, do_sample=True, top_p=0.9, temperature=0.5)
-print(f"{prompt}{tokenizer.decode(outputs[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True)}")
+print(f"{prompt}{tokenizer.decode(outputs[0, inputs['input_ids'].shape[1] :], skip_special_tokens=True)}")

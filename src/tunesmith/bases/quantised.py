@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.decoded_linear import Decoded, decoded_linear
-from . import packed
+from . import lent, packed
 from .dense import LinearView
 from .view import class_forward, register_view, view_type
 
@@ -136,7 +136,11 @@ class Linear4bitView(QuantisedView):
     def operand(self, dtype: torch.dtype) -> Decoded:
         if torch.is_grad_enabled():
             packed.drop(self.module)
-        return super().operand(dtype)
+        return Decoded(self.weight_as, self.computes_in(dtype), self._lent)
+
+    def _lent(self, dtype: torch.dtype) -> Tensor:
+        weight = lent.decoded(self.module.weight.data, self._state, dtype)
+        return self.weight_as(dtype) if weight is None else weight
 
     def parameter(self, weight: Tensor) -> nn.Parameter:
         from bitsandbytes.functional import quantize_4bit
@@ -289,6 +293,7 @@ def hold(model: nn.Module) -> None:
 
 def release(model: nn.Module) -> None:
     """Leave the modules to bitsandbytes again."""
+    lent.give_back()
     for _, view in quantised_views(model):
         view.release()
 

@@ -18,16 +18,26 @@ from torch.autograd import forward_ad
 
 
 class Decoded:
-    """A frozen weight that exists while it is used: calling gives the dense tensor, `(out, in)`, of type `dtype`."""
+    """A frozen weight that exists while it is used: calling gives the dense tensor, `(out, in)`, of type `dtype`.
+
+    Args:
+        lend: decodes into memory that the next call takes for itself; used where nothing records what it is multiplied with.
+    """
 
     requires_grad = False
 
-    def __init__(self, decode: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        decode: Callable[[torch.dtype], Tensor],
+        dtype: torch.dtype,
+        lend: Callable[[torch.dtype], Tensor] | None = None,
+    ) -> None:
         self.decode = decode
         self.dtype = dtype
+        self.lend = decode if lend is None else lend
 
     def __call__(self) -> Tensor:
-        return self.decode(self.dtype)
+        return self.decode(self.dtype) if torch.is_grad_enabled() else self.lend(self.dtype)
 
 
 def decoded_linear(x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:

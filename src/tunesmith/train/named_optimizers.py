@@ -41,7 +41,9 @@ def check_optimizer(name: str) -> None:
     known = [optimizer.value for optimizer in OptimizerNames]
     if name not in known:
         near = did_you_mean(name, known)
-        raise ConfigError(f'optim "{name}" is unknown{near}; use adamw_torch, paged_adamw_32bit or another of transformers\' names')
+        raise ConfigError(
+            f'optim "{name}" is unknown{near}; use adamw_torch, paged_adamw_32bit or another of transformers\' names'
+        )
 
 
 def usable_optimizer(name: str, device: str) -> str:

@@ -57,9 +57,7 @@ class Speaker:
         AdapterFileError, ConfigError, UsageError: the adapter or the base cannot be loaded.
     """
 
-    def __init__(
-        self, adapter: str | None, base: str | None = None, template: str | None = None, bits: int = 16
-    ) -> None:
+    def __init__(self, adapter: str | None, base: str | None = None, template: str | None = None, bits: int = 16) -> None:
         named = AdapterFolder.find(adapter).config().base_model_name_or_path if adapter else None
         self.base_name = base or named or "sprout"
         kept = Template.of_adapter(adapter) if adapter and template is None else None

@@ -14,9 +14,11 @@ from torch import nn
 from transformers.utils import logging
 
 from ..bases.precision import slower_than_need_be
+from ..bases.quantised import quantised_views
 from ..checkpoint.files import CONFIG_FILE
 from ..errors import AdapterFileError
 from ..model import PeftModel
+from .heap import leave_no_gaps
 from .live_loss import LiveLoss
 from .named_optimizers import usable_optimizer
 
@@ -51,6 +53,12 @@ class AdapterTrainerMixin:
         settings = self.args  # type: ignore[attr-defined]
         settings.optim = type(settings.optim)(usable_optimizer(str(settings.optim.value), settings.device.type))
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        settings, handle = self.args, self._handle()  # type: ignore[attr-defined]
+        if handle is not None and settings.device.type == "cpu" and next(quantised_views(handle.base_model), None):
+            leave_no_gaps()
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         handle = self._handle()
