@@ -27,6 +27,7 @@ from . import site
 from .contracts import ModuleCopy, Twin, shallow_twin
 from .errors import UsageError
 from .frame import Frame, current_frame
+from .kernels import short_attention
 
 varlen_attn: Any
 try:
@@ -104,6 +105,15 @@ def packed(base: Any, frame: Frame, inputs: dict[str, Any]) -> tuple[Frame, dict
     twins = {id(module.config): OtherConfig(_packed_config(module.config)) for module in modules}  # mostly one for all
     frame = frame.packed(segments, {site.install(module): twins[id(module.config)] for module in modules})
     return frame, {**inputs, "use_cache": False}
+
+
+def cut(inputs: dict[str, Any], columns: int) -> dict[str, Any]:
+    """Where the texts lie in the first columns of a row; nothing where the row is not packed."""
+    if inputs.get(BOUNDARIES) is None:
+        return {}
+    boundaries = inputs[BOUNDARIES].clamp(max=columns).unique()
+    longest = int(boundaries.diff().max())
+    return dict(zip(KEYS, (boundaries, boundaries, longest, longest)))
 
 
 def fault(base: Any, frame: Frame) -> str | None:
@@ -208,6 +218,8 @@ def _attend_one(
     if softcap is not None:
         return _attend_capped(query, key, value, dropout, scaling, window, softcap)
     mask = _seen(length, window, query.device) if window is not None and window < length else None
+    if mask is None and not dropout and short_attention.applies(query, key, value):
+        return short_attention.short_attention(query, key, value, scaling)
     grouped = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped

@@ -379,6 +379,13 @@ def test_the_kernel_gets_all_texts_in_its_own_layout(kind, calls, monkeypatch):
     assert len(seen) == calls
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "granite", "qwen2"])
+def test_the_kernel_of_short_texts_keeps_them_apart(kind, monkeypatch):
+    """Taken here for 32 bits, too, so that tolerances are narrow."""
+    monkeypatch.setattr(segments.short_attention, "applies", lambda *_: True)
+    check_texts_are_alone(handle_of(kind))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gemma2", "opt"])
 def test_kernels_keep_texts_apart(kind):

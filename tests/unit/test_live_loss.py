@@ -11,7 +11,8 @@ import transformers as tf
 from tests import tiny
 from tests.contract.handles import lora, prompted
 from tunesmith import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, Trainer, get_peft_model
-from tunesmith.train import shared_prefix
+from tunesmith.data.packing import PackedCollator
+from tunesmith.train import live_loss, shared_prefix
 from tunesmith.train.live_loss import LiveLoss
 
 
@@ -167,3 +168,17 @@ def test_virtual_tokens_are_shared_where_that_saves_more_than_another_pass_over_
     assert not shared_prefix.applies(handle, handle._frame, {**batch, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 4)})
     handle.gradient_checkpointing_enable()
     assert not shared_prefix.applies(handle, handle._frame, batch)
+
+
+def test_a_few_columns_tell_whether_two_losses_are_the_same():
+    texts = [{"input_ids": list(range(3, 3 + length)), "labels": [-100] * 5 + [7] * (length - 5)} for length in (20, 90)]
+    packed = live_loss._cut(PackedCollator()(texts), [0], 26)
+    assert packed["input_ids"].shape == packed["labels"].shape == packed["position_ids"].shape == (1, 26)
+    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 20, 26]
+    assert packed["max_length_q"] == 20
+
+    padded = {"input_ids": torch.ones(3, 40), "attention_mask": torch.ones(3, 40), "labels": torch.ones(3, 40)}
+    assert {tuple(value.shape) for value in live_loss._cut(padded, [2, 0], 26).values()} == {(2, 26)}
+    translated = {**padded, "input_ids": torch.ones(3, 60), "attention_mask": torch.ones(3, 60)}
+    cut = live_loss._cut(translated, [1], 26)
+    assert cut["input_ids"].shape == (1, 60) and cut["labels"].shape == (1, 26)

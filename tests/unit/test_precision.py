@@ -20,6 +20,17 @@ def test_bfloat16_where_the_cpu_multiplies_it(instructions, monkeypatch):
     assert precision.dtype_named("auto") is expected
 
 
+def test_a_large_base_in_float32_is_worth_a_word_where_16_bits_are_fast(monkeypatch):
+    cpu, base = torch.device("cpu"), torch.nn.Linear(30, 20)
+    monkeypatch.setattr(precision, "fast_dtype", lambda device: torch.bfloat16)
+    assert precision.slower_than_need_be(base, cpu) is None
+    monkeypatch.setattr(precision, "WORTH_A_WORD", 600)
+    assert "load it with dtype=torch.bfloat16" in str(precision.slower_than_need_be(base, cpu))
+    assert precision.slower_than_need_be(base.to(torch.bfloat16), cpu) is None
+    monkeypatch.setattr(precision, "fast_dtype", lambda device: None)
+    assert precision.slower_than_need_be(base.float(), cpu) is None
+
+
 def test_named_types_and_others():
     assert precision.dtype_named("float32") is torch.float32
     assert precision.fast_dtype(torch.device("meta")) is None

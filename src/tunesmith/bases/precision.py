@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
+WORTH_A_WORD = 50_000_000  # numbers in float32
 
 
 def fast_dtype(device: torch.device | None = None) -> torch.dtype | None:
@@ -25,6 +28,20 @@ def fast_dtype(device: torch.device | None = None) -> torch.dtype | None:
 def dtype_named(name: str) -> torch.dtype | None:
     """The type of that name; "auto" is `fast_dtype()`, and None leaves the base in the type it is stored in."""
     return fast_dtype() if name == "auto" else getattr(torch, name)
+
+
+def slower_than_need_be(base: nn.Module, device: torch.device) -> str | None:
+    """What to do about a base whose number type `device` multiplies slowly; None where it is small or all is well."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in base.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    fast = fast_dtype(device)
+    if fast is None or sizes.get(torch.float32, 0) < WORTH_A_WORD:
+        return None
+    return (
+        f"the frozen base computes in float32, which {device.type} multiplies at about half the speed of bfloat16 or less; "
+        "load it with dtype=torch.bfloat16 (adapters stay float32)"
+    )
 
 
 def _usual_device() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .generate import Adapter, Base, MaxNewTokens, RepetitionPenalty, Seed, Temperature, TemplateName, TopP
+from .generate import Adapter, Base, LoadIn4bit, MaxNewTokens, RepetitionPenalty, Seed, Temperature, TemplateName, TopP
 
 KEYS = "/base without the adapter, /adapter with it, /new forgets what was said, /quit (or Ctrl-D)"
 
@@ -13,6 +13,7 @@ def chat(
     adapter: Adapter = None,
     base: Base = None,
     template: TemplateName = None,
+    load_in_4bit: LoadIn4bit = False,
     max_new_tokens: MaxNewTokens = 200,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
@@ -34,7 +35,7 @@ def chat(
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
-    speaker = Speaker(str(adapter) if adapter else None, base, template)
+    speaker = Speaker(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
     at_a_terminal = sys.stdin.isatty()
     if at_a_terminal:
         console.print(f"{adapter or speaker.base_name}, template {speaker.template.name}. {KEYS}")

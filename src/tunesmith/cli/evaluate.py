@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError, DataError
-from .generate import Base, TemplateName
+from .generate import Base, LoadIn4bit, TemplateName
 from .validate import Columns, Format, TextColumn
 
 
@@ -19,6 +19,7 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder or hub id.", show_default=False)] = None,
     base: Base = None,
     template: TemplateName = None,
+    load_in_4bit: LoadIn4bit = False,
     text_column: TextColumn = None,
     columns: Columns = None,
     format: Format = None,
@@ -56,7 +57,7 @@ def evaluate(
 
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
-    speaker = Speaker(str(adapter) if adapter else None, base, template)
+    speaker = Speaker(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
     if speaker.template.name == "none" and found.format not in ("text", "prompt-completion"):
         console.print("[yellow]the adapter keeps no template, so the rows are taken verbatim; --template names one[/yellow]")
     rows = run.pieces_of(found, speaker.template, speaker.tokenizer, completion_only_loss)

@@ -16,6 +16,7 @@ Base = Annotated[
     str | None, typer.Option(help="Base model; default: the one the adapter names, else sprout.", show_default=False)
 ]
 TemplateName = Annotated[str | None, typer.Option(help="Default: the one kept with the adapter.", show_default=False)]
+LoadIn4bit = Annotated[bool, typer.Option("--load-in-4bit", help="Store the base in 4 bits.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
@@ -28,6 +29,7 @@ def generate(
     adapter: Adapter = None,
     base: Base = None,
     template: TemplateName = None,
+    load_in_4bit: LoadIn4bit = False,
     max_new_tokens: MaxNewTokens = 60,
     temperature: Temperature = 0.0,
     top_p: TopP = 0.9,
@@ -53,7 +55,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
-    speaker = Speaker(str(adapter) if adapter else None, base, template)
+    speaker = Speaker(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
     verbatim = speaker.template.name == "none"
     text = speaker.prompt([{"role": "user", "content": prompt}])
 

@@ -111,6 +111,7 @@ def train(
             per_device_train_batch_size=settings.per_device_train_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             gradient_checkpointing=settings.gradient_checkpointing,
+            optim=settings.optim,
             learning_rate=settings.rate,
             lr_scheduler_type=settings.lr_scheduler_type,
             warmup_steps=settings.warmup(steps),
@@ -124,7 +125,7 @@ def train(
             disable_tqdm=True,
         )
         if run is not None:
-            watched: Any = (WholeCheckpoints, StopsWhenDiverging, trainer_type)
+            watched: Any = (StopsWhenDiverging, WholeCheckpoints, trainer_type)
             trainer_type = type("RunTrainer", watched, {"keep": settings.save_total_limit})
         callbacks: list[Any] = [progress] if run is None else [progress, signals, RecordMetrics(run)]
         trainer = trainer_type(

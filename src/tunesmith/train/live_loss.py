@@ -26,6 +26,8 @@ from . import shared_prefix
 
 logger = logging.getLogger(__name__)
 
+ENOUGH = 16  # columns from the first label on that tell whether two losses are the same
+
 
 class Tap(Around):
     """Around the output head: keeps what comes in, and gives logits of no words at all."""
@@ -99,7 +101,7 @@ class LiveLoss:
         return "labels" in inputs and not (hooked or unusual or (at is not None and frame.adapters.get(at)))
 
     def _agrees(self, inputs: dict[str, Any], shared: bool) -> bool:
-        """Whether both ways give the same loss, with the same numbers dropped out, on the first row with labels.
+        """Whether both ways give the same loss, with the same numbers dropped out, on a few labels of one row.
 
         Where rows share virtual tokens, it is two rows.
         """
@@ -107,9 +109,9 @@ class LiveLoss:
         live = (labels[:, 1:] if not self.encoder_decoder else labels) != IGNORED
         if labels.dim() != 2 or not bool(live.any()):
             return False
-        row = int(live.any(1).nonzero()[0])
+        row, first = live.nonzero()[0].tolist()
         rows = [row, (row + 1) % len(labels)] if shared else [row]
-        one = {k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == labels.shape[:1] else v for k, v in inputs.items()}
+        one = _cut(inputs, rows, first + ENOUGH)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             own = self.handle(**one).loss
@@ -149,3 +151,16 @@ class LiveLoss:
         for penalty in plain.penalties if handle.training else ():
             loss = loss + penalty().to(loss)
         return loss
+
+
+def _cut(inputs: dict[str, Any], rows: list[int], columns: int) -> dict[str, Any]:
+    """Some rows of a batch, and of its labels' columns the first ones."""
+    rows_in, columns_in = inputs["labels"].shape
+    cut = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape[:1] == (rows_in,):
+            value = value[rows]
+            if value.shape[1:2] == (columns_in,):
+                value = value[:, :columns]
+        cut[name] = value
+    return {**cut, **segments.cut(inputs, columns)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,20 @@ OF_BITSANDBYTES = {
 }  # fmt: skip
 OF_TORCH = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_torch", "adamw_bnb_8bit": "adamw_torch",
             "adamw_8bit": "adamw_torch"}  # fmt: skip
+
+
+def check_optimizer(name: str) -> None:
+    """Whether transformers knows an optimiser of that name.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from transformers.training_args import OptimizerNames
+
+    known = [optimizer.value for optimizer in OptimizerNames]
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise ConfigError(f'optim "{name}" is unknown{near}; use adamw_torch, paged_adamw_32bit or another of transformers\' names')
 
 
 def usable_optimizer(name: str, device: str) -> str:

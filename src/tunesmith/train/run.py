@@ -185,6 +185,7 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
         TunesmithError: see `job.train`.
     """
     from ..auto import load_base, load_tokenizer
+    from ..bases.loading import stored_in
     from ..bases.precision import dtype_named
     from ..data.templates import chosen
     from . import job, quiet
@@ -199,9 +200,10 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     template = chosen(settings.template, data.format, tokenizer)
     rows: Sequence[Any] = pieces_of(data, template, tokenizer, settings.completion_only_loss)
     dtype = dtype_named(settings.dtype)
+    stored = stored_in(settings.bits, dtype, settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant)
     with _memory_explained(settings):
-        model = to_accelerator(load_base(settings.base, dtype="auto" if dtype is None else dtype))
-    computes = str(model.dtype).removeprefix("torch.")
+        model = to_accelerator(load_base(settings.base, dtype="auto" if dtype is None else dtype, **stored))
+    computes = str(model.dtype).removeprefix("torch.") + (f", stored in {settings.bits} bits" if stored else "")
     note = ", which this machine multiplies fastest (--dtype float32 for full precision)"
     console.print(
         f"{len(rows)} rows from {data.path}: {data.format}, template {template.name}; method {settings.method}; "

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import PeftConfig, TaskType
 from ..errors import ConfigError, did_you_mean
+from .named_optimizers import check_optimizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -45,6 +46,10 @@ class Settings:
     completion_only_loss: bool = setting(True, "Train the answers alone, not the questions.")
     base: str = setting("sprout", "Base: sprout, a folder or a hub id.", "model_name_or_path", shown=True)
     dtype: str = setting("auto", "What the base computes in: auto (bfloat16 where that is fast), float32, bfloat16 or float16.")
+    load_in_4bit: bool = setting(False, "Store the base in 4 bits (QLoRA).", shown=True)
+    load_in_8bit: bool = setting(False, "Store the base in 8 bits.")
+    bnb_4bit_quant_type: str = setting("nf4", "4 bits: nf4 or fp4.")
+    bnb_4bit_use_double_quant: bool = setting(True, "4 bits: store the scales in 8 bits.", "use_bnb_nested_quant")
     output_dir: str = setting("adapter", "Where the adapter is written.", shown=True)
     num_virtual_tokens: int = setting(8, "Prompt methods: how many virtual tokens.", shown=True)
     prompt_tuning_init_text: str | None = setting(None, "Prompt tuning: a text to start from.")
@@ -62,6 +67,7 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "Compute activations twice to save memory.")
     learning_rate: float | None = setting(None, "Default: the method's usual one.", shown=True)
     lr_scheduler_type: str = setting("cosine", f"{', '.join(SCHEDULES)}.")
+    optim: str = setting("adamw_torch_fused", "Optimiser, by transformers' names: paged_adamw_32bit, adamw_8bit, ...")
     warmup_steps: float | None = setting(None, "Steps of rising learning rate; below 1, a share of all. Default: up to 10.")
     weight_decay: float = setting(0.0, "Pull of the weights towards 0.")
     max_grad_norm: float = setting(1.0, "Longer gradients are cut to this length.")
@@ -94,12 +100,22 @@ class Settings:
                 raise ConfigError(f"{name}={value} must be at least 0")
         if self.dtype not in DTYPES:
             raise ConfigError(f'dtype "{self.dtype}" is unknown{did_you_mean(self.dtype, DTYPES)}; use {", ".join(DTYPES)}')
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_4bit and load_in_8bit are both set; a base is stored in one of them")
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ConfigError(f'bnb_4bit_quant_type "{self.bnb_4bit_quant_type}" is unknown; use nf4 or fp4')
+        check_optimizer(self.optim)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(f"max_steps={self.max_steps} must be above 0, or -1 to go by the epochs")
         if self.lr_scheduler_type not in SCHEDULES:
             near = did_you_mean(self.lr_scheduler_type, SCHEDULES)
             raise ConfigError(f'lr_scheduler_type "{self.lr_scheduler_type}" is unknown{near}; use {", ".join(SCHEDULES)}')
         self.peft_config("sprout")  # its own faults show now, before anything is loaded
+
+    @property
+    def bits(self) -> int:
+        """In how many bits the base's linear maps are stored; 16 stands for what its files hold."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
 
     @property
     def config_type(self) -> type[PeftConfig]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..auto import load_base, load_tokenizer
+from ..bases.loading import stored_in
 from ..checkpoint.files import AdapterFolder
 from ..data.encode import encode_text
 from ..data.formats import Message
@@ -50,19 +51,22 @@ class Speaker:
         adapter: a folder or hub id; None speaks with the bare base.
         base: the base's name; None takes the one that the adapter names, else sprout.
         template: a name or file; None takes the one kept beside the adapter, else the tokenizer's chat template, else none.
+        bits: in how many the base's linear maps are stored: 4, 8, or 16 for what the files hold.
 
     Raises:
         AdapterFileError, ConfigError, UsageError: the adapter or the base cannot be loaded.
     """
 
-    def __init__(self, adapter: str | None, base: str | None = None, template: str | None = None) -> None:
+    def __init__(
+        self, adapter: str | None, base: str | None = None, template: str | None = None, bits: int = 16
+    ) -> None:
         named = AdapterFolder.find(adapter).config().base_model_name_or_path if adapter else None
         self.base_name = base or named or "sprout"
         kept = Template.of_adapter(adapter) if adapter and template is None else None
         self.tokenizer = load_tokenizer(self.base_name)
         self.template = kept or chosen(template or (None if self.tokenizer.chat_template and not adapter else "none"),
                                        "messages", self.tokenizer)  # fmt: skip
-        self.base = to_accelerator(load_base(self.base_name)).eval()
+        self.base = to_accelerator(load_base(self.base_name, **stored_in(bits))).eval()
         self.model: Any = PeftModel.from_pretrained(self.base, adapter).eval() if adapter else self.base
 
     @contextmanager

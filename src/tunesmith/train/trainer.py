@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
+from ..bases.precision import slower_than_need_be
 from ..checkpoint.files import CONFIG_FILE
 from ..errors import AdapterFileError
 from ..model import PeftModel
@@ -36,6 +37,14 @@ class AdapterTrainerMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
             load_all(handle, resume_from_checkpoint)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        handle, settings = self._handle(), self.args  # type: ignore[attr-defined]
+        mixed = settings.bf16 or settings.fp16
+        advice = None if handle is None or mixed else slower_than_need_be(handle.base_model, settings.device)
+        if advice:
+            logger.warning(advice)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimiser of `args.optim`, or what stands in for it on this machine."""

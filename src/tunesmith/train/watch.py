@@ -119,27 +119,48 @@ class Divergence:
 class StopsWhenDiverging:
     """Put before a Trainer class: a loss that is not finite, or stays far above the first ones, ends the training.
 
-    The weights that last gave a good loss are kept aside and put back.
+    The weights that last gave a good loss are kept aside and put back. An accelerator is asked for its losses only where a
+    record is due or a checkpoint is written, so that it never waits for this.
     """
 
-    _divergence: Divergence | None = None
     _good: tuple[int, dict[str, Tensor]] | None = None
+    _last_kept = -1  # the step whose weights were put aside last
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._divergence = Divergence()
+        self._unread: list[tuple[int, dict[str, Tensor] | None, Tensor]] = []  # (step, weights before it, its loss)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step, handle = self.state.global_step, self.model  # type: ignore[attr-defined]
-        self._divergence = self._divergence or Divergence()
-        due = self._good is None or step - self._good[0] >= self.args.logging_steps  # type: ignore[attr-defined]
+        due = self._last_kept < 0 or step - self._last_kept >= self.args.logging_steps  # type: ignore[attr-defined]
         weights = {n: p.detach().cpu().clone() for n, p in handle.named_parameters() if p.requires_grad} if due else None
+        self._last_kept = step if due else self._last_kept
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        reason = self._divergence.reason(float(loss))
-        if reason is None:
+        self._unread.append((step, weights, loss.detach()))
+        if due or loss.device.type == "cpu":
+            self._read_losses()
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._read_losses()
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _read_losses(self) -> None:
+        unread, self._unread = self._unread, []
+        losses = torch.stack([loss.float() for *_, loss in unread]).tolist() if unread else []
+        for (step, weights, _), loss in zip(unread, losses):
+            if reason := self._divergence.reason(loss):
+                raise self._lost(step, reason)
             if weights is not None and not self._divergence.high:
                 self._good = (step, weights)
-            return loss
-        if self._good is not None:
-            for name, parameter in handle.named_parameters():
-                if name in self._good[1]:
-                    parameter.data.copy_(self._good[1][name])
+
+    def _lost(self, step: int, reason: str) -> DivergedError:
+        """The error of a lost training, once the last good weights are back."""
         error = DivergedError(f"step {step + 1}: {reason}")
-        error.good_step = None if self._good is None else self._good[0]
-        raise error
+        if self._good is not None:
+            error.good_step, weights = self._good
+            for name, parameter in self.model.named_parameters():  # type: ignore[attr-defined]
+                if name in weights:
+                    parameter.data.copy_(weights[name])
+        return error
