@@ -21,7 +21,7 @@ bench: .venv/dev.stamp
 	for case in $(CASES); do $(BIN)/python -m benchmarks.harness $$case || exit 1; done
 
 docs: .venv/dev.stamp
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "tunesmith"
 # From top to bottom. A name is a module or a package of tunesmith.
 LAYERS = [
     ["cli"],
-    ["train"],
+    ["train", "plan"],
     ["auto"],
     ["tasks"],
     ["model"],

@@ -43,6 +43,7 @@ _PLACES = {
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "methods.trainable_tokens": ["TrainableTokensConfig"],
     "methods.vera": ["VeraConfig"],
+    "plan.fit": ["plan_training"],
     "registry": ["register"],
     "status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
     "tasks": [

@@ -67,7 +67,7 @@ def test_the_reference_is_current():
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="pip install 'tunesmith[docs]'")
     pytest.importorskip("material", reason="pip install 'tunesmith[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr + built.stdout
-    assert "Tutorial" in (tmp_path / "site" / "index.html").read_text("utf-8")
+    assert "Tutorial" in (tmp_path / "site" / "tutorial.html").read_text("utf-8")

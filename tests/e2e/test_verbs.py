@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -286,5 +287,5 @@ def test_memory_that_does_not_suffice_says_what_to_change(data_file, tmp_path, m
         monkeypatch.setattr(job, "train", fails)
         assert run("train", "--data", data_file, "--method", "lora", "--output-dir", tmp_path / "out") == 4
         err = capsys.readouterr().err
-        assert "--batch-size 4 --gradient-accumulation-steps 2" in err and "--gradient-checkpointing" in err
-        assert "--max-length 128" in err and not (tmp_path / "out").exists()
+        assert re.search(r"-batch-size 4 --gradient-accumulation-steps 2: about 0\.\d+ GB rather than 0\.\d+", err), err
+        assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun, OutOfMemoryError, TunesmithError
-from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, push, quantize, sweep, train, validate
+from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, plan, push, quantize, sweep, train, validate
 
 EXIT_CODES: dict[type[BaseException], int] = {
     DataError: 3,
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Any] = {
     "validate": validate.validate,
+    "plan": plan.plan,
     "train": train.train,
     "sweep": sweep.sweep,
     "eval": evaluate.evaluate,

@@ -103,30 +103,23 @@ def _flags() -> list[inspect.Parameter]:
     return found
 
 
-def _give_signature() -> None:
-    """Typer reads a command's flags from its signature."""
-    own = [
-        inspect.Parameter(
-            "recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None,
-            annotation=Annotated[Path | None, typer.Argument(help="A yaml file of settings.", show_default=False)],
-        ),
-        inspect.Parameter(
-            "resume", inspect.Parameter.KEYWORD_ONLY, default=False,
-            annotation=Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")],
-        ),
-        inspect.Parameter(
-            "dry_run", inspect.Parameter.KEYWORD_ONLY, default=False,
-            annotation=Annotated[bool, typer.Option("--dry-run", help="Print every setting as a recipe, and stop.")],
-        ),
-        inspect.Parameter(
-            "settings", inspect.Parameter.KEYWORD_ONLY, default=False,
-            annotation=Annotated[bool, typer.Option("--settings", help="List every setting, and stop.")],
-        ),
-    ]  # fmt: skip
-    parameters = [*own, *_flags()]
-    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    train.__doc__ = HELP
+def give_signature(command: Any, help: str, *own: tuple[str, Any, Any]) -> None:
+    """Typer reads a command's flags from its signature: a recipe, its `own` (name, default, type), and every setting."""
+    recipe = Annotated[Path | None, typer.Argument(help="A yaml file of settings.", show_default=False)]
+    parameters = [
+        inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=recipe),
+        *[inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=kind) for n, d, kind in own],
+        *_flags(),
+    ]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = help
 
 
-_give_signature()
+give_signature(
+    train,
+    HELP,
+    ("resume", False, Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]),
+    ("dry_run", False, Annotated[bool, typer.Option("--dry-run", help="Print every setting as a recipe, and stop.")]),
+    ("settings", False, Annotated[bool, typer.Option("--settings", help="List every setting, and stop.")]),
+)

@@ -75,11 +75,16 @@ def pad_id_of(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 
-def batches(examples: Sequence[Example], size: int, pad_id: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of neighbouring lengths, in no particular order: for evaluation."""
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
-    for start in range(0, len(ordered), size):
-        yield PadRight(pad_id)(ordered[start : start + size])
+LOGITS_AT_A_TIME = 2**24  # values; an evaluation should not need more memory than the training
+
+
+def batches(examples: Sequence[Example], size: int, pad_id: int, words: int = 1) -> Iterator[dict[str, Tensor]]:
+    """Batches of neighbouring lengths, the shortest first: for evaluation. Logits over `words` bound their sizes, too."""
+    waiting = sorted(examples, key=lambda example: len(example["input_ids"]))
+    while waiting:
+        most = max(LOGITS_AT_A_TIME // (len(waiting[min(size, len(waiting)) - 1]["input_ids"]) * words), 1)
+        yield PadRight(pad_id)(waiting[: min(size, most)])
+        waiting = waiting[min(size, most) :]
 
 
 @torch.no_grad()
@@ -92,7 +97,8 @@ def mean_loss(model: torch.nn.Module, examples: Sequence[Example], pad_id: int, 
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     total, count = 0.0, 0
-    for batch in batches(examples, size, pad_id):
+    words = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    for batch in batches(examples, size, pad_id, words):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()

@@ -45,7 +45,7 @@ def applies(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None) -> bool:
         and all(value.dtype == x.dtype and not value.requires_grad for value in frozen)
         and x.layout is torch.strided
         and not x.is_nested
-        and not torch.is_autocast_enabled(x.device.type)
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # asking of "meta" is an error
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch.jit.is_tracing()

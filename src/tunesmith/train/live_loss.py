@@ -95,6 +95,9 @@ class LiveLoss:
         """Whether the head is plain, frozen and without adapters, and the batch is of the usual kind."""
         if type(self.head) is not nn.Linear or self.head.weight.requires_grad or not self.head.weight.is_floating_point():
             return False
+        shifts = hasattr(self.base, "prepare_decoder_input_ids_from_labels")  # Whisper does it inside its forward
+        if self.encoder_decoder and not shifts and inputs.get("decoder_input_ids") is None:
+            return False
         frame, at = self.handle._frame, site.site_of(self.head)
         hooked = self.head._forward_hooks or self.head._forward_pre_hooks or hasattr(self.head, "_hf_hook")
         unusual = {"adapter_names", "shift_labels", "logits_to_keep"} & inputs.keys()

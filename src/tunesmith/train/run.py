@@ -242,25 +242,16 @@ def _memory_explained(settings: Settings) -> Iterator[None]:
 
     try:
         yield
+        return
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(f"out of memory ({str(error).partition('. ')[0]}); {_smaller(settings)}") from error
+        reason = f"out of memory ({str(error).partition('. ')[0]})"
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # torch's words for the CPU
             raise
-        raise OutOfMemoryError(f"out of memory; {_smaller(settings)}") from error
+        reason = "out of memory"
+    from ..plan.fit import advice
 
-
-def _smaller(settings: Settings) -> str:
-    """What to change when memory does not suffice."""
-    batch, length = settings.per_device_train_batch_size, settings.max_length
-    advice = []
-    if batch > 1:
-        twice = settings.gradient_accumulation_steps * 2
-        advice.append(f"--batch-size {batch // 2} --gradient-accumulation-steps {twice} (the same steps)")
-    if not settings.gradient_checkpointing:
-        advice.append("--gradient-checkpointing")
-    advice.append(f"--max-length {length // 2}")
-    return "try " + ", then ".join(advice)
+    raise OutOfMemoryError(f"{reason}; {advice(settings)}")  # out of `except`: what failed holds memory no longer
 
 
 def _remove_if_empty(folder: Path, existed: bool) -> None:

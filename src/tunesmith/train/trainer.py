@@ -40,21 +40,22 @@ class AdapterTrainerMixin:
         else:
             load_all(handle, resume_from_checkpoint)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        handle, settings = self._handle(), self.args  # type: ignore[attr-defined]
-        mixed = settings.bf16 or settings.fp16
-        advice = None if handle is None or mixed else slower_than_need_be(handle.base_model, settings.device)
-        if advice:
-            logger.warning(advice)
-        if handle is not None and settings.device.type == "cpu" and next(quantised_views(handle.base_model), None):
-            leave_no_gaps()
-        return super().train(*args, **kwargs)  # type: ignore[misc]
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimiser of `args.optim`, or what stands in for it on this machine."""
         settings = self.args  # type: ignore[attr-defined]
         settings.optim = type(settings.optim)(usable_optimizer(str(settings.optim.value), settings.device.type))
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        settings, handle = self.args, self._handle()  # type: ignore[attr-defined]
+        if handle is not None and next(quantised_views(handle.base_model), None):
+            if settings.device.type == "cpu":
+                leave_no_gaps()
+        elif handle is not None and not (settings.bf16 or settings.fp16):
+            advice = slower_than_need_be(handle.base_model, settings.device)
+            if advice:
+                logger.warning(advice)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         handle = self._handle()
