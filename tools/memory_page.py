@@ -41,8 +41,8 @@ def page() -> str:
     lines = [
         "# The memory that QLoRA takes",
         "",
-        "Predicted peak of the whole process in GB, for source S3's job (LoRA of r=64 on q and v, dropout 0.1, AdamW in 32 bits,",
-        "one row of 512 tokens a step) on a CPU in bfloat16. `tunesmith plan` does the reckoning: it runs the steps on tensors",
+        "Predicted peak of the whole process in GB, for source S3's job (LoRA of r=64 on q and v, dropout 0.1, AdamW in 32",
+        "bits, one row of 512 tokens a step) on a CPU in bfloat16. `tunesmith plan` does the reckoning: it runs the steps on tensors",
         "that have shapes and no memory.",
         "",
         "| base | stored as | of it the base | without checkpointing | with gradient checkpointing |",

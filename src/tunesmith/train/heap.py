@@ -2,7 +2,7 @@
 
 By itself the heap has as many arenas as there are threads, and the gaps in all of them stay with the process: a training that
 needed 1.5 GB at a time came to hold 2.6 GB (benchmarks/cases/qlora.py). With one arena, and the largest blocks given back when
-freed, it holds 1.6 GB. Giving back smaller ones saves little more, and each needs fresh pages the next time, which takes longer.
+freed, it holds 1.6 GB. Giving back smaller ones saves little more, and each takes fresh pages the next time.
 """
 
 from __future__ import annotations
