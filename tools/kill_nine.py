@@ -2,15 +2,17 @@
 
     python tools/kill_nine.py --kills 20 --method lora
 
-Each kill is SIGKILL at a moment drawn from the whole length of a run, start-up included. A killed run is gone on with, and may
-be killed again, until it ends; then another begins.
+Each kill is SIGKILL up to two seconds after a step drawn from those that are left, the start-up (step 0) and the writing of
+the end included. A killed run is gone on with, and may be killed again, until it ends; then another begins.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -41,24 +43,22 @@ def compare(place: Path, kills: int, method: str, chance: random.Random) -> int:
     (place / "rows.json").write_text(json.dumps(ROWS))
     recipe = place / "recipe.yaml"
     recipe.write_text(f"data: {place}/rows.json\nmethod: {method}\n{RECIPE}")
-    started = time.monotonic()
-    finish(start(recipe, place / "whole"))
-    length, expected = time.monotonic() - started, (place / "whole" / WEIGHTS).read_bytes()
-    print(f"{method}: uninterrupted {length:.1f} s", flush=True)
+    wait(start(recipe, place / "whole"), None)
+    expected = (place / "whole" / WEIGHTS).read_bytes()
+    steps = last_step(place / "whole")
+    print(f"{method}: {steps} steps", flush=True)
     done = wrong = number = 0
     while done < kills:
-        folder = place / f"cut-{number}"
-        own = 0
-        while True:
+        folder, own = place / f"cut-{number}", 0
+        while not (folder / WEIGHTS).is_file():
             process = start(recipe, folder)
-            moment = chance.uniform(0, length) if done < kills else 1e9
-            if wait(process, moment):
+            moment = None if done == kills else (chance.randint(last_step(folder), steps), chance.uniform(0, 2))
+            if wait(process, moment, folder):
                 break
             process.send_signal(signal.SIGKILL)
             process.wait()
             done, own = done + 1, own + 1
-            print(f"kill {done:2} after {moment:4.1f} s: {state(folder)}", flush=True)
-        assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
+            print(f"kill {done:2}: {state(folder)}", flush=True)
         same = (folder / WEIGHTS).read_bytes() == expected
         print(f"run {number}: ended after {own} kills, {'the same bits' if same else 'ANOTHER ADAPTER'}", flush=True)
         wrong, number = wrong + (not same), number + 1
@@ -72,18 +72,23 @@ def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the process ended by itself within so many seconds."""
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+def wait(process: subprocess.Popen[bytes], moment: tuple[int, float] | None, folder: Path | None = None) -> bool:
+    """Whether the process ended by itself before its moment: so many steps, and seconds after them."""
+    while process.poll() is None and (moment is None or folder is None or last_step(folder) < moment[0]):
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=moment[1] if moment else None)
+    if process.returncode not in (None, 0):
+        raise RuntimeError(process.stderr.read().decode() if process.stderr else "")
+    return process.returncode == 0
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    process.wait()
-    assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
+def last_step(folder: Path) -> int:
+    """How far the records of a run go; the last line may be cut off."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = [re.match(r'{"step": (\d+)', line) for line in lines]
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 def state(folder: Path) -> str:
@@ -91,7 +96,8 @@ def state(folder: Path) -> str:
     if not folder.is_dir():
         return "nothing written yet"
     found = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name[11:]))
-    return f"{found[-1] if found else 'no checkpoint'}{', final adapter written' if (folder / WEIGHTS).is_file() else ''}"
+    ended = ", final adapter written" if (folder / WEIGHTS).is_file() else ""
+    return f"step {last_step(folder)}, {found[-1] if found else 'no checkpoint'}{ended}"
 
 
 if __name__ == "__main__":
