@@ -53,7 +53,7 @@ def tutorial(folder: str) -> list[str]:
     for name, body in re.findall(r"<!-- test: file (\S+) -->\n```\w+\n(.*?)```", page, flags=re.DOTALL):
         Path(folder, name).write_text(body, encoding="utf-8")
     blocks = re.findall(r"<!-- test: commands -->\n```sh\n(.*?)```", page, flags=re.DOTALL)
-    return [command for block in blocks for command in block.strip().splitlines()]
+    return [command for block in blocks for command in block.strip().replace("\\\n ", "").splitlines()]
 
 
 def main(wanted: list[str]) -> None:
