@@ -37,6 +37,7 @@ class Result:
     losses: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
+    note: str | None = None
 
     def sentence(self) -> str:
         """The outcome in one line, as perplexities."""
@@ -73,6 +74,7 @@ def train(
     import torch
     from transformers import PrinterCallback, TrainingArguments
 
+    from .best import MeasureHeldOut
     from .checkpoints import WholeCheckpoints
     from .progress import ShowProgress
     from .watch import RecordMetrics, StopOnSignal, StopsWhenDiverging
@@ -110,7 +112,7 @@ def train(
             max_steps=settings.max_steps,
             per_device_train_batch_size=settings.per_device_train_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing=bool(settings.gradient_checkpointing),
             optim=settings.optim,
             learning_rate=settings.rate,
             lr_scheduler_type=settings.lr_scheduler_type,
@@ -121,13 +123,18 @@ def train(
             logging_nan_inf_filter=False,
             seed=settings.seed,
             data_seed=settings.seed,
-            report_to=[],
+            report_to=settings.reporters if run else [],
             disable_tqdm=True,
         )
         if run is not None:
             watched: Any = (StopsWhenDiverging, WholeCheckpoints, trainer_type)
             trainer_type = type("RunTrainer", watched, {"keep": settings.save_total_limit})
-        callbacks: list[Any] = [progress] if run is None else [progress, signals, RecordMetrics(run)]
+        callbacks: list[Any] = [progress]
+        measure = None
+        if run is not None:
+            callbacks += [signals, record := RecordMetrics(run)]
+            if held_out.examples and settings.eval_strategy != "no":
+                callbacks.append(measure := MeasureHeldOut(handle, held_out.examples, pad_id, settings, record))
         trainer = trainer_type(
             model=handle, args=arguments, train_dataset=data.examples, data_collator=collator, callbacks=callbacks
         )
@@ -145,14 +152,19 @@ def train(
             progress.close()
         seconds = time.monotonic() - started
         step, of = trainer.state.global_step, trainer.state.max_steps
-        if signals.received and step < of:
+        if signals.received and step < of and not (measure and measure.stopped):
             raise InterruptedRun(
                 f"interrupted at step {step} of {of}; a checkpoint is saved, go on: tunesmith train --resume --output-dir {run}"
             )
+    note = measure.take_best() if measure else None
+    if measure and measure.stopped:
+        note = f"ended at step {step} of {of}, after {settings.early_stopping_patience} measurements without a better one" + (
+            f"; {note}" if note else ""
+        )
     handle.eval()
     after = mean_loss(handle, held_out.examples, pad_id) if held_out.examples else None
     tokens = int(data.tokens * settings.num_train_epochs)
-    return Result(handle, held_out.examples, before, after, progress.losses, seconds, tokens)
+    return Result(handle, held_out.examples, before, after, progress.losses, seconds, tokens, note)
 
 
 def _kept(error: DivergedError, handle: PeftModel, run: Path | None) -> DivergedError:
