@@ -39,7 +39,7 @@ class Dora(Lora):
 
     def reset_parameters(self, base: BaseView) -> None:
         super().reset_parameters(base)
-        if base.module.weight.device.type == "meta":
+        if base.module.weight.device.type == "meta" and hasattr(base.module, "_hf_hook"):
             raise TargetError("DoRA starts from its weights' norms, but they are offloaded; load the base without offloading")
         with torch.no_grad():
             self.lora_magnitude_vector.copy_(self.norm(base.weight(), base).view_as(self.lora_magnitude_vector))

@@ -39,8 +39,8 @@ def config_of(name: str) -> Any:
     except (OSError, ValueError) as error:
         near = did_you_mean(_plain(name), table)
         raise UsageError(
-            f'"{name}" is no model known by name{near}, no folder with a config.json, and the hub does not give it; known: '
-            + ", ".join(table)
+            f'"{name}" is no folder with a config.json, the hub does not give it, and it is no model known by name'
+            + (near or f"; known are {', '.join(table)}")
         ) from error
 
 

@@ -36,11 +36,10 @@ OLD_NAMES: dict[str, str] = {
     "dataset_text_field": "text_column",
     "base_model": "base",
     "sample_packing": "packing",
+    "evaluation_strategy": "eval_strategy",
 }
 NOTHING_TO_SET: dict[str, str] = {
     "group_by_length": "rows of like lengths are batched together, or packed, without it",
-    "evaluation_strategy": "the held-out rows (held_out) are measured before and after",
-    "eval_strategy": "the held-out rows (held_out) are measured before and after",
     "overwrite_output_dir": "a folder that holds another run's checkpoints is never overwritten",
     "no_cuda": "the machine's accelerator is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
     "remove_unused_columns": "columns that are not trained are left out by themselves",

@@ -3,12 +3,15 @@
 recipe.resolved.yaml     every setting
 environment.json         versions, machine, and the data's hash
 metrics.jsonl            every record of the training
+report.html              the run as a page: curves, samples before and after, recipe
+best/                    the adapter that was best on the held-out rows, where that was asked for
 checkpoint-N/            adapter, optimizer, schedule, random states
 adapter_config.json, adapter_model.safetensors, tunesmith_template.json, tokenizer files: what came of it
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.resolved.yaml"
 ENVIRONMENT_FILE = "environment.json"
 # These may change when a run is gone on with: they do not change what is computed.
-FREE = {"output_dir", "data", "save_steps", "save_total_limit", "logging_steps"}
+FREE = {"output_dir", "data", "save_steps", "save_total_limit", "logging_steps", "samples", "report_to"}
 
 
 def check_resume(folder: Path, resume: bool) -> Path | None:
@@ -188,6 +191,7 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     from ..bases.loading import stored_in
     from ..bases.precision import dtype_named
     from ..data.templates import chosen
+    from ..plan.fit import needs_checkpointing
     from . import job, quiet
     from .devices import to_accelerator
     from .watch import RecordMetrics
@@ -213,12 +217,18 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
         console.print(f"going on from {resume_from}")
     else:
         settings.room  # noqa: B018  (its fault shows before anything is written)
+    doing = settings
+    if settings.gradient_checkpointing is None and needs_checkpointing(settings, model):
+        console.print(
+            "activations are computed twice, because they do not fit into memory (--no-gradient-checkpointing keeps them)"
+        )
+        doing = dataclasses.replace(settings, gradient_checkpointing=True)
     existed = folder.exists()
     write_records(folder, settings, data_hash)
     try:
         with _memory_explained(settings):
             result = job.train(
-                model, tokenizer, rows, settings, title=settings.method, console=console, run=folder, resume_from=resume_from
+                model, tokenizer, rows, doing, title=settings.method, console=console, run=folder, resume_from=resume_from
             )
     except Exception:
         _remove_if_empty(folder, existed)
@@ -229,10 +239,42 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
         held_out_loss_before=result.held_out_before, held_out_loss_after=result.held_out_after, seconds=round(result.seconds, 3)
     )
     trainable, total = result.handle.get_nb_trainable_parameters()
+    if result.note:
+        console.print(result.note)
+    page = _report(folder, settings, result, tokenizer, len(rows), template.name)
     console.print(f"trained {trainable:,} of {total:,} parameters; {result.sentence()}")
     console.print(f"adapter: {folder} ({size / 1024:.1f} KB of tensors)")
+    console.print(f"report: {page}")
     console.print(f'use it: tunesmith generate --adapter {folder} --prompt "..."')
     return result
+
+
+def _report(folder: Path, settings: Settings, result: Result, tokenizer: Any, rows: int, template: str) -> Path:
+    """Write the page of a finished run."""
+    import transformers
+
+    from . import report
+    from .recipe import as_yaml
+    from .samples import answered
+    from .watch import METRICS_FILE, read_metrics
+
+    trainable, total = result.handle.get_nb_trainable_parameters()
+    peak = max((record.get("peak_memory_mb", 0.0) for record in read_metrics(folder / METRICS_FILE)), default=0.0)
+    base = result.handle.base_model
+    facts = {
+        "base": f"{settings.base}, {total - trainable:,} parameters in {str(base.dtype).removeprefix('torch.')}",
+        "method": f"{settings.method}, {trainable:,} trained values",
+        "data": f"{settings.data}: {rows} rows, {len(result.held_out)} of them held out; template {template}",
+        "time": f"{result.seconds:.0f} s, {result.tokens / max(result.seconds, 1e-9):,.0f} tokens/s",
+        "peak memory": f"{peak:,.0f} MB",
+        "versions": f"tunesmith {metadata.version('tunesmith')}, transformers {transformers.__version__}",
+    }
+    samples = answered(result.handle, tokenizer, result.held_out[: settings.samples])
+    note = f" ({result.note})" if result.note else ""
+    return report.write(
+        folder,
+        report.Facts(f"{settings.method} on {settings.base}", result.sentence() + note, facts, as_yaml(settings), samples),
+    )
 
 
 @contextmanager

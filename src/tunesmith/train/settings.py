@@ -12,6 +12,8 @@ from ..errors import ConfigError, did_you_mean
 from .named_optimizers import check_optimizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EVAL_STRATEGIES = ("epoch", "steps", "no")
+REPORTERS = ("tensorboard", "wandb")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -64,7 +66,9 @@ class Settings:
     max_steps: int = setting(-1, "Stop after so many steps; -1 goes by the epochs.")
     per_device_train_batch_size: int = setting(8, "Rows per step.", "batch_size", shown=True)
     gradient_accumulation_steps: int = setting(1, "Batches that make one step.")
-    gradient_checkpointing: bool = setting(False, "Compute activations twice to save memory.")
+    gradient_checkpointing: bool | None = setting(
+        None, "Compute activations twice to save memory. Default: where memory needs it."
+    )
     learning_rate: float | None = setting(None, "Default: the method's usual one.", shown=True)
     lr_scheduler_type: str = setting("cosine", f"{', '.join(SCHEDULES)}.")
     optim: str = setting("adamw_torch_fused", "Optimiser, by transformers' names: paged_adamw_32bit, adamw_8bit, ...")
@@ -75,6 +79,12 @@ class Settings:
     held_out: float = setting(0.1, "Share of the rows kept for evaluation.", shown=True)
     packing: bool | None = setting(None, "Texts of a batch in one row, unpadded. Default: where possible.")
     logging_steps: int | None = setting(None, "Steps between records of the loss; default: a thirtieth of all.")
+    eval_strategy: str = setting("epoch", "When held-out rows are measured: epoch, steps (every eval_steps) or no.")
+    eval_steps: int = setting(100, "Steps between measurements.")
+    load_best_model_at_end: bool = setting(False, "End with the adapter that was best on the held-out rows.")
+    early_stopping_patience: int | None = setting(None, "End after so many measurements that were no better than the best.")
+    report_to: str | None = setting(None, "tensorboard or wandb, or both by a comma; metrics.jsonl is always written.")
+    samples: int = setting(3, "Held-out rows answered before and after, for report.html.")
     save_steps: int = setting(100, "Steps between checkpoints.", shown=True)
     save_total_limit: int = setting(2, "How many checkpoints are kept.")
     seed: int = setting(0, "Decides the held-out rows, start values and order of rows.")
@@ -88,7 +98,7 @@ class Settings:
             raise ConfigError(f"held_out={self.held_out} must be at least 0 and below 1")
         above_zero = (
             "num_train_epochs", "per_device_train_batch_size", "max_length", "gradient_accumulation_steps", "save_steps",
-            "save_total_limit", "max_grad_norm", "learning_rate", "logging_steps",
+            "save_total_limit", "max_grad_norm", "learning_rate", "logging_steps", "eval_steps", "early_stopping_patience",
         )  # fmt: skip
         for name in above_zero:
             value = getattr(self, name)
@@ -110,12 +120,31 @@ class Settings:
         if self.lr_scheduler_type not in SCHEDULES:
             near = did_you_mean(self.lr_scheduler_type, SCHEDULES)
             raise ConfigError(f'lr_scheduler_type "{self.lr_scheduler_type}" is unknown{near}; use {", ".join(SCHEDULES)}')
+        self._check_measurements()
         self.peft_config("sprout")  # its own faults show now, before anything is loaded
 
     @property
     def bits(self) -> int:
         """In how many bits the base's linear maps are stored; 16 stands for what its files hold."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
+
+    def _check_measurements(self) -> None:
+        if self.eval_strategy not in EVAL_STRATEGIES:
+            near = did_you_mean(self.eval_strategy, EVAL_STRATEGIES)
+            raise ConfigError(f'eval_strategy "{self.eval_strategy}" is unknown{near}; use {", ".join(EVAL_STRATEGIES)}')
+        wanted = "early_stopping_patience" if self.early_stopping_patience else "load_best_model_at_end"
+        if getattr(self, wanted) and (self.eval_strategy == "no" or not self.held_out):
+            raise ConfigError(f"{wanted} needs measurements; set held_out above 0 and eval_strategy to epoch or steps")
+        if self.samples < 0:
+            raise ConfigError(f"samples={self.samples} must be at least 0")
+        unknown = [name for name in self.reporters if name not in REPORTERS]
+        if unknown:
+            raise ConfigError(f'report_to "{unknown[0]}" is unknown; use {" or ".join(REPORTERS)}')
+
+    @property
+    def reporters(self) -> list[str]:
+        names = [name.strip() for name in (self.report_to or "").split(",")]
+        return [name for name in names if name not in ("", "none")]
 
     @property
     def config_type(self) -> type[PeftConfig]:
@@ -163,6 +192,12 @@ class Settings:
         if room < 2:
             raise ConfigError(f"max_length={self.max_length} leaves no room for text beside the virtual tokens; raise it")
         return room
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a training on so many rows."""
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        by_epochs = int(math.ceil(rows / batch) * self.num_train_epochs)
+        return max(self.max_steps if self.max_steps > 0 else by_epochs, 1)
 
     def warmup(self, steps: int) -> int:
         """Steps of rising learning rate, of `steps` in all."""
