@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -25,6 +26,7 @@ def evaluate(
     format: Format = None,
     completion_only_loss: Annotated[bool, typer.Option(help="Measure the answers alone.")] = True,
     max_length: Annotated[int, typer.Option(help="Cut longer rows to so many tokens.")] = 256,
+    max_rows: Annotated[int | None, typer.Option(help="Take so many of the first rows.", show_default=False)] = None,
     samples: Annotated[int, typer.Option(help="Show answers to so many of the first rows.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers into this json file.", show_default=False)] = None,
 ) -> None:
@@ -37,6 +39,8 @@ def evaluate(
     """
     if max_length < 2 or samples < 0:
         raise ConfigError(f"needs --max-length of at least 2 and --samples of at least 0, got {max_length} and {samples}")
+    if max_rows is not None and max_rows < 1:
+        raise ConfigError(f"--max-rows {max_rows} must be at least 1")
     from rich.console import Console
     from rich.table import Table
 
@@ -47,6 +51,7 @@ def evaluate(
     names = resolve(None, {}, {"columns": columns}).values.get("columns") if columns else None
     found = read_examples(data, text_column=text_column, columns=names, format=format)
     raise_faults(found.faults, found.total)
+    found = dataclasses.replace(found, examples=found.examples[:max_rows])
     if output is not None:
         check_folder(output.parent)
 
