@@ -23,9 +23,7 @@ MOST_LINES = 40  # of one command's output
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Walk the tool's path on data files and write what was seen.")
-    parser.add_argument(
-        "--conversations", type=Path, required=True, help="questions and answers; the whole path is walked on it"
-    )
+    parser.add_argument("--conversations", type=Path, required=True, help="questions and answers: the whole path")
     parser.add_argument("--other-language", type=Path, help="questions and answers, validated and trained on for a moment")
     parser.add_argument("--texts", type=Path, help="csv of plain texts")
     parser.add_argument("--column", default="prompt", help="the column of --texts")
@@ -99,9 +97,7 @@ def walked(walk: Walk, arguments: argparse.Namespace) -> None:
     walk.run("train --resume --output-dir my-adapter")
     walk.say("## Was it worth it?")
     walk.run(f"eval --data {data} --adapter my-adapter --max-length 64 --samples 1 --max-rows 40")
-    walk.run(
-        "chat --adapter my-adapter --max-new-tokens 30", typed="Write a function that adds two numbers.\n/base\n/new\n/quit\n"
-    )
+    walk.run("chat --adapter my-adapter --max-new-tokens 30", typed="Write a function that adds two numbers.\n/quit\n")
     walk.say("## What is in it, and where can it go?")
     walk.run("inspect my-adapter")
     walk.run("merge --adapter my-adapter --output-dir merged")
