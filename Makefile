@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 METHOD ?= prompt-tuning
 
-CASES ?= startup lora_step packing speed learning
+CASES ?= startup lora_step packing speed qlora learning
 
 .PHONY: demo test check bench docs format clean
 

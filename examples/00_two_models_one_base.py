@@ -18,6 +18,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PrinterCallback,
     TrainingArguments,
+    set_seed,
 )
 
 import tunesmith
@@ -79,6 +80,7 @@ generation_config = PromptTuningConfig(
     num_virtual_tokens=4,
     tokenizer_name_or_path=model_name,
 )
+set_seed(0)
 peft_model_prompt = get_peft_model(foundational_model, generation_config)
 peft_model_sentences = get_peft_model(foundational_model, generation_config)
 peft_model_prompt.print_trainable_parameters()

@@ -24,13 +24,17 @@ IMAGES = ROOT / "docs" / "images"
 WIDTH = 108
 NOISE = re.compile(r"^(Loading weights|Writing model shards|Failed to load CPU gemm|loss curves|.*\bstep \d+/\d+)")
 
+BAR = re.compile(r"━.* \S*\d+/\d+\S* ")  # a bar is drawn again and again; its last state stays
+
 
 def printed(command: str, folder: str) -> str:
     """What a command prints on a terminal of this width, colours included."""
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "PYTHONPATH": str(ROOT / "src")}
     words = [sys.executable, "-c", "from tunesmith.cli import main; main()", *shlex.split(command)[1:]]
     done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True)
-    return "\n".join(line for line in done.stdout.splitlines() if not NOISE.match(line))
+    lines = [line for line in done.stdout.splitlines() if not NOISE.match(line)]
+    following = [*lines[1:], ""]
+    return "\n".join(line for line, after in zip(lines, following) if not (BAR.search(line) and BAR.search(after)))
 
 
 def draw(name: str, commands: list[str], folder: str) -> None:
@@ -53,7 +57,7 @@ def tutorial(folder: str) -> list[str]:
     for name, body in re.findall(r"<!-- test: file (\S+) -->\n```\w+\n(.*?)```", page, flags=re.DOTALL):
         Path(folder, name).write_text(body, encoding="utf-8")
     blocks = re.findall(r"<!-- test: commands -->\n```sh\n(.*?)```", page, flags=re.DOTALL)
-    return [command for block in blocks for command in block.strip().splitlines()]
+    return [command for block in blocks for command in block.strip().replace("\\\n ", "").splitlines()]
 
 
 def main(wanted: list[str]) -> None:

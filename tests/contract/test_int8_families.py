@@ -67,7 +67,7 @@ def test_trains_saves_and_loads(family, tmp_path):
         assert all(p.grad is not None for p in handle.adapters.parameters())
         optimiser.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.3
     quantised.assert_same_stored(quantised.stored(model), before)
     handle.save_pretrained(tmp_path / "adapter")
     asked = {name: value for name, value in batch.items() if name != "labels"}

@@ -30,7 +30,7 @@ def run_page(text: str, name: str) -> None:
         if kind == "snippet":
             exec(compile(body, name, "exec", dont_inherit=True), names)
         elif kind == "commands":
-            for line in body.strip().splitlines():
+            for line in body.strip().replace("\\\n", " ").splitlines():
                 assert line.startswith("tunesmith "), line
                 assert run(*shlex.split(line)[1:]) == 0, line
         else:

@@ -69,11 +69,11 @@ def test_as_a_recipe(tmp_path, monkeypatch, capsys):
     """Trained in 4 bits, merged into 16, asked in 4 bits again."""
     monkeypatch.chdir(EXAMPLES.parent)
     adapter, merged = str(tmp_path / "coder"), str(tmp_path / "merged")
-    assert run("train", EXAMPLES / "03_qlora_python_coder.yaml", "--output-dir", adapter, "--max-steps", "12") == 0
+    assert run("train", EXAMPLES / "03_qlora_python_coder.yaml", "--output-dir", adapter, "--max-steps", "20") == 0
     printed = capsys.readouterr().out
     assert "in bfloat16, stored in 4 bits" in printed and "trained 430,080 of" in printed
     before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+)", printed).groups())
-    assert after < 0.5 * before
+    assert after < 0.6 * before
     recipe = (tmp_path / "coder" / "recipe.resolved.yaml").read_text()
     assert "load_in_4bit: true" in recipe and "optim: paged_adamw_32bit" in recipe and "warmup_steps: 0.03" in recipe
     assert run("merge", "--adapter", adapter, "--output-dir", merged) == 0

@@ -15,7 +15,7 @@ import transformers as tf
 
 from tests import tiny
 from tests.e2e.test_cli import run
-from tunesmith import LoraConfig, get_peft_model, plan_training
+from tunesmith import LoraConfig, get_peft_model, load_base, plan_training
 from tunesmith.errors import ConfigError, UsageError
 from tunesmith.plan import fit, skeleton
 from tunesmith.plan.ledger import Ledger
@@ -131,6 +131,18 @@ def test_settings_that_fit_are_found_and_can_be_pasted():
     size = other.per_device_train_batch_size
     assert fit.flags(other, settings) == f"--per-device-train-batch-size {size} --gradient-accumulation-steps {8 // size}"
     assert fit.fitting(settings, 10**6, fit.Rows(100), "cpu") is None
+
+
+def test_activations_are_computed_twice_where_they_do_not_fit(monkeypatch):
+    settings, base = Settings("lora"), load_base("sprout")
+    asked = plan_training(settings)
+    needed = asked.peak - asked.program - asked.base
+    for free, expected in ((needed - 1, True), (needed + 1, False), (None, False)):
+        monkeypatch.setattr(fit, "memory", lambda device, free=free: free)
+        assert fit.needs_checkpointing(settings, base) is expected
+    monkeypatch.setattr(fit, "memory", lambda device: 16 * 10**9)
+    monkeypatch.setattr(fit, "plan_training", lambda settings: pytest.fail("planned, although there is plenty of memory"))
+    assert not fit.needs_checkpointing(settings, base)
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("16 GiB", 16 * 2**30), ("512mb", 512e6), ("1.5TB", 1.5e12)])

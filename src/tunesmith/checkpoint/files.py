@@ -190,13 +190,13 @@ def _stage(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> Non
     try:
         for filename, write in writers.items():
             write(staging / filename)
-            _flush(staging / filename)
-        _flush(staging)
+            flush(staging / filename)
+        flush(staging)
         staging.rename(folder / COMMIT_FOLDER)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _flush(folder)
+    flush(folder)
 
 
 def _finish(folder: Path) -> None:
@@ -207,10 +207,11 @@ def _finish(folder: Path) -> None:
     for path in commit.iterdir():
         os.replace(path, folder / path.name)
     commit.rmdir()
-    _flush(folder)
+    flush(folder)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,6 +19,7 @@ from .predict import Example, Plan, Storage, predict
 from .skeleton import config_of
 
 SHORTEST = 64  # rows are not proposed to be cut below so many tokens
+VALUES_PER_LAYER = 60  # more than a layer keeps for the backward pass, in units of its width
 LIKE = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -88,7 +89,7 @@ def plan_training(settings: Settings, rows: Rows | None = None, device: str | No
         peft_config,
         [rows.batch(settings.per_device_train_batch_size, settings.room)],
         storage_of(settings, config, device),
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=bool(settings.gradient_checkpointing),
         packing=settings.packing,
         held_out=held_out,
         device=device,
@@ -138,6 +139,29 @@ def fitting(
         if plan.peak <= budget:
             return candidate, plan
     return None
+
+
+def needs_checkpointing(settings: Settings, base: Any) -> bool:
+    """Whether a job's activations do not fit into the free memory beside its base, which is loaded.
+
+    Where a bound tells that there is plenty, nothing is planned.
+    """
+    free = memory(usual_device())
+    if free is None or _most_transient(settings, base) < free / 2:
+        return False
+    try:
+        plan = plan_training(dataclasses.replace(settings, gradient_checkpointing=False))
+    except TunesmithError:
+        return False
+    return plan.peak - plan.program - plan.base > free
+
+
+def _most_transient(settings: Settings, base: Any) -> int:
+    """Bytes that activations and logits of a batch surely do not exceed."""
+    config = base.config.get_text_config()
+    tokens = settings.per_device_train_batch_size * settings.max_length
+    kept: int = config.num_hidden_layers * config.hidden_size * VALUES_PER_LAYER * base.dtype.itemsize
+    return tokens * (kept + 8 * config.vocab_size)
 
 
 def advice(settings: Settings) -> str:

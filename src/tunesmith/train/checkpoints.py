@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import flush
 from ..errors import UsageError
 
 STAGING = ".checkpoint-staging"
@@ -39,7 +39,7 @@ class WholeCheckpoints:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             (made,) = self._folder.glob("checkpoint-*")
             for path in (*made.rglob("*"), made):
-                _flush(path)
+                flush(path)
             shutil.rmtree(run / made.name, ignore_errors=True)
             made.rename(run / made.name)
         except (OSError, RuntimeError, ValueError) as error:
@@ -53,11 +53,3 @@ class WholeCheckpoints:
             shutil.rmtree(run / STAGING, ignore_errors=True)
         for old in checkpoints(run)[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -112,7 +112,7 @@ def train(
             max_steps=settings.max_steps,
             per_device_train_batch_size=settings.per_device_train_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing=bool(settings.gradient_checkpointing),
             optim=settings.optim,
             learning_rate=settings.rate,
             lr_scheduler_type=settings.lr_scheduler_type,

@@ -11,6 +11,7 @@ adapter_config.json, adapter_model.safetensors, tunesmith_template.json, tokeniz
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -190,6 +191,7 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     from ..bases.loading import stored_in
     from ..bases.precision import dtype_named
     from ..data.templates import chosen
+    from ..plan.fit import needs_checkpointing
     from . import job, quiet
     from .devices import to_accelerator
     from .watch import RecordMetrics
@@ -215,12 +217,18 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
         console.print(f"going on from {resume_from}")
     else:
         settings.room  # noqa: B018  (its fault shows before anything is written)
+    doing = settings
+    if settings.gradient_checkpointing is None and needs_checkpointing(settings, model):
+        console.print(
+            "activations are computed twice, because they do not fit into memory (--no-gradient-checkpointing keeps them)"
+        )
+        doing = dataclasses.replace(settings, gradient_checkpointing=True)
     existed = folder.exists()
     write_records(folder, settings, data_hash)
     try:
         with _memory_explained(settings):
             result = job.train(
-                model, tokenizer, rows, settings, title=settings.method, console=console, run=folder, resume_from=resume_from
+                model, tokenizer, rows, doing, title=settings.method, console=console, run=folder, resume_from=resume_from
             )
     except Exception:
         _remove_if_empty(folder, existed)

@@ -66,7 +66,9 @@ class Settings:
     max_steps: int = setting(-1, "Stop after so many steps; -1 goes by the epochs.")
     per_device_train_batch_size: int = setting(8, "Rows per step.", "batch_size", shown=True)
     gradient_accumulation_steps: int = setting(1, "Batches that make one step.")
-    gradient_checkpointing: bool = setting(False, "Compute activations twice to save memory.")
+    gradient_checkpointing: bool | None = setting(
+        None, "Compute activations twice to save memory. Default: where memory needs it."
+    )
     learning_rate: float | None = setting(None, "Default: the method's usual one.", shown=True)
     lr_scheduler_type: str = setting("cosine", f"{', '.join(SCHEDULES)}.")
     optim: str = setting("adamw_torch_fused", "Optimiser, by transformers' names: paged_adamw_32bit, adamw_8bit, ...")
