@@ -52,7 +52,7 @@ class Walk:
     def say(self, text: str) -> None:
         self.parts.append(text)
 
-    def run(self, line: str, code: int = 0, interrupt_at: int | None = None, typed: str | None = None) -> None:
+    def run(self, line: str, code: int | None = 0, interrupt_at: int | None = None, typed: str | None = None) -> None:
         """Run `tunesmith <line>`; SIGINT comes once `interrupt_at` steps are recorded."""
         print(f"$ tunesmith {line}", flush=True)
         command = [sys.executable, "-c", "from tunesmith.cli import main; main()", *shlex.split(line)]
@@ -68,7 +68,7 @@ class Walk:
             process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(typed)
         seconds = time.monotonic() - started
-        self.unexpected += process.returncode != code
+        self.unexpected += code is not None and process.returncode != code
         lines = printed.replace(str(self.folder) + "/", "").rstrip().splitlines()
         lines = lines if len(lines) <= MOST_LINES else [*lines[:MOST_LINES], f"... {len(lines) - MOST_LINES} more lines"]
         asked = f" <<< {shlex.quote(typed)}" if typed else ""
@@ -86,17 +86,19 @@ class Walk:
 
 def walked(walk: Walk, arguments: argparse.Namespace) -> None:
     data, steps = arguments.conversations.name, arguments.steps
-    train = f"train --data {data} --method lora --batch-size 4 --max-length 128 --held-out 0.02 --max-steps {steps}"
+    train = (
+        f"train --data {data} --skip-bad-rows --method lora --batch-size 4 --max-length 128 --held-out 0.02 --max-steps {steps}"
+    )
     walk.say("## Is the data sound?")
-    walk.run(f"validate {data} --max-length 128")
+    walk.run(f"validate {data} --max-length 128", code=None)
     walk.say("## What will it take?")
-    walk.run(f"plan --data {data} --method lora --batch-size 4 --max-length 128 --max-steps {steps}")
-    walk.run(f"plan --data {data} --base Qwen2.5-0.5B --method lora --budget 3GB --device cpu")
+    walk.run(f"plan --data {data} --skip-bad-rows --method lora --batch-size 4 --max-length 128 --max-steps {steps}")
+    walk.run(f"plan --data {data} --skip-bad-rows --base Qwen2.5-0.5B --method lora --budget 3GB --device cpu")
     walk.say("## Training, interrupted and gone on with")
     walk.run(f"{train} --save-steps 4 --logging-steps 2 --output-dir my-adapter", code=130, interrupt_at=steps // 3)
     walk.run("train --resume --output-dir my-adapter")
     walk.say("## Was it worth it?")
-    walk.run(f"eval --data {data} --adapter my-adapter --max-length 64 --samples 1 --max-rows 40")
+    walk.run(f"eval --data {data} --skip-bad-rows --adapter my-adapter --max-length 64 --samples 1 --max-rows 40")
     walk.run("chat --adapter my-adapter --max-new-tokens 30", typed="Write a function that adds two numbers.\n/quit\n")
     walk.say("## What is in it, and where can it go?")
     walk.run("inspect my-adapter")

@@ -26,6 +26,7 @@ def evaluate(
     format: Format = None,
     completion_only_loss: Annotated[bool, typer.Option(help="Measure the answers alone.")] = True,
     max_length: Annotated[int, typer.Option(help="Cut longer rows to so many tokens.")] = 256,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave rows out that cannot be used.")] = False,
     max_rows: Annotated[int | None, typer.Option(help="Take so many of the first rows.", show_default=False)] = None,
     samples: Annotated[int, typer.Option(help="Show answers to so many of the first rows.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers into this json file.", show_default=False)] = None,
@@ -50,7 +51,8 @@ def evaluate(
 
     names = resolve(None, {}, {"columns": columns}).values.get("columns") if columns else None
     found = read_examples(data, text_column=text_column, columns=names, format=format)
-    raise_faults(found.faults, found.total)
+    if not skip_bad_rows or not found.examples:
+        raise_faults(found.faults, found.total, "mend or remove them, or leave them out: --skip-bad-rows")
     found = dataclasses.replace(found, examples=found.examples[:max_rows])
     if output is not None:
         check_folder(output.parent)

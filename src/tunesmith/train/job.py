@@ -163,7 +163,10 @@ def train(
         )
     handle.eval()
     after = mean_loss(handle, held_out.examples, pad_id) if held_out.examples else None
-    tokens = int(data.tokens * settings.num_train_epochs)
+    passes = min(
+        step * batch / len(data.examples), math.ceil(settings.num_train_epochs) if settings.max_steps < 1 else math.inf
+    )
+    tokens = int(data.tokens * passes)
     return Result(handle, held_out.examples, before, after, progress.losses, seconds, tokens, note)
 
 
