@@ -169,8 +169,7 @@ def from_values(values: dict[str, Any], resume: bool) -> Result:
     data = read_examples(
         values["data"], text_column=values.get("text_column"), columns=values.get("columns"), format=values.get("format")
     )
-    settings = Settings(**values)
-    if not settings.skip_bad_rows or not data.examples:
+    if not values.get("skip_bad_rows") or not data.examples:
         raise_faults(data.faults, data.total, "mend or remove them, or leave them out: --skip-bad-rows")
     check_folder(folder)
     checkpoint = check_resume(folder, resume)
@@ -182,7 +181,7 @@ def from_values(values: dict[str, Any], resume: bool) -> Result:
         console.print(f"{folder} holds no checkpoint yet; starting at the beginning")
     if data.faults:
         console.print(f"{len(data.faults)} of {data.total} rows are left out: they cannot be used")
-    return start(settings, data, checkpoint, console)
+    return start(Settings(**values), data, checkpoint, console)
 
 
 def start(settings: Settings, data: Examples, resume_from: Path | None, console: Console) -> Result:
