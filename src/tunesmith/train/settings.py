@@ -44,6 +44,7 @@ class Settings:
         dict, "Your names, e.g. instruction=question.", shown=True
     )
     format: str | None = setting(None, "alpaca, messages, sharegpt, prompt-completion or text; default: told by the columns.")
+    skip_bad_rows: bool = setting(False, "Train on the good rows where some cannot be used.")
     template: str | None = setting(None, "chat, human-assistant, none, file.jinja, ...", shown=True)
     completion_only_loss: bool = setting(True, "Train the answers alone, not the questions.")
     base: str = setting("sprout", "Base: sprout, a folder or a hub id.", "model_name_or_path", shown=True)
