@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from tests.e2e.test_cli import run
 from tunesmith import PeftModel, load_base
+from tunesmith.assets import FOLDER
 from tunesmith.bases.loading import stored_in
 from tunesmith.bases.quantised import quantised_views
 from tunesmith.errors import UsageError
@@ -34,6 +36,19 @@ def test_train_and_eval(flag, bits, data, capsys):
     if bits == 4:
         assert run("eval", "--data", data, "--adapter", "out", flag) == 0
         assert "perplexity" in capsys.readouterr().out
+
+
+def test_4_bits_cost_at_most_2_percent_of_held_out_perplexity(tmp_path, capsys):
+    """Of sprout, trained alike on the demo's prompts. The whole job: 78.9 -> 34.7 in 16 bits, 78.2 -> 34.8 in 4 (docs)."""
+    job = ["train", "--data", FOLDER / "demo" / "prompts.csv", "--text-column", "prompt", "--method", "lora", "--lora-r", "16"]
+    job += ["--lora-target-modules", "all-linear", "--max-steps", "20", "--max-length", "64", "--dtype", "bfloat16"]
+    found = {}
+    for flag in ("--no-load-in-4bit", "--load-in-4bit"):
+        assert run(*job, flag, "--output-dir", tmp_path / flag.strip("-")) == 0
+        found[flag] = [float(n) for n in re.search(r"perplexity ([\d.]+) -> ([\d.]+)", capsys.readouterr().out).groups()]
+    (before, dense), (_, quantised) = found.values()
+    assert dense < 0.75 * before
+    assert quantised <= 1.02 * dense
 
 
 @pytest.mark.parametrize(

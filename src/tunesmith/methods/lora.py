@@ -19,6 +19,7 @@ from ..bases.view import BaseView
 from ..config import PeftConfig
 from ..contracts import LinearAdapter
 from ..inits.orthogonal import orthogonal
+from ..kernels.dropout import dropout
 from ..kernels.lora_linear import applies, lora_linear
 from ..registry import register
 from .lora_config import LoraConfig as LoraConfig
@@ -80,7 +81,10 @@ class Lora(LinearAdapter):
 
     def _inputs(self, x: Tensor, base: BaseView, dtype: torch.dtype) -> Tensor:
         """What the change gets to see: token ids as they are, other inputs dropped out."""
-        return x if base.tokens_in else self.dropout(x.to(dtype))
+        if base.tokens_in:
+            return x
+        drops = self.training and self.dropout.p > 0
+        return dropout(x.to(dtype), self.dropout.p) if drops else x.to(dtype)
 
     def change(self, x: Tensor, base: BaseView, dtype: torch.dtype) -> Tensor:
         """`s (B A x + b)`."""

@@ -1,8 +1,8 @@
 """What glibc's heap keeps of freed memory while a base in 4 or 8 bits trains on a CPU.
 
-By itself the heap takes blocks of up to 32 MB, in as many arenas as there are threads, and gaps between them stay with the
-process: a training that needed 1.5 GB at a time came to hold 2.6 GB (benchmarks/cases/qlora.py). With one arena, and blocks
-of 16 MB and more given back when freed, it holds 1.5 GB.
+By itself the heap has as many arenas as there are threads, and the gaps in all of them stay with the process: a training that
+needed 1.5 GB at a time came to hold 2.6 GB (benchmarks/cases/qlora.py). With one arena, and the largest blocks given back when
+freed, it holds 1.6 GB. Giving back smaller ones saves little more, and each takes fresh pages the next time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 
 ARENA_MAX, MMAP_THRESHOLD = -8, -3  # of <malloc.h>
-GIVEN_BACK = 16 * 2**20
+GIVEN_BACK = 31 * 2**20  # bytes; glibc allows no more than 32 MB
 
 
 def leave_no_gaps() -> bool:
