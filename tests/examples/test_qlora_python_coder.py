@@ -75,6 +75,7 @@ def test_as_a_recipe(tmp_path, monkeypatch, capsys):
     before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+)", printed).groups())
     assert after < 0.6 * before
     recipe = (tmp_path / "coder" / "recipe.resolved.yaml").read_text()
+    assert list((tmp_path / "coder").glob("**/events.out.tfevents.*"))
     assert "load_in_4bit: true" in recipe and "optim: paged_adamw_32bit" in recipe and "warmup_steps: 0.03" in recipe
     assert run("merge", "--adapter", adapter, "--output-dir", merged) == 0
     question = ["--prompt", "Write a function in Python that adds 5.", "--template", "instruction"]

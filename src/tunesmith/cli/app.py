@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 data, 4 memory,
     5 diverged, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells when imported of a kernel it could have
     try:
         app([_with_dashes(argument) for argument in arguments])
     except TunesmithError as error:
