@@ -194,6 +194,12 @@ class Settings:
             raise ConfigError(f"max_length={self.max_length} leaves no room for text beside the virtual tokens; raise it")
         return room
 
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a training on so many rows."""
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        by_epochs = int(math.ceil(rows / batch) * self.num_train_epochs)
+        return max(self.max_steps if self.max_steps > 0 else by_epochs, 1)
+
     def warmup(self, steps: int) -> int:
         """Steps of rising learning rate, of `steps` in all."""
         if self.warmup_steps is None:
