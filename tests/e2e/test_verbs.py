@@ -46,8 +46,11 @@ def test_help_fits_a_screen_and_begins_with_examples(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "unused"),
     [
-        (["inspect", "{adapter}"], {"transformers", "accelerate", "tunesmith.plan.fit", "tunesmith.train.job"}),
-        (["export", "{adapter}", "--output-dir", "{folder}/out"], {"transformers", "accelerate", "tunesmith.train.job"}),
+        (["inspect", "{adapter}"], {"transformers.trainer", "accelerate", "tunesmith.plan.fit", "tunesmith.train.job"}),
+        (
+            ["export", "{adapter}", "--output-dir", "{folder}/out"],
+            {"transformers.trainer", "accelerate", "tunesmith.train.job"},
+        ),
         (["plan", "--models"], {"torch", "transformers", "tunesmith.plan.ledger"}),
         (
             ["validate", "{data}"],
