@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--other-language", type=Path, help="questions and answers, validated and trained on for a moment")
     parser.add_argument("--texts", type=Path, help="csv of plain texts")
     parser.add_argument("--column", default="prompt", help="the column of --texts")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "transcript.md")
     arguments = parser.parse_args()
     files = [path for path in (arguments.conversations, arguments.other_language, arguments.texts) if path]
@@ -63,7 +64,7 @@ class Walk:
         )  # fmt: skip
         if interrupt_at is not None:
             records = next(self.folder / name / "metrics.jsonl" for name in line.split() if name.startswith("my-"))
-            while process.poll() is None and not (records.is_file() and f'"step": {interrupt_at}' in records.read_text()):
+            while process.poll() is None and last_step(records) < interrupt_at:
                 time.sleep(0.05)
             process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(typed)
@@ -84,6 +85,13 @@ class Walk:
         return "\n\n".join([head, *self.parts]) + "\n"
 
 
+def last_step(records: Path) -> int:
+    """How far a run's records go; the last line may be cut off."""
+    lines = records.read_text().splitlines() if records.is_file() else []
+    found = [re.match(r'{"step": (\d+)', line) for line in lines]
+    return max((int(match[1]) for match in found if match), default=0)
+
+
 def walked(walk: Walk, arguments: argparse.Namespace) -> None:
     data, steps = arguments.conversations.name, arguments.steps
     train = (
@@ -95,7 +103,7 @@ def walked(walk: Walk, arguments: argparse.Namespace) -> None:
     walk.run(f"plan --data {data} --skip-bad-rows --method lora --batch-size 4 --max-length 128 --max-steps {steps}")
     walk.run(f"plan --data {data} --skip-bad-rows --base Qwen2.5-0.5B --method lora --budget 3GB --device cpu")
     walk.say("## Training, interrupted and gone on with")
-    walk.run(f"{train} --save-steps 4 --logging-steps 2 --output-dir my-adapter", code=130, interrupt_at=steps // 3)
+    walk.run(f"{train} --save-steps 20 --logging-steps 2 --output-dir my-adapter", code=130, interrupt_at=steps // 3)
     walk.run("train --resume --output-dir my-adapter")
     walk.say("## Was it worth it?")
     walk.run(f"eval --data {data} --skip-bad-rows --adapter my-adapter --max-length 64 --samples 1 --max-rows 40")

@@ -43,14 +43,35 @@ def test_help_fits_a_screen_and_begins_with_examples(verb, capsys):
     assert next(number for number, line in enumerate(lines) if "tunesmith " + verb in line) < 8
 
 
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (["inspect", "{adapter}"], {"transformers.trainer", "accelerate", "tunesmith.plan.fit", "tunesmith.train.job"}),
+        (
+            ["export", "{adapter}", "--output-dir", "{folder}/out"],
+            {"transformers.trainer", "accelerate", "tunesmith.train.job"},
+        ),
+        (["plan", "--models"], {"torch", "transformers", "tunesmith.plan.ledger"}),
+        (
+            ["validate", "{data}"],
+            {"transformers.trainer", "tunesmith.train.job", "tunesmith.plan.fit", "datasets", "matplotlib"},
+        ),
+        (["generate", "--prompt", "x", "--max-new-tokens", "1"], {"transformers.trainer", "tunesmith.plan.fit", "datasets"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_verb_imports_nothing_that_it_does_not_use(arguments, unused, adapter, data_file, tmp_path):
+    arguments = [argument.format(adapter=adapter, data=data_file, folder=tmp_path) for argument in arguments]
+    quiet = "import contextlib, io; from tunesmith.cli.app import app"
+    statement = f"{quiet}\nwith contextlib.redirect_stdout(io.StringIO()): app({arguments!r}, standalone_mode=False)\n"
+    assert not unused & imported_by(f"exec({statement!r})")
+
+
 def test_help_of_a_verb_imports_no_torch():
-    for verb in ("train", "inspect"):
-        quiet = "import contextlib, io, typer; from tunesmith.cli.app import app"
-        statement = (
-            f"{quiet}\nwith contextlib.redirect_stdout(io.StringIO()): app(['{verb}', '--help'], standalone_mode=False)\n"
-        )
-        statement = f"exec({statement!r})"
-        assert not {"torch", "transformers", "yaml"} & imported_by(statement)
+    quiet = "import contextlib, io; from tunesmith.cli.app import COMMANDS, app"
+    each = "for verb in COMMANDS: app([verb, '--help'], standalone_mode=False)"
+    statement = f"{quiet}\nwith contextlib.redirect_stdout(io.StringIO()):\n    {each}\n"
+    assert not {"torch", "transformers", "yaml", "numpy"} & imported_by(f"exec({statement!r})")
 
 
 def test_a_mistake_in_the_data_or_recipe_shows_before_torch_is_imported(tmp_path):

@@ -45,13 +45,13 @@ def plan(recipe: Path | None, budget: str | None, device: str | None, models: bo
     resolved = resolve(recipe, os.environ, {name: value for name, value in given.items() if value not in (None, [])})
     for warning in resolved.warnings:
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
+    from ..train import quiet
+
+    quiet.hush()
     settings = Settings(**resolved.values)
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f'device "{device}" is unknown; use cpu or cuda')
 
-    from ..train import quiet
-
-    quiet.hush()
     from ..plan import fit
     from ..plan.machine import memory
 

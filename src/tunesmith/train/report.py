@@ -63,7 +63,7 @@ def as_html(facts: Facts, records: Sequence[dict[str, Any]]) -> str:
     first, last = (next((r[key] for r in records if r.get(key) is not None), None) for key in ENDS)
     if first is not None and last is not None:
         end = max((step for points in curves.values() for step, _ in points), default=1)
-        curves["held out"] = [(0, first), *[point for point in curves["held out"] if point[0] < end], (end, last)]
+        curves["held out"] = [(0, first), *(curves["held out"] or [(end, last)])]  # `last` may be of the best adapter
     rates = {"learning rate": [(r["step"], r["learning_rate"]) for r in records if "learning_rate" in r]}
     rows = "".join(f"<tr><th>{_safe(name)}</th><td>{_safe(value)}</td></tr>" for name, value in facts.table.items())
     parts = [

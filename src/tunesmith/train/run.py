@@ -181,6 +181,9 @@ def from_values(values: dict[str, Any], resume: bool) -> Result:
         console.print(f"{folder} holds no checkpoint yet; starting at the beginning")
     if data.faults:
         console.print(f"{len(data.faults)} of {data.total} rows are left out: they cannot be used")
+    from . import quiet
+
+    quiet.hush()
     return start(Settings(**values), data, checkpoint, console)
 
 
@@ -190,9 +193,6 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     Raises:
         TunesmithError: see `job.train`.
     """
-    from . import quiet
-
-    quiet.hush()
     from ..auto import load_base, load_tokenizer
     from ..bases.loading import stored_in
     from ..bases.precision import dtype_named

@@ -26,7 +26,7 @@ def answered(handle: PeftModel, tokenizer: Any, rows: Sequence[dict[str, list[in
             before = _went_on(handle, tokenizer, ids[:start])
         after = _went_on(handle, tokenizer, ids[:start])
         asked, wanted = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:]))
-        samples.append(Sample(asked, before, after, wanted))
+        samples.append(Sample(asked.strip(), before.strip(), after.strip(), wanted.strip()))
     return samples
 
 
