@@ -72,8 +72,11 @@ def test_a_run_is_written_with_what_made_it(adapter):
     assert kept == {"name": "human-assistant", "source": BUILT_IN["human-assistant"]}
     environment = json.loads((adapter / "environment.json").read_text())
     assert environment["versions"]["torch"].startswith("2.") and len(environment["data_sha256"]) == 64
-    *steps, last = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
-    assert all(record["loss"] > 0 and record["learning_rate"] >= 0 for record in steps)
+    *records, last = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert steps and all(record["loss"] > 0 and record["learning_rate"] >= 0 for record in steps)
+    measured = [record for record in records if "loss" not in record]
+    assert measured and all(record["eval_loss"] > 0 and record["step"] > 0 for record in measured)
     assert last["held_out_loss_after"] < last["held_out_loss_before"]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FEW_ROWS = 32  # with more, decoding once and one dense product take no longer
+FEW_ROWS = 64  # with more, decoding once and one dense product take no longer
 OUTPUTS = 32  # of a block
 
 _packed: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, Any]] = weakref.WeakKeyDictionary()

@@ -9,7 +9,23 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun, OutOfMemoryError, TunesmithError
-from . import chat, demo, doctor, evaluate, generate, inspect, merge, methods, plan, push, quantize, sweep, train, validate
+from . import (
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    merge,
+    methods,
+    plan,
+    push,
+    quantize,
+    sweep,
+    train,
+    validate,
+)
 
 EXIT_CODES: dict[type[BaseException], int] = {
     DataError: 3,
@@ -39,6 +55,7 @@ COMMANDS: dict[str, Any] = {
     "generate": generate.generate,
     "chat": chat.chat,
     "merge": merge.merge,
+    "export": export.export,
     "quantize": quantize.quantize,
     "inspect": inspect.inspect,
     "push": push.push,

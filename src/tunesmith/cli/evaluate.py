@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -25,6 +26,8 @@ def evaluate(
     format: Format = None,
     completion_only_loss: Annotated[bool, typer.Option(help="Measure the answers alone.")] = True,
     max_length: Annotated[int, typer.Option(help="Cut longer rows to so many tokens.")] = 256,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave rows out that cannot be used.")] = False,
+    max_rows: Annotated[int | None, typer.Option(help="Take so many of the first rows.", show_default=False)] = None,
     samples: Annotated[int, typer.Option(help="Show answers to so many of the first rows.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers into this json file.", show_default=False)] = None,
 ) -> None:
@@ -37,6 +40,8 @@ def evaluate(
     """
     if max_length < 2 or samples < 0:
         raise ConfigError(f"needs --max-length of at least 2 and --samples of at least 0, got {max_length} and {samples}")
+    if max_rows is not None and max_rows < 1:
+        raise ConfigError(f"--max-rows {max_rows} must be at least 1")
     from rich.console import Console
     from rich.table import Table
 
@@ -46,7 +51,9 @@ def evaluate(
 
     names = resolve(None, {}, {"columns": columns}).values.get("columns") if columns else None
     found = read_examples(data, text_column=text_column, columns=names, format=format)
-    raise_faults(found.faults, found.total)
+    if not skip_bad_rows or not found.examples:
+        raise_faults(found.faults, found.total, "mend or remove them, or leave them out: --skip-bad-rows")
+    found = dataclasses.replace(found, examples=found.examples[:max_rows])
     if output is not None:
         check_folder(output.parent)
 

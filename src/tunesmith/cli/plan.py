@@ -49,12 +49,13 @@ def plan(recipe: Path | None, budget: str | None, device: str | None, models: bo
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f'device "{device}" is unknown; use cpu or cuda')
 
-    from ..plan import fit
-    from ..plan.machine import memory
     from ..train import quiet
 
-    most = None if budget is None else fit.bytes_of(budget)
     quiet.hush()
+    from ..plan import fit
+    from ..plan.machine import memory
+
+    most = None if budget is None else fit.bytes_of(budget)
     device = device or fit.usual_device()
     rows, source = _rows(settings)
     found = fit.plan_training(settings, rows, device)
@@ -86,7 +87,8 @@ def _rows(settings: Settings) -> tuple[Rows, str]:
     found = read_examples(
         settings.data, text_column=settings.text_column, columns=settings.columns or None, format=settings.format
     )
-    raise_faults(found.faults, found.total)
+    if not settings.skip_bad_rows or not found.examples:
+        raise_faults(found.faults, found.total, "mend or remove them, or leave them out: --skip-bad-rows")
     if not Path(place(settings.base)).is_dir():
         text = f"{len(found.examples)} rows, counted as {settings.room} tokens each (no tokenizer without its files)"
         return Rows(len(found.examples)), text

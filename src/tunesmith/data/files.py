@@ -38,16 +38,20 @@ class Table:
         return list(dict.fromkeys(name for record in self.records for name in record.row))
 
 
-def raise_faults(faults: list[str], rows: int) -> None:
+def raise_faults(faults: list[str], rows: int, advice: str = "") -> None:
     """One error for all faulty rows; nothing where there are none.
+
+    Args:
+        advice: what can be done beside mending them, where some rows are good.
 
     Raises:
         DataError: the first 20 faults, and how many more there are.
     """
+    advice = f"\n{advice}" if advice and len(faults) < rows else ""
     if len(faults) == 1:
-        raise DataError(faults[0])
+        raise DataError(faults[0] + advice)
     if faults:
-        raise DataError(f"{len(faults)} of {rows} rows cannot be used:\n{bullet_list(faults)}")
+        raise DataError(f"{len(faults)} of {rows} rows cannot be used:\n{bullet_list(faults)}{advice}")
 
 
 def read_table(path: str | Path) -> Table:

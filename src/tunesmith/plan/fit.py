@@ -98,13 +98,12 @@ def plan_training(settings: Settings, rows: Rows | None = None, device: str | No
 
 def storage_of(settings: Settings, config: Any, device: str) -> Storage:
     """In what types a job's values lie."""
-    optimizer = str(getattr(settings, "optim", ""))
     dtype = dtype_named(settings.dtype) if settings.dtype != "auto" or device == "cpu" else torch.bfloat16
     return Storage(
         dtype=dtype or getattr(config, "dtype", None) or torch.float32,
-        bits=getattr(settings, "bits", 16),
-        double_quantisation=getattr(settings, "bnb_4bit_use_double_quant", True),
-        bytes_of_moments=2 if "8bit" in optimizer else 8,
+        bits=settings.bits,
+        double_quantisation=settings.bnb_4bit_use_double_quant,
+        bytes_of_moments=2 if "8bit" in settings.optim else 8,
     )
 
 
@@ -123,8 +122,8 @@ def smaller(settings: Settings) -> Iterator[Settings]:
     if not now.gradient_checkpointing:
         now = dataclasses.replace(now, gradient_checkpointing=True)
         yield now
-    if getattr(now, "bits", 4) == 16:
-        now = dataclasses.replace(now, load_in_4bit=True)  # type: ignore[call-arg]
+    if now.bits == 16:
+        now = dataclasses.replace(now, load_in_4bit=True)
         yield now
     while now.max_length // 2 >= SHORTEST + now.max_length - now.room:
         now = dataclasses.replace(now, max_length=now.max_length // 2)

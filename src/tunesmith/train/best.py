@@ -45,8 +45,8 @@ class MeasureHeldOut(TrainerCallback):
 
     @property
     def best(self) -> tuple[int, float]:
-        """`(step, loss)` of the best measurement."""
-        return min(self.measured, key=lambda at: at[1], default=(0, math.inf))
+        """`(step, loss)` of the best measurement; one that is no number is none."""
+        return min((at for at in self.measured if math.isfinite(at[1])), key=lambda at: at[1], default=(0, math.inf))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         records = read_metrics(self.folder.parent / METRICS_FILE)
@@ -65,13 +65,13 @@ class MeasureHeldOut(TrainerCallback):
         if loss < best and self.settings.load_best_model_at_end:
             self.handle.save_pretrained(str(self.folder))
         patience = self.settings.early_stopping_patience
-        since = len(self.measured) - 1 - [step for step, _ in self.measured].index(self.best[0])
+        since = sum(step > self.best[0] for step, _ in self.measured)
         if patience is not None and since >= patience:
             control.should_training_stop = self.stopped = True
 
     def take_best(self) -> str | None:
         """Load the best adapter where that is wanted; says which one it is."""
-        if not (self.settings.load_best_model_at_end and self.measured):
+        if not (self.settings.load_best_model_at_end and math.isfinite(self.best[1])):
             return None
         load_all(self.handle, str(self.folder))
         step, loss = self.best

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import nn
 
-from ..data.encode import encode
+from ..data.encode import Encoded, encode
 from ..data.packing import PackedCollator, packing_fault
 from ..data.templates import Piece
 from ..data.text import PadRight, mean_loss, pad_id_of, split
@@ -23,6 +23,8 @@ from .settings import Settings as Settings
 from .settings import method_names as method_names
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from .trainer import Trainer
 
 
@@ -72,60 +74,24 @@ def train(
         DivergedError: the loss was no number or ran away; the last good adapter is in `run`.
     """
     import torch
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback
 
     from .best import MeasureHeldOut
     from .checkpoints import WholeCheckpoints
     from .progress import ShowProgress
     from .watch import RecordMetrics, StopOnSignal, StopsWhenDiverging
 
-    train_rows, held_out_rows = split([[Piece(row, True)] if isinstance(row, str) else row for row in rows],
-                                      settings.held_out, settings.seed)  # fmt: skip
-    if not train_rows:
-        raise DataError(f"{len(rows)} row(s) leave nothing to train on; add rows or set --held-out 0")
-    room = settings.room
-    data, held_out = encode(train_rows, tokenizer, room), encode(held_out_rows, tokenizer, room)
-    if data.cut or held_out.cut:
-        console.print(f"{title}: {data.cut + held_out.cut} of {len(rows)} rows cut to {room} tokens (--max-length)")
-    if data.empty or held_out.empty:
-        left_out = data.empty + held_out.empty
-        console.print(f"{title}: {left_out} of {len(rows)} rows left out: within {room} tokens nothing of them is trained")
-    if not data.examples:
-        raise DataError(f"no row has anything to train within {room} tokens; raise --max-length")
-
+    data, held_out = _encoded(rows, tokenizer, settings, title, console)
     torch.manual_seed(settings.seed)
     name = getattr(base, "name_or_path", "")
-    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    steps = int(math.ceil(len(data.examples) / batch) * settings.num_train_epochs)
-    steps = max(settings.max_steps if settings.max_steps > 0 else steps, 1)
+    steps = settings.steps(len(data.examples))
     handle = get_peft_model(base, settings.peft_config(name, steps))
     pad_id = pad_id_of(tokenizer)
     trainer_type, collator = batching(handle, settings.packing, pad_id)
     before = mean_loss(base, held_out.examples, pad_id) if held_out.examples else None
-    progress, signals = ShowProgress(title, console), StopOnSignal()
+    progress, signals = ShowProgress(title, console, data.tokens), StopOnSignal()
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=str(run or scratch),
-            save_strategy="no" if run is None else "steps",
-            save_steps=settings.save_steps,
-            num_train_epochs=settings.num_train_epochs,
-            max_steps=settings.max_steps,
-            per_device_train_batch_size=settings.per_device_train_batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            gradient_checkpointing=bool(settings.gradient_checkpointing),
-            optim=settings.optim,
-            learning_rate=settings.rate,
-            lr_scheduler_type=settings.lr_scheduler_type,
-            warmup_steps=settings.warmup(steps),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            logging_steps=settings.logging_steps or max(1, steps // 30),
-            logging_nan_inf_filter=False,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            report_to=settings.reporters if run else [],
-            disable_tqdm=True,
-        )
+        arguments = _arguments(settings, steps, scratch if run is None else str(run), keeps=run is not None)
         if run is not None:
             watched: Any = (StopsWhenDiverging, WholeCheckpoints, trainer_type)
             trainer_type = type("RunTrainer", watched, {"keep": settings.save_total_limit})
@@ -163,8 +129,55 @@ def train(
         )
     handle.eval()
     after = mean_loss(handle, held_out.examples, pad_id) if held_out.examples else None
-    tokens = int(data.tokens * settings.num_train_epochs)
-    return Result(handle, held_out.examples, before, after, progress.losses, seconds, tokens, note)
+    return Result(handle, held_out.examples, before, after, progress.losses, seconds, progress.tokens_done, note)
+
+
+def _encoded(
+    rows: Sequence[str | Sequence[Piece]], tokenizer: Any, settings: Settings, title: str, console: Console
+) -> tuple[Encoded, Encoded]:
+    """The rows to train on and those held out, as token ids; says what was cut or left out."""
+    pieces = [[Piece(row, True)] if isinstance(row, str) else row for row in rows]
+    train_rows, held_out_rows = split(pieces, settings.held_out, settings.seed)
+    if not train_rows:
+        raise DataError(f"{len(rows)} row(s) leave nothing to train on; add rows or set --held-out 0")
+    room = settings.room
+    data, held_out = encode(train_rows, tokenizer, room), encode(held_out_rows, tokenizer, room)
+    if data.cut or held_out.cut:
+        console.print(f"{title}: {data.cut + held_out.cut} of {len(rows)} rows cut to {room} tokens (--max-length)")
+    if data.empty or held_out.empty:
+        left_out = data.empty + held_out.empty
+        console.print(f"{title}: {left_out} of {len(rows)} rows left out: within {room} tokens nothing of them is trained")
+    if not data.examples:
+        raise DataError(f"no row has anything to train within {room} tokens; raise --max-length")
+    return data, held_out
+
+
+def _arguments(settings: Settings, steps: int, folder: str, keeps: bool) -> TrainingArguments:
+    """A job's settings as a Trainer wants them; `keeps` is whether checkpoints and records are written."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=folder,
+        save_strategy="steps" if keeps else "no",
+        save_steps=settings.save_steps,
+        num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_checkpointing=bool(settings.gradient_checkpointing),
+        optim=settings.optim,
+        learning_rate=settings.rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup(steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.logging_steps or max(1, steps // 30),
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to=settings.reporters if keeps else [],
+        disable_tqdm=True,
+    )
 
 
 def _kept(error: DivergedError, handle: PeftModel, run: Path | None) -> DivergedError:

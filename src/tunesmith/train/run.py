@@ -169,7 +169,8 @@ def from_values(values: dict[str, Any], resume: bool) -> Result:
     data = read_examples(
         values["data"], text_column=values.get("text_column"), columns=values.get("columns"), format=values.get("format")
     )
-    raise_faults(data.faults, data.total)
+    if not values.get("skip_bad_rows") or not data.examples:
+        raise_faults(data.faults, data.total, "mend or remove them, or leave them out: --skip-bad-rows")
     check_folder(folder)
     checkpoint = check_resume(folder, resume)
 
@@ -178,6 +179,8 @@ def from_values(values: dict[str, Any], resume: bool) -> Result:
     console = Console(highlight=False, soft_wrap=True)
     if resume and checkpoint is None:
         console.print(f"{folder} holds no checkpoint yet; starting at the beginning")
+    if data.faults:
+        console.print(f"{len(data.faults)} of {data.total} rows are left out: they cannot be used")
     return start(Settings(**values), data, checkpoint, console)
 
 
@@ -187,16 +190,18 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
     Raises:
         TunesmithError: see `job.train`.
     """
+    from . import quiet
+
+    quiet.hush()
     from ..auto import load_base, load_tokenizer
     from ..bases.loading import stored_in
     from ..bases.precision import dtype_named
     from ..data.templates import chosen
     from ..plan.fit import needs_checkpointing
-    from . import job, quiet
+    from . import job
     from .devices import to_accelerator
     from .watch import RecordMetrics
 
-    quiet.hush()
     folder, data_hash = Path(settings.output_dir), file_hash(data.path)
     if resume_from is not None:
         check_same(folder, settings, data_hash)

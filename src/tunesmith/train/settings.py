@@ -44,6 +44,7 @@ class Settings:
         dict, "Your names, e.g. instruction=question.", shown=True
     )
     format: str | None = setting(None, "alpaca, messages, sharegpt, prompt-completion or text; default: told by the columns.")
+    skip_bad_rows: bool = setting(False, "Train on the good rows where some cannot be used.")
     template: str | None = setting(None, "chat, human-assistant, none, file.jinja, ...", shown=True)
     completion_only_loss: bool = setting(True, "Train the answers alone, not the questions.")
     base: str = setting("sprout", "Base: sprout, a folder or a hub id.", "model_name_or_path", shown=True)
@@ -192,6 +193,12 @@ class Settings:
         if room < 2:
             raise ConfigError(f"max_length={self.max_length} leaves no room for text beside the virtual tokens; raise it")
         return room
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a training on so many rows."""
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        by_epochs = int(math.ceil(rows / batch) * self.num_train_epochs)
+        return max(self.max_steps if self.max_steps > 0 else by_epochs, 1)
 
     def warmup(self, steps: int) -> int:
         """Steps of rising learning rate, of `steps` in all."""

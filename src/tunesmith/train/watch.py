@@ -32,7 +32,7 @@ class RecordMetrics(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self.write(step=state.global_step, **logs, seconds=round(time.monotonic() - self.started, 3), **_memory())
+            self.write(step=state.global_step, **logs, seconds=round(time.monotonic() - self.started, 3), **peak_memory())
 
     def write(self, **values: Any) -> None:
         """Append one record."""
@@ -53,7 +53,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _memory() -> dict[str, float]:
+def peak_memory() -> dict[str, float]:
     """Peak memory of the accelerator, or of the process, in MB."""
     if torch.cuda.is_available():
         return {"peak_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}

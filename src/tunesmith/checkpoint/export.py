@@ -1,0 +1,53 @@
+"""An adapter's files for other places: safetensors of one number type, in a folder that the ecosystem's tools read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import ConfigError
+from .card import card_text
+from .files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, config_text, write_folder
+
+OURS = {"BOTTLENECK", "BITFIT"}  # methods that only Tunesmith has (docs/formats.md)
+
+
+def export_adapter(name_or_path: str, folder: Path, dtype: torch.dtype | None = None) -> int:
+    """Write an adapter as the ecosystem reads it, without its base; returns the bytes of its tensors.
+
+    Args:
+        dtype: of floating-point tensors; None leaves them as they are.
+
+    Raises:
+        AdapterFileError: its files are missing or damaged, or the folder cannot be written.
+        ConfigError: other tools do not know its method, or a value is too large for `dtype`.
+    """
+    adapter = AdapterFolder.find(name_or_path)
+    config, tensors = adapter.config(), adapter.tensors()
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    if method in OURS:
+        raise ConfigError(f"{name_or_path} is of the method {method}, which other tools do not have; merge it, or use it here")
+    lost = []
+    for name, tensor in tensors.items():
+        if dtype is None or not tensor.is_floating_point():
+            continue
+        tensors[name] = tensor.to(dtype)
+        if not torch.isfinite(tensors[name]).all() and torch.isfinite(tensor).all():
+            lost.append(name)
+    if lost:
+        raise ConfigError(f"{len(lost)} tensors hold more than {dtype} can ({lost[0]}); export as bfloat16 or float32")
+    writers: dict[str, Callable[[Path], object]] = {
+        WEIGHTS_FILE: partial(save_file, {name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}),
+        CONFIG_FILE: partial(_write_text, config_text(config)),
+        CARD_FILE: partial(_write_text, card_text(config)),
+    }
+    write_folder(folder, writers)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
