@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
 from tests.contract.handles import assert_same_gradients, gradients, lora
+from tunesmith.bases.view import view_of
 from tunesmith.methods import lora as method
 
 
@@ -166,3 +167,20 @@ def test_three_maps_of_one_input_keep_it_once_beside_h(fields, products, dtype):
         result = handle(x)
     assert sum(storage.nbytes() for storage in kept.values()) == tokens * (6 + 3 * (2 + products * 5)) * dtype.itemsize
     assert result.requires_grad
+
+
+def test_a_single_token_is_computed_in_the_factors_type(lean):
+    """There, rounding the factors costs more than the products, and loses more."""
+    handle = lora(tiny.make("llama").to(torch.bfloat16), r=8, target_modules=["q_proj"])
+    (adapter, *_) = (module for module in handle.adapters.modules() if isinstance(module, method.Lora))
+    base = view_of(handle.base_model.model.layers[0].self_attn.q_proj)
+    with torch.no_grad():
+        adapter.lora_B.normal_()
+        x = torch.randn(1, 1, adapter.lora_A.shape[1]).to(torch.bfloat16)
+        change = adapter.change(x, base, torch.bfloat16)
+        exact = adapter.scale * (x.double() @ adapter.lora_A.double().T) @ adapter.lora_B.double().T
+        torch.testing.assert_close(change.double(), exact, rtol=2**-8, atol=1e-6)  # one rounding, of the result
+        adapter(x, base)
+        assert not lean
+        adapter(x.expand(1, 9, -1), base)
+        assert len(lean) == 1

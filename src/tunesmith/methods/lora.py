@@ -74,7 +74,9 @@ class Lora(LinearAdapter):
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         drops = self.training and self.dropout.p > 0
-        if base.is_plain and not drops and self.lora_B_bias is None and applies(x, weight := base.operand(x.dtype), base.bias):
+        plain = base.is_plain and not drops and self.lora_B_bias is None
+        few = x.numel() < self.lora_A.numel() and not torch.is_grad_enabled()
+        if plain and not few and applies(x, weight := base.operand(x.dtype), base.bias):
             return lora_linear(x, weight, base.bias, self.lora_A, self.lora_B, self.scale)
         y = base(x, *args, **kwargs)
         return y + self.change(self._inputs(x, base, y.dtype), base, y.dtype)
@@ -88,10 +90,17 @@ class Lora(LinearAdapter):
 
     def change(self, x: Tensor, base: BaseView, dtype: torch.dtype) -> Tensor:
         """`s (B A x + b)`."""
-        up = base.up(base.down(x, self.lora_A.to(dtype)), self.lora_B.to(dtype) * self.scale)
+        up = self.product(x, self.lora_A, self.lora_B, base, dtype)
         if self.lora_B_bias is None:
             return up
         return up + base.per_output(self.lora_B_bias.to(dtype) * self.scale)
+
+    def product(self, x: Tensor, a: Tensor, b: Tensor, base: BaseView, dtype: torch.dtype) -> Tensor:
+        """`s B A x` in `dtype`; few inputs are computed in the factors' wider type, because they are less to convert."""
+        few = not base.tokens_in and x.numel() < a.numel()
+        inner = torch.promote_types(a.dtype, dtype) if few else dtype
+        down = base.down(x.to(inner) if few else x, a.to(inner))  # (..., r)
+        return base.up(down * self.scale, b.to(inner)).to(dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
         change = base.compose(self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype))

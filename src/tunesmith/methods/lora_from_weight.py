@@ -75,8 +75,7 @@ class LoraFromWeight(Lora):
         if self.difference is not None:
             return y + base.down(inputs, self.difference.to(y.dtype))
         assert self.start_A is not None and self.start_B is not None
-        down = base.down(inputs, self.start_A.to(y.dtype))  # (..., r)
-        return y - base.up(down, self.start_B.to(y.dtype) * self.scale)
+        return y - self.product(inputs, self.start_A, self.start_B, base, y.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
         changed, bias = super().merge(weight, bias, base)
