@@ -45,7 +45,7 @@ def test_a_null_leaves_the_default(recipe):
 def test_old_names_are_taken_with_a_warning(recipe):
     path = recipe("warmup_ratio: 0.03\ngroup_by_length: true\nevaluation_strategy: steps\ntrain_on_inputs: true\n")
     found = resolve(path, {}, {})
-    assert found.values == {"warmup_steps": 0.03, "completion_only_loss": False}
+    assert found.values == {"warmup_steps": 0.03, "eval_strategy": "steps", "completion_only_loss": False}
     assert len(found.warnings) == 4 and "warmup_ratio is called warmup_steps here" in found.warnings[0]
     assert "group_by_length does nothing here: rows of like lengths" in found.warnings[1]
 
