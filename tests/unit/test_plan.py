@@ -171,9 +171,10 @@ def test_the_verb_proposes_what_fits(tmp_path, capsys):
 
 
 STEPS = """
-import json, resource, sys, tempfile, torch, transformers as tf
+import json, sys, tempfile, torch, transformers as tf
 from tunesmith import LoraConfig, PromptTuningConfig, get_peft_model
 from tunesmith.train.job import batching
+from tunesmith.train.watch import most_resident
 shape, length, prompt = json.loads(sys.argv[1])
 torch.manual_seed(0)
 model = tf.LlamaForCausalLM._from_config(tf.LlamaConfig(**shape, use_cache=False), dtype=torch.bfloat16)
@@ -184,7 +185,7 @@ rows = [{"input_ids": list(range(2, length + 2)), "labels": list(range(2, length
 with tempfile.TemporaryDirectory() as folder:
     options = dict(output_dir=folder, num_train_epochs=1, per_device_train_batch_size=8, report_to=[], save_strategy="no")
     trainer(handle, tf.TrainingArguments(**options, use_cpu=True, disable_tqdm=True), collator, rows).train()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(most_resident())
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -57,11 +58,23 @@ def peak_memory() -> dict[str, float]:
     """Peak memory of the accelerator, or of the process, in MB."""
     if torch.cuda.is_available():
         return {"peak_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}
+    held = most_resident()
+    return {} if held is None else {"peak_memory_mb": round(held / 1e6, 1)}
+
+
+def most_resident() -> int | None:
+    """Bytes that this process held at most; None where the system does not tell."""
+    try:  # the process's own: what `resource` tells on Linux begins with that of the process that started it
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        pass
     try:
         import resource
     except ImportError:  # Windows
-        return {}
-    return {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)}
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class StopOnSignal(TrainerCallback):
@@ -97,6 +110,8 @@ class Divergence:
         patience: how many steps in a row must be far above the first ones.
     """
 
+    FIRST = 3  # steps whose mean loss is where a training began
+
     def __init__(self, patience: int = 20) -> None:
         self.patience = patience
         self.first: list[float] = []
@@ -106,7 +121,7 @@ class Divergence:
         """What is wrong as of this step's loss; None where all is well."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if len(self.first) < self.patience:
+        if len(self.first) < self.FIRST:
             self.first.append(loss)
             return None
         start = sum(self.first) / len(self.first)
