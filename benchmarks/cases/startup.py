@@ -9,6 +9,7 @@ from typing import Any
 
 PAGE = "benchmarks/startup.md"
 ADAPTERS = 1000
+LIMIT = 240.0  # seconds; a side that has not attached all of them by then goes on with those it has
 STAGES = {
     "import": "import of the library with torch and transformers in place",
     "attach": f"LoRA r=8 on the queries and values of 12 layers, {ADAPTERS:,} times",
@@ -35,9 +36,10 @@ def run(library: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         handle = module.get_peft_model(base, module.LoraConfig(**config))
         handle.save_pretrained(folder)
-        started = time.perf_counter()
-        for index in range(1, ADAPTERS):
-            handle.add_adapter(f"adapter_{index}", module.LoraConfig(**config))
+        started, attached = time.perf_counter(), 1
+        while attached < ADAPTERS and time.perf_counter() - started < LIMIT:
+            handle.add_adapter(f"adapter_{attached}", module.LoraConfig(**config))
+            attached += 1
         seconds["attach"] = time.perf_counter() - started
         started = time.perf_counter()
         handle.load_adapter(folder, "loaded")
@@ -45,7 +47,7 @@ def run(library: str) -> dict[str, Any]:
     started = time.perf_counter()
     handle.set_adapter("adapter_7")
     seconds["switch"] = time.perf_counter() - started
-    return seconds
+    return {**seconds, "attached": attached}
 
 
 def report(records: list[dict[str, Any]]) -> str:
@@ -64,5 +66,10 @@ def report(records: list[dict[str, Any]]) -> str:
     if own and peer and "error" not in own and "error" not in peer:
         totals = [sum(record[stage] for stage in STAGES) for record in (own, peer)]
         lines.append(f"| all | {totals[0]:.2f} s | {totals[1]:.2f} s | {totals[1] / totals[0]:,.0f}x |")
+        if peer["attached"] < ADAPTERS:
+            lines += [
+                "",
+                f"After {LIMIT:.0f} s peft had attached {peer['attached']:,} adapters and was stopped; its figures are for those.",
+            ]
         lines += ["", f"Peak memory {own['peak_mb']:,.0f} MB against {peer['peak_mb']:,.0f} MB."]
     return "\n".join(lines)

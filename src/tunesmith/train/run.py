@@ -248,6 +248,10 @@ def start(settings: Settings, data: Examples, resume_from: Path | None, console:
         console.print(result.note)
     page = _report(folder, settings, result, tokenizer, len(rows), template.name)
     console.print(f"trained {trainable:,} of {total:,} parameters; {result.sentence()}")
+    if result.held_out_before is not None and (result.held_out_after or 0.0) > result.held_out_before:
+        console.print(
+            "warning: on held-out rows the adapter is worse than the bare base; try a lower --learning-rate or more rows"
+        )
     console.print(f"adapter: {folder} ({size / 1024:.1f} KB of tensors)")
     console.print(f"report: {page}")
     console.print(f'use it: tunesmith generate --adapter {folder} --prompt "..."')

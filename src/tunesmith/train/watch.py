@@ -110,7 +110,8 @@ class Divergence:
         patience: how many steps in a row must be far above the first ones.
     """
 
-    FIRST = 3  # steps whose mean loss is where a training began
+    FIRST = 3  # steps whose lowest loss is where a training began
+    FAR = 3.0  # nats: a perplexity twenty times as high
 
     def __init__(self, patience: int = 20) -> None:
         self.patience = patience
@@ -124,11 +125,11 @@ class Divergence:
         if len(self.first) < self.FIRST:
             self.first.append(loss)
             return None
-        start = sum(self.first) / len(self.first)
-        self.high = self.high + 1 if loss > max(2 * start, start + 3) else 0
+        start = min(self.first)
+        self.high = self.high + 1 if loss > start + self.FAR else 0
         if self.high < self.patience:
             return None
-        return f"the loss was above {max(2 * start, start + 3):.1f} for {self.high} steps and began at {start:.1f}"
+        return f"the loss was above {start + self.FAR:.1f} for {self.high} steps and began at {start:.1f}"
 
 
 class StopsWhenDiverging:
