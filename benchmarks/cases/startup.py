@@ -67,9 +67,7 @@ def report(records: list[dict[str, Any]]) -> str:
         totals = [sum(record[stage] for stage in STAGES) for record in (own, peer)]
         lines.append(f"| all | {totals[0]:.2f} s | {totals[1]:.2f} s | {totals[1] / totals[0]:,.0f}x |")
         if peer["attached"] < ADAPTERS:
-            lines += [
-                "",
-                f"After {LIMIT:.0f} s peft had attached {peer['attached']:,} adapters and was stopped; its figures are for those.",
-            ]
+            count = f"{peer['attached']:,}"
+            lines += ["", f"After {LIMIT:.0f} s peft had attached {count} adapters and was stopped; its figures are for those."]
         lines += ["", f"Peak memory {own['peak_mb']:,.0f} MB against {peer['peak_mb']:,.0f} MB."]
     return "\n".join(lines)
