@@ -87,3 +87,17 @@ def test_mean_loss_is_the_mean_over_tokens_whatever_the_batches():
         total, count = total + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1
     for size in (1, 2, 16):
         assert math.isclose(mean_loss(model, examples, pad_id=0, size=size), total / count, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_columns_are_parted_as_spreadsheets_of_any_country_part_them(mark, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f'\ufeffpregunta{mark}respuesta\n¿Qué?{mark}"Uno; dos, tres"\n', encoding="utf-8")
+    assert read_texts(path, "respuesta") == ["Uno; dos, tres"]
+    assert read_texts(path, "pregunta") == ["¿Qué?"]
+
+
+def test_a_column_of_texts_with_semicolons_is_one_column(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt\nFirst; then\nOnce more\n")
+    assert read_texts(path, "prompt") == ["First; then", "Once more"]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import ConfigError, DataError, bullet_list, did_you_mean
 
@@ -178,7 +178,7 @@ def _first_bad_byte(data: bytes) -> int:
 def _read_csv(path: Path, table: Table) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the usual limit refuses texts of 128 KB
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, delimiter=_delimiter(file), strict=True)
         header: list[str] | None = None
         line = 1
         try:
@@ -195,6 +195,13 @@ def _read_csv(path: Path, table: Table) -> Iterator[Record]:
                     yield Record(f"{path}:{start}", dict(zip(header, cells)))
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: malformed csv ({error})") from error
+
+
+def _delimiter(file: TextIO) -> str:
+    """What stands between columns: a comma; a semicolon or a tab where the first line has that and no comma."""
+    first = next((line for line in file if line.strip()), "")
+    file.seek(0)
+    return next((mark for mark in ",;\t" if mark in first), ",")
 
 
 def _check_header(path: Path, header: list[str]) -> None:
