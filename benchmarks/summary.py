@@ -27,10 +27,12 @@ def table(records: dict[str, list[dict[str, Any]]]) -> str:
     starts = {record["variant"]: record for record in records.get("startup", []) if "error" not in record}
     if len(starts) == 2:
         own_time, peer_time = (sum(starts[side][stage] for stage in startup.STAGES) for side in ("Tunesmith", "peft"))
+        attached = starts["peft"]["attached"]
+        stopped = f", where attaching was stopped at {attached:,}" if attached < startup.ADAPTERS else ""
         lines += [
             "",
             f"Import, {startup.ADAPTERS:,} adapters attached, one more loaded, one switched to: {own_time:.1f} s, "
-            f"with `peft` {peer_time:.1f} s.",
+            f"with `peft` {peer_time:.1f} s{stopped}.",
         ]
     return "\n".join(lines)
 
