@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .watched import is_watched
 
 
 class Decoded:
@@ -48,20 +49,10 @@ def decoded_linear(x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
         bias: `(out,)`, of x's type.
     """
     trained = bias is not None and bias.requires_grad
-    if not torch.is_grad_enabled() or not x.requires_grad or trained or _is_watched():
+    if not torch.is_grad_enabled() or not x.requires_grad or trained or is_watched():
         return F.linear(x, weight(), bias)
     result: Tensor = _DecodedLinear.apply(x, weight, bias)
     return result
-
-
-def _is_watched() -> bool:
-    """Whether something around the call has to see each operation (`torch.func`, forward-mode gradients, tracing)."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-    )
 
 
 class _DecodedLinear(torch.autograd.Function):

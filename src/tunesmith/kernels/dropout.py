@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .watched import is_watched
+
 LARGE = 2**16  # numbers; below, torch's own mask is as quick
 BITS = 16
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """`x` with each number dropped with probability `p`, to 2^-17; twin: `torch.nn.functional.dropout`."""
-    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-    if x.device.type != "cpu" or x.numel() < LARGE or watched or not 0 < p < 1 - 2**-BITS:
+    if x.device.type != "cpu" or x.numel() < LARGE or is_watched() or not 0 < p < 1 - 2**-BITS:
         return F.dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     drawn = words.view(torch.int16)[: x.numel()].view(x.shape)

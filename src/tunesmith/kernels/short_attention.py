@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+
+from .watched import is_watched
 
 LONGEST = 400  # tokens; beyond, blocks win
 
@@ -43,10 +44,7 @@ def applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[2] <= LONGEST
         and query.shape == (1, query.shape[1], key.shape[2], value.shape[3])
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (query, key, value))
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
+        and not is_watched()
     )
 
 
