@@ -2,8 +2,7 @@
 
     peak = program + base + adapter + gradients + moments + (1 + gaps) transient
 
-- base: `bytes per value` of its type, or of its stored form: 4 bits are `1/2 + absmax / 64` bytes a value, where absmax is 4
-  bytes, or `1 + 4 / 256` when it is itself quantised.
+- base: in its type, or in its stored form (`bases/stored_bytes.py`).
 - adapter, gradients and moments: `4 + 4 + 2 * 4` bytes for each trained value under AdamW in 32 bits.
 - transient: what lives between the steps' operations (activations kept for the backward pass, logits, gradients of
   activations), counted by running the steps on meta tensors (`ledger.py`): the handle, the loss and the kernels are the
@@ -13,7 +12,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bases.stored_bytes import stored_bytes
 from ..config import PeftConfig
 from ..data.packing import PackedCollator
 from ..data.text import PadRight, mean_loss
@@ -35,16 +34,9 @@ from ..train.live_loss import LiveLoss
 from .ledger import Ledger
 from .skeleton import skeleton
 
-# bytes a value, by double quantisation
-SCALES = {4: {False: 4 / 64, True: 1 / 64 + 4 / (64 * 256)}, 8: {False: 0.0, True: 0.0}}
 # Python, torch, transformers and a Trainer, and what kernels keep: measured on Linux. On a GPU its context (not measured here).
 PROGRAM = {"cpu": 550 * 2**20, "cuda": 500 * 2**20}
 GAPS = {"cpu": 0.4, "cuda": 0.1}  # glibc: benchmarks/results/speed.jsonl; torch's caching allocator: not measured here
-SCALES = {
-    4: {False: 4 / 64, True: 1 / 64 + 4 / (64 * 256)},
-    8: {False: 0.0, True: 0.0},
-}  # bytes a value, by double quantisation
-
 Example = dict[str, list[int]]
 
 
@@ -208,10 +200,9 @@ def _stored(model: Any, dense: int, storage: Storage) -> tuple[int, int]:
         return dense, 0
     head = model.get_output_embeddings()
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    values = sum(weight.numel() for weight in linear)
-    each = storage.bits / 8 + SCALES[storage.bits][storage.double_quantisation]
-    width = storage.dtype.itemsize
-    return dense - width * values + math.ceil(each * values), width * max(weight.numel() for weight in linear)
+    form = "int8" if storage.bits == 8 else "nf4 nested" if storage.double_quantisation else "nf4"
+    stored = sum(stored_bytes(form, *weight.shape) for weight in linear)
+    return dense - sum(weight.nbytes for weight in linear) + stored, max(weight.nbytes for weight in linear)
 
 
 def _without_tokenizer(config: PeftConfig) -> PeftConfig:
