@@ -61,9 +61,9 @@ class Frame:
         return Frame(self.adapters, self.prompts, fired, mixture, self.penalties, self.names, self.segments)
 
     def packed(self, segments: Segments, twins: dict[Site, Twin]) -> Frame:
-        """This frame for a packed row, whose attentions are called as these twins."""
+        """This frame for a packed row, whose attentions are called as these twins; virtual tokens are in the row by now."""
         adapters = self.adapters | {site: (*self.adapters.get(site, ()), twin) for site, twin in twins.items()}
-        return Frame(adapters, self.prompts, self.fired, None, self.penalties, self.names, segments)
+        return Frame(adapters, (), self.fired, None, self.penalties, self.names, segments)
 
 
 class Mixture:

@@ -135,7 +135,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         frame = self._frame if names is None else self._mixed(names, args, kwargs)
         if kwargs.get(segments.BOUNDARIES) is not None:
             kwargs.update(zip(self._accepts, args))
-            args, (frame, kwargs) = (), segments.packed(self.base_model, frame, kwargs)
+            args, (frame, kwargs) = (), self._packed(frame, kwargs)
         if preflight.is_due(self, frame):
             result = preflight.checked_forward(self, frame, *args, **kwargs)
         else:
@@ -216,6 +216,15 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         else:
             virtual = prompting.virtual_tokens_by_rows(mixture, task_ids)
         return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance, real)
+
+    def _packed(self, frame: Frame, inputs: dict[str, Any], even: int = 1) -> tuple[Frame, dict[str, Any]]:
+        """The frame of a packed call, and the base's keyword arguments, with virtual tokens in front of each text."""
+        task_ids, inputs, virtual = inputs.get("task_ids"), self._without_tasks(inputs), None
+        with self._entered(frame):
+            if frame.mixture is None and prompting.virtual_counts(frame):
+                virtual = prompting.virtual_tokens(frame, task_ids)
+                prompting.check_length(segments.Segments.of(inputs).longest, virtual.shape[-2], self._entrance)
+            return segments.packed(self.base_model, frame, inputs, virtual, even)
 
     def _without_tasks(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the base takes: `task_ids` are for this handle's adapters, if one of them asks for such."""

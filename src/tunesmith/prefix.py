@@ -23,7 +23,7 @@ from .bases.view import execution_device
 from .config import PromptConfig
 from .contracts import Around, PromptAdapter
 from .errors import ConfigError, UsageError
-from .frame import Mixture
+from .frame import Mixture, current_frame
 from .prompting import Entrance, check_length, check_positions, counted_positions, counts, entrance_of, prepend
 
 CACHE_NAMES = ("past_key_values", "layer_past")  # what attentions call the cache
@@ -208,7 +208,9 @@ def extend(
     rows, length = tokens.shape[:2]
     seen = 0
     if layers is not None:
-        check_length(length, n, entrance)
+        frame = current_frame()
+        packed = None if frame is None else frame.segments
+        check_length(length if packed is None else packed.longest, n, entrance)
         expanded = [_for_rows(layer, rows) for layer in layers]
         inputs["past_key_values"] = _filled(inputs.get("past_key_values"), expanded, stack, _stores(inputs, stack))
     else:

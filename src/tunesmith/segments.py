@@ -4,7 +4,8 @@ For each text s, with its own queries, keys and values:
 
     Y_s = softmax(Q_s K_s^T / sqrt(d) + causal mask) V_s
 
-so there is no padding to compute and no mask over the whole row. A packed call runs in a frame that says where the texts
+so there is no padding to compute and no mask over the whole row. Where K and V hold more tokens than the row has (a prefix
+in the cache), the first ones are seen by every token of every text. A packed call runs in a frame that says where the texts
 lie. In it the base's attentions, and the stack that would make masks for them, are called as shallow twins whose config
 names the attention defined here; the config that other handles and threads read is not touched, and layers that are
 recomputed in a backward pass find the frame again.
@@ -28,6 +29,7 @@ from .contracts import ModuleCopy, Twin, shallow_twin
 from .errors import UsageError
 from .frame import Frame, current_frame
 from .kernels import short_attention
+from .prompting import IGNORED
 
 varlen_attn: Any
 try:
@@ -60,6 +62,11 @@ class Segments:
         self.boundaries = boundaries.to(torch.int32)
         self._longest = longest
 
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> Segments:
+        """As a packed call's arguments say."""
+        return cls(inputs[BOUNDARIES], inputs.get("max_length_q"))
+
     @functools.cached_property
     def lengths(self) -> list[int]:
         """Of each text; on an accelerator, asking waits for it."""
@@ -82,8 +89,15 @@ class OtherConfig(Twin):
         return twin
 
 
-def packed(base: Any, frame: Frame, inputs: dict[str, Any]) -> tuple[Frame, dict[str, Any]]:
+def packed(
+    base: Any, frame: Frame, inputs: dict[str, Any], virtual: Tensor | None = None, even: int = 1
+) -> tuple[Frame, dict[str, Any]]:
     """The frame of a packed call, and the keyword arguments of the base's forward.
+
+    Args:
+        inputs: of the call; not changed.
+        virtual: what is put in front of each text, `(n, dim)`, or other tokens for each, `(texts, n, dim)`.
+        even: of this the row's length is made a multiple, by one more text without labels.
 
     Raises:
         UsageError: the base or an adapter cannot keep texts of one row apart, or the boundaries do not fit the row.
@@ -93,7 +107,7 @@ def packed(base: Any, frame: Frame, inputs: dict[str, Any]) -> tuple[Frame, dict
         raise UsageError(
             f"this row holds several texts ({BOUNDARIES} is given), but {reason}; pad the texts into rows of a batch"
         )
-    segments = Segments(inputs[BOUNDARIES], inputs.get("max_length_q"))
+    segments = Segments.of(inputs)
     inputs = {name: value for name, value in inputs.items() if name not in KEYS}
     tokens = inputs.get("input_ids")
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
@@ -101,10 +115,49 @@ def packed(base: Any, frame: Frame, inputs: dict[str, Any]) -> tuple[Frame, dict
     if inputs.get("position_ids") is None:
         positions = torch.cat([torch.arange(length) for length in segments.lengths])
         inputs["position_ids"] = positions[None].to(tokens.device)  # (1, T)
+    if virtual is not None:
+        inputs, segments = _behind(virtual, inputs, segments, base.get_input_embeddings())
+    if even > 1:
+        inputs, segments = _evened(inputs, segments, even)
     modules: list[Any] = [module for _, module in _attending(base)]
     twins = {id(module.config): OtherConfig(_packed_config(module.config)) for module in modules}  # mostly one for all
     frame = frame.packed(segments, {site.install(module): twins[id(module.config)] for module in modules})
     return frame, {**inputs, "use_cache": False}
+
+
+def _behind(virtual: Tensor, inputs: dict[str, Any], segments: Segments, embed: nn.Module) -> tuple[dict[str, Any], Segments]:
+    """Inputs with virtual tokens in front of each text, `[v v | x x x | v v | y y]`, and where the texts lie then."""
+    inputs, texts, n = dict(inputs), len(segments.lengths), virtual.shape[-2]
+    if virtual.dim() == 3 and len(virtual) != texts:
+        raise UsageError(f"{len(virtual)} task_ids for {texts} texts; give one for each text")
+    ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
+    embeds = embed(ids) if embeds is None else embeds
+    before: dict[str, Any] = {"inputs_embeds": virtual.to(embeds.dtype).expand(texts, -1, -1)}
+    before["position_ids"] = torch.arange(n, device=embeds.device).expand(texts, -1)
+    inputs |= {"inputs_embeds": embeds, "position_ids": inputs["position_ids"] + n}
+    for name, fill in (("labels", IGNORED), ("token_type_ids", 0)):
+        if inputs.get(name) is not None:
+            before[name] = inputs[name].new_full((texts, n), fill)
+    for name, firsts in before.items():
+        own = inputs[name].split(segments.lengths, dim=1)
+        inputs[name] = torch.cat([part for first, text in zip(firsts, own) for part in (first[None], text)], dim=1)
+    moved = segments.boundaries + n * torch.arange(texts + 1, dtype=torch.int32, device=segments.boundaries.device)
+    return inputs, Segments(moved, segments.longest + n)
+
+
+def _evened(inputs: dict[str, Any], segments: Segments, multiple: int) -> tuple[dict[str, Any], Segments]:
+    """Inputs with a last text that nobody asks for, where the row's length is no multiple yet."""
+    length = inputs["position_ids"].shape[-1]
+    rest = -length % multiple
+    if not rest:
+        return inputs, segments
+    inputs = dict(inputs)
+    for name, fill in (("input_ids", 0), ("labels", IGNORED), ("token_type_ids", 0), ("position_ids", 0)):
+        if inputs.get(name) is not None:
+            inputs[name] = F.pad(inputs[name], (0, rest), value=fill)
+    if inputs.get("inputs_embeds") is not None:
+        inputs["inputs_embeds"] = F.pad(inputs["inputs_embeds"], (0, 0, 0, rest))
+    return inputs, Segments(F.pad(segments.boundaries, (0, 1), value=length + rest), max(segments.longest, rest))
 
 
 def cut(inputs: dict[str, Any], columns: int) -> dict[str, Any]:
@@ -132,8 +185,6 @@ def fault(base: Any, frame: Frame) -> str | None:
         return f"this {name} turns the positions of all texts by the length of the longest one"
     if frame.mixture is not None:
         return "adapter_names tells rows apart and not texts"
-    if frame.prompts:
-        return f"virtual tokens of {', '.join(frame.names)} stand before a whole row"
     for path, module in _attending(base):
         if site.fault(module):
             return f"{path}: {site.fault(module)}"
@@ -190,7 +241,8 @@ def attend(
     """Causal attention within each text of a packed row, under the signature of transformers' attentions.
 
     Args:
-        query: `(1, heads, T, head_dim)`; key and value may have fewer heads.
+        query: `(1, heads, T, head_dim)`; key and value may have fewer heads, and more tokens: the first ones, then, are
+            seen by all texts.
         sliding_window: how many tokens, itself included, a token sees.
         softcap: scores are limited to this size by `c tanh(score / c)`.
 
@@ -202,7 +254,8 @@ def attend(
     segments = frame.segments
     if not dropout and softcap is None and sliding_window is None and _has_kernel(query):
         return _attend_at_once(query, key, value, segments, scaling), None
-    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
+    queries = query.split(segments.lengths, dim=2)
+    keys, values = (_seen_by_texts(tensor, segments) for tensor in (key, value))
     texts = [_attend_one(q, k, v, dropout, scaling, sliding_window, softcap) for q, k, v in zip(queries, keys, values)]
     return torch.cat([text.transpose(1, 2) for text in texts], dim=1), None
 
@@ -210,16 +263,23 @@ def attend(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
 
 
+def _seen_by_texts(tensor: Tensor, segments: Segments) -> list[Tensor]:
+    """Keys or values that each text sees: those in front of all texts, then its own."""
+    first, *texts = tensor.split([tensor.shape[2] - sum(segments.lengths), *segments.lengths], dim=2)
+    return [torch.cat([first, text], dim=2) for text in texts] if first.shape[2] else texts
+
+
 def _attend_one(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """One text's causal attention, `(1, heads, length, head_dim)`."""
-    length = query.shape[2]
+    length, seen = query.shape[2], key.shape[2]
     if softcap is not None:
         return _attend_capped(query, key, value, dropout, scaling, window, softcap)
-    mask = _seen(length, window, query.device) if window is not None and window < length else None
-    if mask is None and not dropout and short_attention.applies(query, key, value):
+    windowed = window is not None and window < seen
+    if not windowed and not dropout and short_attention.applies(query, key, value):
         return short_attention.short_attention(query, key, value, scaling)
+    mask = _seen(length, seen, window, query.device) if windowed or length < seen else None
     grouped = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -232,16 +292,17 @@ def _attend_capped(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap  # (1, heads, length, length)
-    scores = scores.masked_fill(~_seen(query.shape[2], window, query.device), -torch.inf)
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap  # (1, heads, length, seen)
+    scores = scores.masked_fill(~_seen(query.shape[2], key.shape[2], window, query.device), -torch.inf)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
 
-def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
-    """`(length, length)`: whether the token of a row sees the token of a column."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen if window is None else seen.triu(1 - window)
+def _seen(length: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """`(length, keys)`: whether the token of a row sees the token of a column; the last `length` columns are its text."""
+    before = keys - length
+    seen = torch.ones(length, keys, dtype=torch.bool, device=device).tril(before)
+    return seen if window is None else seen.triu(before + 1 - window)
 
 
 def _has_kernel(query: Tensor) -> bool:
@@ -251,11 +312,24 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """All texts in one kernel, `(1, T, heads, head_dim)`."""
+    """All texts in one kernel, `(1, T, heads, head_dim)`; it lays a text's mask at the ends of queries and keys."""
+    boundaries, longest, before = segments.boundaries, segments.longest, key.shape[2] - query.shape[2]
+    of_keys = boundaries
+    if before:
+        key, value = (torch.cat(_seen_by_texts(tensor, segments), dim=2) for tensor in (key, value))
+        of_keys = boundaries + before * torch.arange(len(boundaries), dtype=torch.int32, device=boundaries.device)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
-    boundaries, longest = segments.boundaries, segments.longest
     grouped = key.shape[1] != query.shape[1]
     result: Tensor = varlen_attn(
-        query, key, value, boundaries, boundaries, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+        query,
+        key,
+        value,
+        boundaries,
+        of_keys,
+        longest,
+        longest + before,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=grouped,
     )
     return result[None]

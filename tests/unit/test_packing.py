@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.contract.handles import lora, prompted
+from tests.contract.handles import lora, prefixed, prompted
 from tunesmith import ConfigError, UsageError
 from tunesmith.data.packing import POOL, LengthBuckets, PackedCollator
 from tunesmith.train import job
@@ -89,20 +89,31 @@ def test_buckets_come_in_no_order_of_length_and_the_smaller_batch_holds_any():
         (lora, None, "Trainer", "PackedCollator"),
         (lora, True, "Trainer", "PackedCollator"),
         (lora, False, "Trainer", "PadRight"),
-        (prompted, None, "BucketTrainer", "PadRight"),
+        (prompted, None, "Trainer", "PackedCollator"),
+        (prefixed, None, "Trainer", "PackedCollator"),
         (prompted, False, "Trainer", "PadRight"),
     ],
 )
-def test_a_job_packs_where_it_can_and_else_takes_buckets(make, packing, trainer, collator):
+def test_a_job_packs_where_it_can(make, packing, trainer, collator):
     kind, found = job.batching(make(tiny.make("llama")), packing, pad_id=0)
     assert (kind.__name__, type(found).__name__) == (trainer, collator)
+    if isinstance(found, PackedCollator):
+        assert found.first_tokens == (make is prompted), "only virtual tokens in front of a text predict its first one"
+
+
+def test_a_job_takes_buckets_where_it_cannot_pack():
+    kind, found = job.batching(prompted(tiny.make("bloom")), None, pad_id=0)
+    assert (kind.__name__, type(found).__name__) == ("BucketTrainer", "PadRight")
 
 
 def test_a_job_told_to_pack_says_why_it_cannot():
-    with pytest.raises(ConfigError, match=r"virtual tokens of default .* --packing"):
-        job.batching(prompted(tiny.make("llama")), True, pad_id=0)
-    with pytest.raises(ConfigError, match="BloomForCausalLM"):
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM.* --packing"):
         job.batching(lora(tiny.make("bloom")), True, pad_id=0)
+
+
+def test_first_tokens_keep_their_labels_where_virtual_tokens_predict_them():
+    examples = [{"input_ids": [4, 5]}, {"input_ids": [7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+    assert PackedCollator(first_tokens=True)(examples)["labels"].tolist() == [[4, 5, 7, -100, 9]]
 
 
 def test_the_trainer_of_buckets_reads_them(tmp_path):

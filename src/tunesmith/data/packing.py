@@ -34,7 +34,14 @@ class PackedCollator:
 
     Nothing is predicted from the end of the text before: the label of each first token is `IGNORED`. The other labels are
     the examples' own (`labels`, where they have some), so a batch has as many live labels as it has with padding.
+
+    Args:
+        first_tokens: keep the labels of first tokens, for a handle that puts virtual tokens in front of each text; it
+            predicts them from the last of these.
     """
+
+    def __init__(self, first_tokens: bool = False) -> None:
+        self.first_tokens = first_tokens
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not examples:
@@ -44,7 +51,8 @@ class PackedCollator:
         for text, own in zip(texts, labels):
             if len(text) != len(own) or not len(text):
                 raise UsageError(f"an example has {len(text)} input_ids and {len(own)} labels; expected as many, at least one")
-            own[0] = IGNORED
+            if not self.first_tokens:
+                own[0] = IGNORED
         lengths = torch.tensor([len(text) for text in texts])
         boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (texts + 1,)
         longest = int(lengths.max())

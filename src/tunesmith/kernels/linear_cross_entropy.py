@@ -10,12 +10,14 @@ division by the sum is left to the (rows, dim) product, which saves a pass over 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LOGITS_AT_A_TIME = 2**26  # values; 128 MB in 16 bits. Larger chunks read the head's weight less often.
+EVEN = 16  # rows of a chunk are a multiple of it: products of odd numbers of rows take up to a fifth longer
 TILE = {"cpu": 2**19}  # values that are exponentiated at a time: on a CPU what its cache holds in fp32, else all
 LEAST = -80.0  # exponents below vanish beside the largest term's 1, and would give subnormal numbers, which are slow
 
@@ -42,11 +44,12 @@ class _FrozenHead(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        rows = max(min(LOGITS_AT_A_TIME // weight.shape[0], hidden.shape[0]), 16)
+        rows = _rows_of_a_chunk(len(labels), weight.shape[0])
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -len(labels) % EVEN))
         memory = hidden.new_empty(rows * weight.shape[0])  # of every chunk's logits: new memory is slow at first touch
-        for start in range(0, hidden.shape[0], rows):
+        for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
-            part, gradient[chunk] = _chunk(hidden[chunk], weight, bias, labels[chunk], smoothing, wide, memory)
+            part, gradient[chunk] = _chunk(padded[chunk], weight, bias, labels[chunk], smoothing, wide, memory)
             loss += part
         ctx.save_for_backward(gradient)
         return loss
@@ -55,6 +58,13 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[0].to(gradient.dtype), None, None, None, None
+
+
+def _rows_of_a_chunk(rows: int, words: int) -> int:
+    """As many for each chunk, so that the last one is no small rest."""
+    most = max(LOGITS_AT_A_TIME // words // EVEN, 1) * EVEN
+    chunks = max(math.ceil(rows / most), 1)
+    return max(math.ceil(rows / chunks / EVEN), 1) * EVEN
 
 
 def _chunk(
@@ -66,10 +76,11 @@ def _chunk(
     wide: torch.dtype,
     memory: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Loss `()` and gradient `(rows, dim)` of some rows, in the wide type."""
+    """Loss `()` and gradient `(rows, dim)` of the rows with a label, in the wide type; `hidden` may have more rows."""
     words, count = weight.shape[0], len(labels)
-    logits = memory[: count * words].view(count, words)
-    torch.mm(hidden, weight.T, out=logits)
+    padded = memory[: len(hidden) * words].view(len(hidden), words)
+    torch.mm(hidden, weight.T, out=padded)
+    logits = padded[:count]
     if bias is not None:
         logits += bias
     largest = logits.amax(1, keepdim=True).to(wide)
@@ -87,7 +98,7 @@ def _chunk(
     target = (of_label - largest[:, 0]).exp() - (1 - smoothing) * sums
     rounded = target.to(logits.dtype)
     logits[row, labels] = rounded
-    gradient = (logits @ weight).to(wide) + (target - rounded)[:, None] * weight[labels].to(wide)
+    gradient = (padded @ weight)[:count].to(wide) + (target - rounded)[:, None] * weight[labels].to(wide)
     gradient /= sums[:, None]
     loss = log_sum - (1 - smoothing) * of_label
     if total is not None:

@@ -18,6 +18,7 @@ from ..data.packing import PackedCollator, packing_fault
 from ..data.templates import Piece
 from ..data.text import PadRight, mean_loss, pad_id_of, split
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun
+from ..prompting import virtual_counts
 from ..tasks import PeftModel, get_peft_model
 from .settings import Settings as Settings
 from .settings import method_names as method_names
@@ -202,7 +203,7 @@ def batching(handle: PeftModel, packing: bool | None, pad_id: int) -> tuple[type
     if packing and cannot:
         raise ConfigError(f"texts cannot be packed here: {cannot}; leave --packing out")
     if cannot is None and packing is not False:
-        return Trainer, PackedCollator()
+        return Trainer, PackedCollator(first_tokens=virtual_counts(handle._frame) > 0)
     return BucketTrainer if packing is None else Trainer, PadRight(pad_id)
 
 

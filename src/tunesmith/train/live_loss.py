@@ -26,6 +26,9 @@ from . import shared_prefix
 
 logger = logging.getLogger(__name__)
 
+EVEN = 8  # tokens of a packed row are a multiple of it: products of odd numbers of rows take up to a fifth longer
+# What configs call a cap or a scale of logits; small logits show too little of it to be found out.
+CHANGE_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 ENOUGH = 16  # columns from the first label on that tell whether two losses are the same
 
 
@@ -106,14 +109,16 @@ class LiveLoss:
     def _agrees(self, inputs: dict[str, Any], shared: bool) -> bool:
         """Whether both ways give the same loss, with the same numbers dropped out, on a few labels of one row.
 
-        Where rows share virtual tokens, it is two rows.
+        Where rows share virtual tokens, it is two rows (of a packed batch, which is one, its first columns).
         """
+        if any(getattr(self.base.config, name, None) not in (None, 1.0) for name in CHANGE_LOGITS):
+            return False
         labels = inputs["labels"]
         live = (labels[:, 1:] if not self.encoder_decoder else labels) != IGNORED
         if labels.dim() != 2 or not bool(live.any()):
             return False
         row, first = live.nonzero()[0].tolist()
-        rows = [row, (row + 1) % len(labels)] if shared else [row]
+        rows = sorted({row, (row + 1) % len(labels)}) if shared else [row]
         one = _cut(inputs, rows, first + ENOUGH)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -132,22 +137,22 @@ class LiveLoss:
         plain = handle._frame
         around: dict[site.Site, Any] = {site.install(module): (kernel,) for module, kernel in self._activations}
         frame = Frame({**around, **plain.adapters, site.install(self.head): (tap,)}, plain.prompts, names=plain.names)
-        if inputs.get(segments.BOUNDARIES) is not None:
-            frame, inputs = segments.packed(self.base, frame, inputs)
-        with handle._entered(frame):
-            if shared:
-                inputs = dict(inputs)
-                labels = inputs.pop("labels")
-                hidden = shared_prefix.run(self.base, frame, inputs, tap)[:, :-1]  # (B, T, dim)
-            else:
-                inputs = handle._with_virtual_tokens(dict(inputs), frame) if frame.prompts else dict(inputs)
+        inputs = dict(inputs)
+        if shared:
+            labels = inputs.pop("labels")
+            hidden = shared_prefix.run(handle, frame, inputs, tap, EVEN)  # (B, T, dim)
+        else:
+            if inputs.get(segments.BOUNDARIES) is not None:
+                frame, inputs = handle._packed(frame, inputs, EVEN)
+            with handle._entered(frame):
+                inputs = handle._with_virtual_tokens(inputs, frame) if frame.prompts else inputs
                 labels = inputs.pop("labels")
                 if self.encoder_decoder and inputs.get("decoder_input_ids") is None:
                     inputs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)
                 self.base(**{**inputs, "use_cache": False})
-                hidden = tap.hidden  # (B, T, dim)
-                if not self.encoder_decoder:
-                    hidden, labels = hidden[:, :-1], labels[:, 1:]
+            hidden = tap.hidden  # (B, T, dim)
+            if not self.encoder_decoder:
+                hidden, labels = hidden[:, :-1], labels[:, 1:]
         live = labels != IGNORED
         chosen = labels[live]
         total = linear_cross_entropy(hidden[live], self.head.weight, self.head.bias, chosen, smoothing)

@@ -10,12 +10,13 @@ from tunesmith.kernels import short_attention
 
 
 def attention(query, key, value, scale):
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
 
 
-def tensors(heads, groups, length, dtype):
+def tensors(heads, groups, length, dtype, before=0):
     torch.manual_seed(0)
-    shapes = ((1, heads, length, 16), (1, groups, length, 16), (1, groups, length, 16))
+    shapes = ((1, heads, length, 16), (1, groups, before + length, 16), (1, groups, before + length, 16))
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -25,9 +26,10 @@ def outcome(function, inputs, upstream, scale):
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("heads, groups, length", [(4, 4, 7), (6, 2, 33), (4, 1, 1), (8, 2, 200)])
-def test_equals_torchs_in_double_precision(heads, groups, length, scale):
-    inputs = tensors(heads, groups, length, torch.float64)
+def test_equals_torchs_in_double_precision(heads, groups, length, before, scale):
+    inputs = tensors(heads, groups, length, torch.float64, before)
     upstream = torch.randn(inputs[0].shape).double()
     means_in_fp32 = {"rtol": 1e-5, "atol": 1e-6}
     for found, expected in zip(
@@ -53,5 +55,6 @@ def test_applies_to_short_texts_of_16_bits_alone():
     assert not applies(*tensors(4, 2, 401, torch.bfloat16))
     assert not applies(*tensors(4, 2, 7, torch.float32))
     query, key, value = tensors(4, 2, 7, torch.bfloat16)
-    assert not applies(query[:, :, :3], key, value)
+    assert applies(query[:, :, :3], key, value) and not applies(query, key[:, :, :3], value[:, :, :3])
+    assert not applies(*tensors(4, 2, 400, torch.bfloat16, before=401))
     assert not applies(query, key, value[..., :8])
