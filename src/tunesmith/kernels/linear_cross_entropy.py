@@ -19,6 +19,7 @@ from torch import Tensor
 LOGITS_AT_A_TIME = 2**26  # values; 128 MB in 16 bits. Larger chunks read the head's weight less often.
 EVEN = 16  # rows of a chunk are a multiple of it: products of odd numbers of rows take up to a fifth longer
 TILE = {"cpu": 2**19}  # values that are exponentiated at a time: on a CPU what its cache holds in fp32, else all
+LOG2_E = 1 / math.log(2)  # exp(z) = 2^(z log2 e): MKL's exp takes three times as long on AMD, and exp2 is torch's own
 LEAST = -80.0  # exponents below vanish beside the largest term's 1, and would give subnormal numbers, which are slow
 
 
@@ -91,7 +92,7 @@ def _chunk(
     width = max(TILE.get(hidden.device.type, words * count) // count, 1)
     wide_memory = torch.empty(count, min(width, words), dtype=wide, device=hidden.device)
     for tile in logits.split(width, dim=1):
-        exponentials = wide_memory[:, : tile.shape[1]].copy_(tile).sub_(largest).clamp_(min=LEAST).exp_()
+        exponentials = wide_memory[:, : tile.shape[1]].copy_(tile).sub_(largest).clamp_(min=LEAST).mul_(LOG2_E).exp2_()
         sums += exponentials.sum(1)
         tile.copy_(exponentials)
     log_sum = largest[:, 0] + sums.log()
