@@ -60,6 +60,10 @@ class Frame:
             mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
         return Frame(self.adapters, self.prompts, fired, mixture, self.penalties, self.names, self.segments)
 
+    def with_prompts(self, prompts: tuple[tuple[PromptAdapter, int], ...]) -> Frame:
+        """This frame, with other virtual tokens at the entrance."""
+        return Frame(self.adapters, prompts, self.fired, self.mixture, self.penalties, self.names, self.segments)
+
     def packed(self, segments: Segments, twins: dict[Site, Twin]) -> Frame:
         """This frame for a packed row, whose attentions are called as these twins; virtual tokens are in the row by now."""
         adapters = self.adapters | {site: (*self.adapters.get(site, ()), twin) for site, twin in twins.items()}

@@ -132,7 +132,9 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             cu_seq_lens_q: where texts start and end that are packed into one row, `(texts + 1,)`; none attends to another.
         """
         names = kwargs.pop("adapter_names", None)
-        frame = self._frame if names is None else self._mixed(names, args, kwargs)
+        return self._forward_within(self._frame if names is None else self._mixed(names, args, kwargs), *args, **kwargs)
+
+    def _forward_within(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(segments.BOUNDARIES) is not None:
             kwargs.update(zip(self._accepts, args))
             args, (frame, kwargs) = (), self._packed(frame, kwargs)

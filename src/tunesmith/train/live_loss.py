@@ -92,7 +92,7 @@ class LiveLoss:
             self._same = self._agrees(inputs, shared=False)
             if not self._same:
                 logger.info("the loss of %s is computed by the model itself", type(self.base).__name__)
-        return self._fused(inputs, items, smoothing, shared) if shared or self._same else None
+        return self._fused(frame, inputs, items, smoothing, shared) if shared or self._same else None
 
     def _applies(self, inputs: dict[str, Any]) -> bool:
         """Whether the head is plain, frozen and without adapters, and the batch is of the usual kind."""
@@ -107,7 +107,8 @@ class LiveLoss:
         return "labels" in inputs and not (hooked or unusual or (at is not None and frame.adapters.get(at)))
 
     def _agrees(self, inputs: dict[str, Any], shared: bool) -> bool:
-        """Whether both ways give the same loss, with the same numbers dropped out, on a few labels of one row.
+        """Whether both ways give the same loss, with the same numbers dropped out, on a few labels of one row, behind a
+        few virtual tokens.
 
         Where rows share virtual tokens, it is two rows (of a packed batch, which is one, its first columns).
         """
@@ -120,21 +121,23 @@ class LiveLoss:
         row, first = live.nonzero()[0].tolist()
         rows = sorted({row, (row + 1) % len(labels)}) if shared else [row]
         one = _cut(inputs, rows, first + ENOUGH)
+        frame = self.handle._frame
+        frame = frame.with_prompts(tuple((prompt, min(tokens, ENOUGH)) for prompt, tokens in frame.prompts))
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            own = self.handle(**one).loss
+            own = self.handle._forward_within(frame, **one).loss
             own = None if own is None else own.detach()  # before as much is kept again for gradients
             torch.manual_seed(0)
             try:
-                fused = self._fused(one, None, 0.0, shared)
+                fused = self._fused(frame, one, None, 0.0, shared)
             except UsageError:
                 return False
         tolerance = 2e-2 if self.head.weight.dtype.itemsize == 2 else 1e-3
         return own is not None and bool((fused - own).abs() <= tolerance * own.abs().clamp(min=1))
 
-    def _fused(self, inputs: dict[str, Any], items: Any, smoothing: float, shared: bool) -> Tensor:
+    def _fused(self, plain: Frame, inputs: dict[str, Any], items: Any, smoothing: float, shared: bool) -> Tensor:
+        """The loss of a batch in a handle's frame."""
         handle, tap = self.handle, Tap()
-        plain = handle._frame
         around: dict[site.Site, Any] = {site.install(module): (kernel,) for module, kernel in self._activations}
         frame = Frame({**around, **plain.adapters, site.install(self.head): (tap,)}, plain.prompts, names=plain.names)
         inputs = dict(inputs)
