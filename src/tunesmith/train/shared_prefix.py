@@ -65,7 +65,13 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
     cache = DynamicCache(config=base.config)
     with handle._entered(frame):
         virtual = virtual_tokens(frame, None)  # (n, dim)
-        base(inputs_embeds=virtual[None].to(embed.weight.dtype), past_key_values=cache, use_cache=True)
+    of_virtual, first = frame, {"inputs_embeds": virtual[None].to(embed.weight.dtype)}
+    if packed:
+        of_virtual, first = segments.packed(
+            base, frame, {**first, segments.BOUNDARIES: torch.tensor([0, len(virtual)], device=virtual.device)}
+        )
+    with handle._entered(of_virtual):
+        base(**{**first, "past_key_values": cache, "use_cache": True})
     last = tap.hidden[:, -1:]  # (1, 1, dim)
     layers: list[Any] = cache.layers
     for layer in layers:
