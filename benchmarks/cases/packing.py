@@ -37,8 +37,10 @@ def run(data: str, how: str) -> dict[str, Any]:
     from rich.console import Console
 
     from tunesmith.auto import load_base, load_tokenizer
+    from tunesmith.data.encode import encode
     from tunesmith.data.packing import LengthBuckets
-    from tunesmith.data.text import PadRight, tokenize
+    from tunesmith.data.templates import Piece
+    from tunesmith.data.text import PadRight
     from tunesmith.train import job, quiet
     from tunesmith.train.buckets import BucketTrainer
 
@@ -58,7 +60,8 @@ def run(data: str, how: str) -> dict[str, Any]:
     result = job.train(base, tokenizer, texts, settings, title=how, console=Console(file=io.StringIO()))
     assert result.held_out_before is not None and result.held_out_after is not None
 
-    lengths = [len(row["input_ids"]) for row in tokenize(texts, tokenizer, settings.max_length).examples]
+    encoded = encode([[Piece(text, True)] for text in texts], tokenizer, settings.max_length)
+    lengths = [len(row["input_ids"]) for row in encoded.examples]
     orders = {
         "padded": random.Random(0).sample(range(len(lengths)), len(lengths)),
         "buckets": list(LengthBuckets(lengths, BATCH)),

@@ -160,11 +160,12 @@ def _evened(inputs: dict[str, Any], segments: Segments, multiple: int) -> tuple[
     return inputs, Segments(F.pad(segments.boundaries, (0, 1), value=length + rest), max(segments.longest, rest))
 
 
-def cut(inputs: dict[str, Any], columns: int) -> dict[str, Any]:
-    """Where the texts lie in the first columns of a row; nothing where the row is not packed."""
+def cut(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Where the texts lie in some columns of a row; nothing where the row is not packed."""
     if inputs.get(BOUNDARIES) is None:
         return {}
-    boundaries = inputs[BOUNDARIES].clamp(max=columns).unique()
+    stop = min(stop, int(inputs[BOUNDARIES][-1]))
+    boundaries = inputs[BOUNDARIES].clamp(start, stop).unique() - start
     longest = int(boundaries.diff().max())
     return dict(zip(KEYS, (boundaries, boundaries, longest, longest)))
 

@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from tunesmith import DataError
 from tunesmith.data.files import read_texts
-from tunesmith.data.text import IGNORED, PadRight, mean_loss, split, tokenize
+from tunesmith.data.text import IGNORED, PadRight, mean_loss, split
 
 
 @pytest.mark.parametrize(
@@ -64,17 +64,6 @@ def test_split_is_seeded_disjoint_and_complete():
     train, held_out = split(texts, 0.1, seed=1)
     assert len(held_out) == 5 and sorted(train + held_out, key=int) == texts
     assert split(texts, 0.1, seed=1) == (train, held_out) != split(texts, 0.1, seed=2)
-
-
-def test_texts_end_with_the_end_token_and_cuts_are_counted():
-    class Words:
-        eos_token_id = 1
-
-        def __call__(self, text):
-            return {"input_ids": [len(word) for word in text.split()]}
-
-    done = tokenize(["aa bb", "aa bb cc dd"], Words(), max_length=3)
-    assert [example["input_ids"] for example in done.examples] == [[2, 2, 1], [2, 2, 2]] and done.cut == 1
 
 
 def test_mean_loss_is_the_mean_over_tokens_whatever_the_batches():

@@ -172,13 +172,16 @@ def test_virtual_tokens_are_shared_where_that_saves_more_than_another_pass_over_
 
 def test_a_few_columns_tell_whether_two_losses_are_the_same():
     texts = [{"input_ids": list(range(3, 3 + length)), "labels": [-100] * 5 + [7] * (length - 5)} for length in (20, 90)]
-    packed = live_loss._cut(PackedCollator()(texts), [0], 26)
+    packed = live_loss._cut(PackedCollator()(texts), [0], 0, 26)
     assert packed["input_ids"].shape == packed["labels"].shape == packed["position_ids"].shape == (1, 26)
     assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 20, 26]
     assert packed["max_length_q"] == 20
+    packed = live_loss._cut(PackedCollator()(texts), [0], 6, 26)
+    assert packed["position_ids"].tolist() == [[*range(6, 20), *range(6)]]
+    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 14, 20]
 
     padded = {"input_ids": torch.ones(3, 40), "attention_mask": torch.ones(3, 40), "labels": torch.ones(3, 40)}
-    assert {tuple(value.shape) for value in live_loss._cut(padded, [2, 0], 26).values()} == {(2, 26)}
+    assert {tuple(value.shape) for value in live_loss._cut(padded, [2, 0], 0, 26).values()} == {(2, 26)}
     translated = {**padded, "input_ids": torch.ones(3, 60), "attention_mask": torch.ones(3, 60)}
-    cut = live_loss._cut(translated, [1], 26)
+    cut = live_loss._cut(translated, [1], 0, 26)
     assert cut["input_ids"].shape == (1, 60) and cut["labels"].shape == (1, 26)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ..errors import ConfigError
 from .card import card_text
-from .files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, config_text, write_folder
+from .files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, config_text, write_folder, write_text
 
 OURS = {"BOTTLENECK", "BITFIT"}  # methods that only Tunesmith has (docs/formats.md)
 
@@ -42,12 +42,8 @@ def export_adapter(name_or_path: str, folder: Path, dtype: torch.dtype | None = 
         raise ConfigError(f"{len(lost)} tensors hold more than {dtype} can ({lost[0]}); export as bfloat16 or float32")
     writers: dict[str, Callable[[Path], object]] = {
         WEIGHTS_FILE: partial(save_file, {name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}),
-        CONFIG_FILE: partial(_write_text, config_text(config)),
-        CARD_FILE: partial(_write_text, card_text(config)),
+        CONFIG_FILE: partial(write_text, config_text(config)),
+        CARD_FILE: partial(write_text, card_text(config)),
     }
     write_folder(folder, writers)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -183,6 +183,11 @@ def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path
         raise AdapterFileError(f"cannot save into {folder} ({error}); free it or give another folder") from error
 
 
+def write_text(text: str, path: Path) -> None:
+    """A writer for `write_folder`, once the text is bound."""
+    path.write_text(text, encoding="utf-8")
+
+
 def _stage(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write files beside the old ones and make them the valid ones in one step."""
     staging = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex[:8]}"

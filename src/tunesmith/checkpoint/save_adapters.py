@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..registry import adapter_type
 from .card import card_text
-from .files import CARD_FILE, CONFIG_FILE, ENCODER_FILE, WEIGHTS_FILE, config_text, write_folder
+from .files import CARD_FILE, CONFIG_FILE, ENCODER_FILE, WEIGHTS_FILE, config_text, write_folder, write_text
 from .names import encoder_tensors, named_tensors
 
 if TYPE_CHECKING:
@@ -34,19 +34,15 @@ def write(
         folder = Path(directory) if name == "default" else Path(directory) / name
         writers: dict[str, Callable[[Path], object]] = {
             WEIGHTS_FILE: partial(save_file, values, metadata={"format": "pt"}),
-            CONFIG_FILE: partial(_write_text, config_text(config)),
+            CONFIG_FILE: partial(write_text, config_text(config)),
         }
         if not (folder / CARD_FILE).exists():
-            writers[CARD_FILE] = partial(_write_text, card_text(config))
+            writers[CARD_FILE] = partial(write_text, card_text(config))
         if encoder:
             writers[ENCODER_FILE] = partial(save_file, _on_cpu(encoder), metadata={"format": "pt"})
         write_folder(folder, writers)
         if not encoder:
             (folder / ENCODER_FILE).unlink(missing_ok=True)  # of an adapter that was here before
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def tensors(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -45,20 +44,19 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from ..data.files import check_folder, raise_faults
-    from ..data.formats import read_examples
-    from ..train.recipe import resolve
+    from ..data.files import check_folder
+    from ..data.formats import good_examples
+    from ..train.recipe import columns_of
 
-    names = resolve(None, {}, {"columns": columns}).values.get("columns") if columns else None
-    found = read_examples(data, text_column=text_column, columns=names, format=format)
-    if not skip_bad_rows or not found.examples:
-        raise_faults(found.faults, found.total, "mend or remove them, or leave them out: --skip-bad-rows")
+    found = good_examples(
+        data, text_column=text_column, columns=columns_of(columns), format=format, skip_bad_rows=skip_bad_rows
+    )
     found = dataclasses.replace(found, examples=found.examples[:max_rows])
     if output is not None:
         check_folder(output.parent)
 
     from ..data.encode import encode
-    from ..data.text import mean_loss, pad_id_of
+    from ..data.text import mean_loss, pad_id_of, perplexity
     from ..train import quiet, run
     from ..train.speaker import Sampling, Speaker
 
@@ -86,7 +84,7 @@ def evaluate(
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, loss in losses.items():
         shown = speaker.base_name if name == "base" else str(adapter)
-        table.add_row(shown, f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}")
+        table.add_row(shown, f"{loss:.4f}", f"{perplexity(loss):.2f}")
     console.print(table)
     for example in found.examples[:samples]:
         asked = example.messages[:-1]

@@ -43,11 +43,9 @@ def export(
         return
     if base is not None:
         raise ConfigError("--base is for --to merged; adapter files name their base themselves")
-    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
-        raise ConfigError(f"{output_dir} is there already; give a new --output-dir")
-    from ..data.files import check_folder
+    from ..data.files import check_new_folder
 
-    check_folder(output_dir)
+    check_new_folder(output_dir)
     import torch
 
     from ..checkpoint.export import export_adapter

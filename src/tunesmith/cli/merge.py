@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ConfigError
 from .generate import Base
 
 
@@ -22,16 +21,15 @@ def merge(
     Example:
       tunesmith merge --adapter my-adapter --output-dir merged
     """
-    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
-        raise ConfigError(f"{output_dir} is there already; give a new --output-dir")
+    from ..data.files import check_new_folder
+
+    check_new_folder(output_dir)
     import torch
     from rich.console import Console
 
-    from ..data.files import check_folder
     from ..train import merging, quiet
     from ..train.speaker import Speaker
 
-    check_folder(output_dir)
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
     speaker = Speaker(str(adapter), base)

@@ -81,14 +81,15 @@ def _rows(settings: Settings) -> tuple[Rows, str]:
 
     if not settings.data:
         return Rows(1000), f"1,000 rows of {settings.room} tokens (no --data)"
-    from ..data.files import raise_faults
-    from ..data.formats import read_examples
+    from ..data.formats import good_examples
 
-    found = read_examples(
-        settings.data, text_column=settings.text_column, columns=settings.columns or None, format=settings.format
+    found = good_examples(
+        settings.data,
+        text_column=settings.text_column,
+        columns=settings.columns or None,
+        format=settings.format,
+        skip_bad_rows=settings.skip_bad_rows,
     )
-    if not settings.skip_bad_rows or not found.examples:
-        raise_faults(found.faults, found.total, "mend or remove them, or leave them out: --skip-bad-rows")
     if not Path(place(settings.base)).is_dir():
         text = f"{len(found.examples)} rows, counted as {settings.room} tokens each (no tokenizer without its files)"
         return Rows(len(found.examples)), text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -33,12 +32,14 @@ def sweep(
     from rich.console import Console
     from rich.table import Table
 
+    from ..data.text import perplexity
+
     rows = sweeps.run_all(recipe, flags)
     table = Table(box=None, pad_edge=False, title="Held-out perplexity, best first", title_justify="left")
     table.add_column("run", overflow="fold")
     for column in ("before", "after", "seconds"):
         table.add_column(column, justify="right")
     for row in rows:
-        perplexities = ["-" if row[key] is None else f"{math.exp(min(row[key], 700)):.2f}" for key in ("before", "after")]
+        perplexities = ["-" if row[key] is None else f"{perplexity(row[key]):.2f}" for key in ("before", "after")]
         table.add_row(row["run"], *perplexities, f"{row['seconds']:.0f}")
     Console(highlight=False, markup=False).print(table)

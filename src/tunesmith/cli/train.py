@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..train.recipe import FIELDS, NOTHING_TO_SET, OLD_NAMES, SYNONYMS, TYPES, resolve
+from ..train.recipe import FIELDS, NOTHING_TO_SET, OLD_NAMES, RECIPE_FILE, SYNONYMS, TYPES, resolve
 from ..train.settings import Settings
 
 HELP = """Train an adapter on your own data.
@@ -31,7 +31,7 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, settings: bool, **fl
     if settings:
         return _list_settings()
     given = {name: value for name, value in flags.items() if value not in (None, [])}
-    recorded = Path(flags.get("output_dir") or Settings.output_dir) / "recipe.resolved.yaml"
+    recorded = Path(flags.get("output_dir") or Settings.output_dir) / RECIPE_FILE
     if resume and recipe is None and recorded.is_file():
         recipe = recorded
     resolved = resolve(recipe, os.environ, given)

@@ -48,13 +48,12 @@ def validate(
     from rich.console import Console
 
     from ..data.formats import read_examples
-    from ..train.recipe import resolve
+    from ..train.recipe import columns_of
 
     if max_length < 2:
         raise ConfigError(f"max_length={max_length} must be at least 2")
     console = Console(highlight=False, soft_wrap=True)
-    names = resolve(None, {}, {"columns": columns}).values.get("columns") if columns else None
-    found = read_examples(data, text_column=text_column, columns=names, format=format)
+    found = read_examples(data, text_column=text_column, columns=columns_of(columns), format=format)
 
     from ..auto import load_tokenizer
     from ..data.encode import encode

@@ -114,6 +114,17 @@ def column_of(table: Table, column: str | None = None) -> tuple[list[tuple[str, 
     return texts, faults
 
 
+def check_new_folder(folder: Path) -> None:
+    """`check_folder` for a result that is never mixed with what is there.
+
+    Raises:
+        ConfigError: it holds something, is a file, or may not be written to.
+    """
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already; give a new --output-dir")
+    check_folder(folder)
+
+
 def check_folder(folder: Path) -> None:
     """Make sure that results can be written into `folder`, before any work is done.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, did_you_mean
-from .files import Record, Row, Table, column_of, no_column, read_table, shortened
+from .files import Record, Row, Table, column_of, no_column, raise_faults, read_table, shortened
 
 Message = dict[str, str]
 
@@ -52,6 +52,25 @@ class Examples:
     @property
     def total(self) -> int:
         return len(self.examples) + len(self.faults)
+
+
+def good_examples(
+    path: str | Path,
+    *,
+    text_column: str | None = None,
+    columns: dict[str, str] | None = None,
+    format: str | None = None,
+    skip_bad_rows: bool = False,
+) -> Examples:
+    """`read_examples`, and one error for all faulty rows, unless they are to be left out and others are good.
+
+    Raises:
+        DataError, ConfigError: as there, or rows are faulty.
+    """
+    found = read_examples(path, text_column=text_column, columns=columns, format=format)
+    if not skip_bad_rows or not found.examples:
+        raise_faults(found.faults, found.total, "mend or remove them, or leave them out: --skip-bad-rows")
+    return found
 
 
 def read_examples(

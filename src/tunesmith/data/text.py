@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,35 +16,11 @@ Example = dict[str, list[int]]
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """Token ids of a set of texts, and how many texts were cut to fit."""
-
-    examples: list[Example]
-    cut: int
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(example["input_ids"]) for example in self.examples)
-
-
 def split(texts: Sequence[R], held_out: float, seed: int) -> tuple[list[R], list[R]]:
     """`(train, held out)`: a share of the rows (at least one) chosen by `seed`; the order of rows is kept."""
     count = max(1, round(len(texts) * held_out)) if held_out > 0 and len(texts) > 1 else 0
     chosen = set(random.Random(seed).sample(range(len(texts)), count))
     return [t for i, t in enumerate(texts) if i not in chosen], [t for i, t in enumerate(texts) if i in chosen]
-
-
-def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> Tokenized:
-    """Ids of each text with the end-of-text token behind it, so that the model learns to stop."""
-    examples, cut = [], 0
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        if ids and ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
-        cut += len(ids) > max_length
-        examples.append({"input_ids": ids[:max_length]})
-    return Tokenized(examples, cut)
 
 
 class PadRight:
@@ -85,6 +61,11 @@ def batches(examples: Sequence[Example], size: int, pad_id: int, words: int = 1)
         most = max(LOGITS_AT_A_TIME // (len(waiting[min(size, len(waiting)) - 1]["input_ids"]) * words), 1)
         yield PadRight(pad_id)(waiting[: min(size, most)])
         waiting = waiting[min(size, most) :]
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)`, of losses beyond what a float holds the largest power."""
+    return math.exp(min(loss, 700))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..data.text import mean_loss
+from ..data.text import mean_loss, perplexity
 from ..model import PeftModel
 from .settings import Settings
 from .trainer import load_all
@@ -69,10 +69,19 @@ class MeasureHeldOut(TrainerCallback):
         if patience is not None and since >= patience:
             control.should_training_stop = self.stopped = True
 
+    def known(self, step: int) -> float | None:
+        """The held-out loss after `take_best` at the end of `step`; None where it was not measured."""
+        if self._takes_best():
+            return self.best[1]
+        return dict(self.measured).get(step)
+
+    def _takes_best(self) -> bool:
+        return self.settings.load_best_model_at_end and math.isfinite(self.best[1])
+
     def take_best(self) -> str | None:
         """Load the best adapter where that is wanted; says which one it is."""
-        if not (self.settings.load_best_model_at_end and math.isfinite(self.best[1])):
+        if not self._takes_best():
             return None
         load_all(self.handle, str(self.folder))
         step, loss = self.best
-        return f"the best adapter is that of step {step}: held-out perplexity {math.exp(min(loss, 700)):.1f}"
+        return f"the best adapter is that of step {step}: held-out perplexity {perplexity(loss):.1f}"

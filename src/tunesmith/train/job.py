@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torch import nn
 from ..data.encode import Encoded, encode
 from ..data.packing import PackedCollator, packing_fault
 from ..data.templates import Piece
-from ..data.text import PadRight, mean_loss, pad_id_of, split
+from ..data.text import PadRight, mean_loss, pad_id_of, perplexity, split
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun
 from ..prompting import virtual_counts
 from ..tasks import PeftModel, get_peft_model
@@ -47,7 +46,7 @@ class Result:
         speed = f"{self.seconds:.0f} s, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
         if self.held_out_before is None or self.held_out_after is None:
             return speed
-        before, after = math.exp(self.held_out_before), math.exp(self.held_out_after)
+        before, after = perplexity(self.held_out_before), perplexity(self.held_out_after)
         return f"held-out perplexity {before:.1f} -> {after:.1f} on {len(self.held_out)} rows ({speed})"
 
 
@@ -129,7 +128,9 @@ def train(
             f"; {note}" if note else ""
         )
     handle.eval()
-    after = mean_loss(handle, held_out.examples, pad_id) if held_out.examples else None
+    after = measure.known(step) if measure else None
+    if after is None and held_out.examples:
+        after = mean_loss(handle, held_out.examples, pad_id)
     return Result(handle, held_out.examples, before, after, progress.losses, seconds, progress.tokens_done, note)
 
 

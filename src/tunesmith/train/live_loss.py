@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 EVEN = 8  # tokens of a packed row are a multiple of it: products of odd numbers of rows take up to a fifth longer
 # What configs call a cap or a scale of logits; small logits show too little of it to be found out.
 CHANGE_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-ENOUGH = 16  # columns from the first label on that tell whether two losses are the same
+ENOUGH = 16  # columns before the first label, and from it on, that tell whether two losses are the same
 
 
 class Tap(Around):
@@ -120,7 +120,7 @@ class LiveLoss:
             return False
         row, first = live.nonzero()[0].tolist()
         rows = sorted({row, (row + 1) % len(labels)}) if shared else [row]
-        one = _cut(inputs, rows, first + ENOUGH)
+        one = _cut(inputs, rows, max(first - ENOUGH, 0), first + ENOUGH)
         frame = self.handle._frame
         frame = frame.with_prompts(tuple((prompt, min(tokens, ENOUGH)) for prompt, tokens in frame.prompts))
         with torch.random.fork_rng():
@@ -165,14 +165,14 @@ class LiveLoss:
         return loss
 
 
-def _cut(inputs: dict[str, Any], rows: list[int], columns: int) -> dict[str, Any]:
-    """Some rows of a batch, and of its labels' columns the first ones."""
+def _cut(inputs: dict[str, Any], rows: list[int], start: int, stop: int) -> dict[str, Any]:
+    """Some rows of a batch, and some of its labels' columns."""
     rows_in, columns_in = inputs["labels"].shape
     cut = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape[:1] == (rows_in,):
             value = value[rows]
             if value.shape[1:2] == (columns_in,):
-                value = value[:, :columns]
+                value = value[:, start:stop]
         cut[name] = value
-    return {**cut, **segments.cut(inputs, columns)}
+    return {**cut, **segments.cut(inputs, start, stop)}

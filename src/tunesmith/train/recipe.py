@@ -16,6 +16,7 @@ from ..errors import ConfigError, bullet_list, did_you_mean
 from .settings import Settings
 
 ENVIRONMENT_PREFIX = "TUNESMITH_"
+RECIPE_FILE = "recipe.resolved.yaml"  # of a run: every setting it was made with
 FIELDS = {known.name: known for known in dataclasses.fields(Settings)}
 TYPES = typing.get_type_hints(Settings)
 SYNONYMS = {other: name for name, known in FIELDS.items() for other in known.metadata["names"]}
@@ -53,6 +54,15 @@ class Resolved:
 
     values: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+
+def columns_of(given: list[str] | None) -> dict[str, str] | None:
+    """`{name here: name in the file}` from a verb's `--columns`; None where none are given.
+
+    Raises:
+        ConfigError: one is not of the form `name=column`.
+    """
+    return resolve(None, {}, {"columns": given}).values["columns"] if given else None
 
 
 def resolve(recipe: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> Resolved:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, OutOfMemoryError, bullet_list
+from .recipe import RECIPE_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from .job import Result
     from .settings import Settings
 
-RECIPE_FILE = "recipe.resolved.yaml"
 ENVIRONMENT_FILE = "environment.json"
 # These may change when a run is gone on with: they do not change what is computed.
 FREE = {"output_dir", "data", "save_steps", "save_total_limit", "logging_steps", "samples", "report_to"}
@@ -113,18 +113,14 @@ def environment(settings: Settings, data_hash: str) -> dict[str, Any]:
 
 def write_records(folder: Path, settings: Settings, data_hash: str) -> None:
     """Write the recipe and the environment, both or neither."""
-    from ..checkpoint.files import write_folder
+    from ..checkpoint.files import write_folder, write_text
     from .recipe import as_yaml
 
     texts = {
         RECIPE_FILE: as_yaml(settings),
         ENVIRONMENT_FILE: json.dumps(environment(settings, data_hash), indent=2) + "\n",
     }
-    write_folder(folder, {name: partial(_write_text, text) for name, text in texts.items()})
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_folder(folder, {name: partial(write_text, text) for name, text in texts.items()})
 
 
 def pieces_of(data: Examples, template: Template, tokenizer: Any, completion_only: bool) -> list[list[Piece]]:
@@ -159,18 +155,15 @@ def from_values(values: dict[str, Any], resume: bool) -> Result:
     Raises:
         TunesmithError: see `start`.
     """
-    from ..data.files import check_folder, raise_faults
-    from ..data.formats import read_examples
+    from ..data.files import check_folder
+    from ..data.formats import good_examples
     from .settings import Settings
 
     if not values.get("data"):
         raise ConfigError("no data; give a file: --data prompts.csv, or `data: prompts.csv` in the recipe")
     folder = Path(values.get("output_dir", Settings.output_dir))
-    data = read_examples(
-        values["data"], text_column=values.get("text_column"), columns=values.get("columns"), format=values.get("format")
-    )
-    if not values.get("skip_bad_rows") or not data.examples:
-        raise_faults(data.faults, data.total, "mend or remove them, or leave them out: --skip-bad-rows")
+    given = {name: values.get(name) for name in ("text_column", "columns", "format")}
+    data = good_examples(values["data"], **given, skip_bad_rows=bool(values.get("skip_bad_rows")))
     check_folder(folder)
     checkpoint = check_resume(folder, resume)
 
