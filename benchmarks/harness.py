@@ -2,6 +2,7 @@
 
     python -m benchmarks.harness learning
     python -m benchmarks.harness learning --only "LoRA" --repeats 3
+    python -m benchmarks.harness learning --more       # another turn beside those that are recorded
     python -m benchmarks.harness learning --report     # only the table, of the results that are there
 
 A case is a module of `benchmarks.cases` with
@@ -37,13 +38,14 @@ def main() -> int:
     parser.add_argument("case", choices=sorted(p.stem for p in (Path(__file__).parent / "cases").glob("[a-z]*.py")))
     parser.add_argument("--only", action="append", default=[], help="variants whose names hold this text; repeatable")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--more", action="store_true", help="keep the records of these variants, and add turns to them")
     parser.add_argument("--report", action="store_true", help="write the page from the results that are there")
     arguments = parser.parse_args()
     case: Any = importlib.import_module(f"benchmarks.cases.{arguments.case}")
     path = RESULTS / f"{arguments.case}.jsonl"
     if not arguments.report:
         chosen = [name for name in case.VARIANTS if not arguments.only or any(text in name for text in arguments.only)]
-        measure(arguments.case, chosen, arguments.repeats, path)
+        measure(arguments.case, chosen, arguments.repeats, path, arguments.more)
     kept = medians([json.loads(line) for line in path.read_text().splitlines()], list(case.VARIANTS))
     page = ROOT / "docs" / case.PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -66,13 +68,15 @@ def update_readme() -> None:
     readme.write_text(summary.written_into(readme.read_text(), records))
 
 
-def measure(case: str, variants: list[str], repeats: int, path: Path) -> None:
-    """Run each variant `repeats` times, one after the other in turns, and replace its lines in the results."""
+def measure(case: str, variants: list[str], repeats: int, path: Path, more: bool = False) -> None:
+    """Run each variant `repeats` times, one after the other in turns, and replace its lines in the results (or add some)."""
     path.parent.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [record for record in lines if record["variant"] not in variants]
-    for turn in range(repeats):
+    if not more:
+        lines = [record for record in lines if record["variant"] not in variants]
+    for _ in range(repeats):
         for variant in variants:
+            turn = sum(record["variant"] == variant for record in lines)
             record = {"variant": variant, "turn": turn, **in_fresh_process(case, variant), **environment()}
             print({key: value for key, value in record.items() if key not in environment()}, flush=True)
             lines.append(record)
@@ -132,9 +136,10 @@ def medians(records: list[dict[str, Any]], order: list[str]) -> list[dict[str, A
 def footer(case: str, records: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in records[-1]["versions"].items()) if records else ""
     machine = records[-1]["machine"] if records else ""
-    repeats = max((record["repeats"] for record in records), default=0)
+    repeats = sorted({record["repeats"] for record in records}) or [0]
+    runs = " to ".join(str(count) for count in dict.fromkeys((repeats[0], repeats[-1])))
     return (
-        f"\nMade by `python -m benchmarks.harness {case}` on {machine}; {versions}. Each figure is the median of {repeats} "
+        f"\nMade by `python -m benchmarks.harness {case}` on {machine}; {versions}. Each figure is the median of {runs} "
         f"run(s), each in a fresh process; the records are in `benchmarks/results/{case}.jsonl`.\n"
     )
 

@@ -241,20 +241,20 @@ def report(records: list[dict[str, Any]]) -> str:
         lines += [
             f"## {job}",
             "",
-            "| side | real tokens/s | Tunesmith is faster by | peak memory | Tunesmith holds | mean loss |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| side | real tokens/s | spread | runs | Tunesmith is faster by | peak memory | Tunesmith holds | mean loss |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for side in SIDES:
             r = by_name.get(f"{job}: {side}")
             if r is None:
                 continue
             if "error" in r or "error" in own:
-                lines.append(f"| {side} | failed: {r.get('error', ['Tunesmith failed'])[0]} | | | | |")
+                lines.append(f"| {side} | failed: {r.get('error', ['Tunesmith failed'])[0]} | | | | | | |")
                 continue
             ratio, share = own["tokens_per_second"] / r["tokens_per_second"], own["peak_mb"] / r["peak_mb"]
             lines.append(
-                f"| {side} | {r['tokens_per_second']:.0f} | {ratio:.2f}x | {r['peak_mb']:,.0f} MB | {share:.2f}x "
-                f"| {r['loss']:.3f} |"
+                f"| {side} | {r['tokens_per_second']:.0f} | {r['tokens_per_second_spread']:.0f} | {r['repeats']} "
+                f"| {ratio:.2f}x | {r['peak_mb']:,.0f} MB | {share:.2f}x | {r['loss']:.3f} |"
             )
         lines.append("")
     return "\n".join(lines)
