@@ -67,9 +67,8 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
         virtual = virtual_tokens(frame, None)  # (n, dim)
     of_virtual, first = frame, {"inputs_embeds": virtual[None].to(embed.weight.dtype)}
     if packed:
-        of_virtual, first = segments.packed(
-            base, frame, {**first, segments.BOUNDARIES: torch.tensor([0, len(virtual)], device=virtual.device)}
-        )
+        alone = {**first, segments.BOUNDARIES: inputs[segments.BOUNDARIES].new_tensor([0, len(virtual)])}
+        of_virtual, first = segments.packed(base, frame, alone)
     with handle._entered(of_virtual):
         base(**{**first, "past_key_values": cache, "use_cache": True})
     last = tap.hidden[:, -1:]  # (1, 1, dim)
