@@ -450,6 +450,16 @@ def test_virtual_tokens_run_once_for_all_texts_with_the_same_loss_and_gradients(
             assert_close(gradient, expected[name])
 
 
+@pytest.mark.parametrize("collator", [PackedCollator(first_tokens=True), PadRight(0)])
+def test_virtual_tokens_that_run_once_need_positions_beside_the_longest_text(collator, monkeypatch):
+    monkeypatch.setattr(shared_prefix, "WORTH", -1000)
+    handle = handle_of("gpt2", copy.deepcopy(VIRTUAL["prompt tuning"]))  # 64 positions
+    loss = LiveLoss(handle)
+    assert loss(collator(examples((61, 60)))) is not None
+    with pytest.raises(UsageError, match="62 tokens and 3 virtual tokens need 65 positions"):
+        loss(collator(examples((4, 62))))
+
+
 @pytest.mark.parametrize(("kind", "calls"), [("llama", 2), ("gpt2", 2), ("granite", 2), ("mistral", 0), ("gemma2", 0)])
 def test_the_kernel_gets_all_texts_in_its_own_layout(kind, calls, monkeypatch):
     """A stand-in with the kernel's signature; windows and capped scores are not its business."""

@@ -18,7 +18,7 @@ from .. import segments
 from ..errors import UsageError
 from ..frame import Frame
 from ..model import PeftModel
-from ..prompting import prepend, virtual_counts, virtual_tokens
+from ..prompting import check_length, prepend, virtual_counts, virtual_tokens
 
 UNUSUAL = {"inputs_embeds", "past_key_values", "token_type_ids", "task_ids"}
 
@@ -59,12 +59,16 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
     Returns:
         Hidden states before the output head that predict each token, `(B, T, dim)`: the first one's is the last virtual
         token's.
+
+    Raises:
+        UsageError: the base has too few positions, or keeps no keys and values.
     """
     base, packed = handle.base_model, inputs.get(segments.BOUNDARIES) is not None
     embed, (rows, length) = base.get_input_embeddings(), inputs["input_ids"].shape
     cache = DynamicCache(config=base.config)
     with handle._entered(frame):
         virtual = virtual_tokens(frame, None)  # (n, dim)
+    check_length(segments.Segments.of(inputs).longest if packed else length, len(virtual), handle._entrance)
     of_virtual, first = frame, {"inputs_embeds": virtual[None].to(embed.weight.dtype)}
     if packed:
         alone = {**first, segments.BOUNDARIES: inputs[segments.BOUNDARIES].new_tensor([0, len(virtual)])}
