@@ -58,16 +58,22 @@ class Frame:
         mixture = self.mixture
         if mixture is not None:
             mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
-        return Frame(self.adapters, self.prompts, fired, mixture, self.penalties, self.names, self.segments)
+        return self._but(fired=fired, mixture=mixture)
 
     def with_prompts(self, prompts: tuple[tuple[PromptAdapter, int], ...]) -> Frame:
         """This frame, with other virtual tokens at the entrance."""
-        return Frame(self.adapters, prompts, self.fired, self.mixture, self.penalties, self.names, self.segments)
+        return self._but(prompts=prompts)
 
     def packed(self, segments: Segments, twins: dict[Site, Twin]) -> Frame:
         """This frame for a packed row, whose attentions are called as these twins; virtual tokens are in the row by now."""
         adapters = self.adapters | {site: (*self.adapters.get(site, ()), twin) for site, twin in twins.items()}
-        return Frame(adapters, (), self.fired, None, self.penalties, self.names, segments)
+        return self._but(adapters=adapters, prompts=(), segments=segments)
+
+    def _but(self, **changed: Any) -> Frame:
+        """A copy in which some fields are others."""
+        other = copy.copy(self)
+        vars(other).update(changed)
+        return other
 
 
 class Mixture:
