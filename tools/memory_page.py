@@ -13,8 +13,8 @@ from typing import Any
 import transformers
 from benchmarks.cases import qlora
 
-from tunesmith.plan.fit import plan_training
-from tunesmith.train.settings import Settings
+from tunesmith.jobs.fit import plan_training
+from tunesmith.jobs.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks" / "memory.md"

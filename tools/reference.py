@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import PeftConfig, PromptConfig, TargetedConfig
+from tunesmith.jobs.recipe import ENVIRONMENT_PREFIX, FIELDS, NOTHING_TO_SET, OLD_NAMES, TYPES
 from tunesmith.registry import Method, all_methods
-from tunesmith.train.recipe import ENVIRONMENT_PREFIX, FIELDS, NOTHING_TO_SET, OLD_NAMES, TYPES
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 SHARED: dict[type, str] = {

@@ -49,7 +49,7 @@ def run(method: str, learning_rate: float | None = None, options: dict[str, Any]
     from tunesmith.assets import FOLDER
     from tunesmith.auto import load_base, load_tokenizer
     from tunesmith.data.files import read_texts
-    from tunesmith.train import job, quiet
+    from tunesmith.jobs import job, quiet
 
     quiet.hush()
     texts = read_texts(DATA if DATA.is_file() else FOLDER / "demo" / "prompts.csv", "prompt")

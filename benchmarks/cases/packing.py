@@ -41,8 +41,8 @@ def run(data: str, how: str) -> dict[str, Any]:
     from tunesmith.data.packing import LengthBuckets
     from tunesmith.data.templates import Piece
     from tunesmith.data.text import PadRight
-    from tunesmith.train import job, quiet
-    from tunesmith.train.buckets import BucketTrainer
+    from tunesmith.jobs import job, quiet
+    from tunesmith.train.batching import BucketTrainer
 
     quiet.hush()
     texts = texts_of(data)

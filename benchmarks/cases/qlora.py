@@ -118,7 +118,7 @@ def make(folder: str) -> None:
     import torch
     import transformers as tf
 
-    from tunesmith.checkpoint.quantise import quantise_folder
+    from tunesmith.bases.quantise import quantise_folder
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as dense:

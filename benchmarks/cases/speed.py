@@ -98,7 +98,7 @@ def _trainer(side: str, model: Any, spec: dict[str, Any], rows: list[dict[str, l
     if side == "Tunesmith":
         from tunesmith import get_peft_model
         from tunesmith.data.packing import PackedCollator
-        from tunesmith.train.job import batching
+        from tunesmith.train.batching import batching
 
         handle = get_peft_model(model, _peft_config("tunesmith", spec))
         kind, own = batching(handle, None, 0)

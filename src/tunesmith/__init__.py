@@ -20,11 +20,12 @@ _PLACES = {
     "bases.prepare": ["prepare_model_for_kbit_training"],
     "bases.view": ["BaseView"],
     "config": ["PeftConfig", "PeftType", "PromptConfig", "TargetedConfig", "TaskType", "config_class"],
-    "contracts": ["LinearAdapter", "PromptAdapter", "SublayerAdapter"],
-    "data.packing": ["LengthBuckets", "PackedCollator", "can_pack", "packing_fault"],
+    "adapter": ["LinearAdapter", "PromptAdapter", "SublayerAdapter"],
+    "data.packing": ["LengthBuckets", "PackedCollator"],
     "errors": [
         "AdapterFileError", "AdapterNameError", "ConfigError", "DataError", "TargetError", "TunesmithError", "UsageError",
     ],
+    "handle.packing": ["can_pack", "packing_fault"],
     "methods.adalora": ["AdaLoraConfig"],
     "methods.adaption_prompt": ["AdaptionPromptConfig"],
     "methods.bitfit": ["BitFitConfig"],
@@ -43,10 +44,10 @@ _PLACES = {
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "methods.trainable_tokens": ["TrainableTokensConfig"],
     "methods.vera": ["VeraConfig"],
-    "plan.fit": ["plan_training"],
+    "jobs.fit": ["plan_training"],
     "registry": ["register"],
-    "status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
-    "tasks": [
+    "handle.status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
+    "model": [
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ],
@@ -79,5 +80,5 @@ if TYPE_CHECKING:
     from .methods.lora_config import LoraConfig as LoraConfig
     from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
-    from .tasks import PeftModel as PeftModel
-    from .tasks import get_peft_model as get_peft_model
+    from .model import PeftModel as PeftModel
+    from .model import get_peft_model as get_peft_model

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from .assets import resolve
 from .bases.quantised import stored_faults
-from .checkpoint.files import AdapterFolder
-from .checkpoint.stored_base import check_stored
-from .config import TaskType
+from .bases.stored_base import check_stored
+from .config import TaskType, read_config
 from .errors import ConfigError, UsageError, bullet_list
 from .model import PeftModel
+from .storage.folder import AdapterFolder
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -108,7 +108,7 @@ class AutoPeftModel:
             ConfigError: the adapter names no base, or was made for another task.
         """
         where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
-        config = AdapterFolder.find(pretrained_model_name_or_path, **where).config()
+        config = read_config(AdapterFolder.find(pretrained_model_name_or_path, **where))
         task = cls.task_type or config.task_type
         if cls.task_type and isinstance(config.task_type, TaskType) and config.task_type != cls.task_type:
             raise ConfigError(f"the adapter was made for {config.task_type.value}; {cls.__name__} loads {cls.task_type.value}")

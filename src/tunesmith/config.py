@@ -1,14 +1,16 @@
 """Configurations: the ecosystem's field names, checked when made.
 
-The dictionary form (`to_dict`, `from_dict`) is what `adapter_config.json` holds; reading and writing the file itself
-belongs to `checkpoint/`.
+The dictionary form (`to_dict`, `from_dict`) is what `adapter_config.json` holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import json
 import logging
+import pkgutil
 import re
 import types
 import typing
@@ -19,8 +21,9 @@ from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import dataclass_transform
 
+from .default_targets import DEFAULT_TARGETS
 from .errors import ConfigError, did_you_mean
-from .targets import DEFAULT_TARGETS
+from .storage.folder import CONFIG_FILE, AdapterFolder, write_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -185,12 +188,10 @@ class PeftConfig:
         A key this version does not know is ignored with one warning when its value means "off", else an error names
         the feature: never silently a different model.
         """
-        from .registry import method_named
-
         values = {**values, **overrides}
         if not values.get("peft_type"):
             raise ConfigError('the configuration has no "peft_type", so its method is unknown')
-        target = method_named(values["peft_type"]).config
+        target = _by_method[known_method(values["peft_type"])]
         if cls is not PeftConfig and not issubclass(target, cls):
             raise ConfigError(f"this is a {values['peft_type']} configuration, not one of {cls.__name__}")
         values = target.understood(values)
@@ -212,15 +213,63 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
         """Read `adapter_config.json` from a folder or the hub (kwargs: `revision`, `token`, `cache_dir`, ...)."""
-        from .checkpoint.files import AdapterFolder
-
-        return AdapterFolder.find(pretrained_model_name_or_path, subfolder=subfolder, **kwargs).config(cls)
+        return read_config(AdapterFolder.find(pretrained_model_name_or_path, subfolder=subfolder, **kwargs), cls)
 
     def save_pretrained(self, save_directory: str, **_: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, whole or not at all."""
-        from .checkpoint.files import write_config
+        write_folder(save_directory, {CONFIG_FILE: functools.partial(write_text, config_text(self))})
 
-        write_config(self, save_directory)
+
+def read_config(folder: AdapterFolder, cls: type[PeftConfig] = PeftConfig) -> PeftConfig:
+    """The configuration of the adapter in `folder`.
+
+    Raises:
+        AdapterFileError: its file is missing or is no JSON object.
+        ConfigError: its values are not allowed, or ask for a feature this version does not have.
+    """
+    values = folder.values()
+    try:
+        return cls.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{folder.locate(CONFIG_FILE)}: {error}") from error
+
+
+_by_method: dict[str, type[PeftConfig]] = {}  # by the method's name in files; `registry.register` fills it
+
+
+def add_method(name: str, config: type[PeftConfig]) -> None:
+    """Files whose `peft_type` is `name` are read as this configuration from now on."""
+    _by_method[name] = config
+
+
+@functools.cache
+def discover_methods() -> None:
+    """Import every file of `methods/`, each of which registers its method."""
+    methods = importlib.import_module(f"{__package__}.methods")
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"{methods.__name__}.{module.name}")
+
+
+def known_method(name: object) -> str:
+    """The name of a method as files spell it.
+
+    Raises:
+        ConfigError: no method of that name is registered; lists those that are.
+    """
+    discover_methods()
+    key = str(getattr(name, "value", name))
+    if key not in _by_method:
+        raise ConfigError(
+            f'peft_type "{key}" is not known to this version of Tunesmith; known: {", ".join(sorted(_by_method))}'
+            + did_you_mean(key, sorted(_by_method))
+            + "; if it is a method of your own, import the module that registers it first"
+        )
+    return key
+
+
+def config_text(config: PeftConfig) -> str:
+    """The configuration as its file holds it: for inference, under public names."""
+    return json.dumps({**config.to_dict(), "inference_mode": True}, indent=2, sort_keys=True) + "\n"
 
 
 # Written by the ecosystem for information; they never change the model.

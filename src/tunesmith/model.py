@@ -14,26 +14,28 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import preflight, prompting, scheduled, segments, site
 from .assets import public_name
-from .attach import AdapterTree, build, check_name
+from .attach.build import build
+from .attach.plan import Plan, check_config, check_task, match
+from .attach.tree import AdapterTree, check_name
 from .bases.quantised import logical_size
-from .checkpoint import load_adapter, save_adapters
-from .checkpoint.files import AdapterFolder
-from .checkpoint.hub import push_folder
-from .combinable import Combinable
-from .config import PeftConfig, PromptConfig, TaskType
+from .checkpoint import load, save
+from .config import PeftConfig, PromptConfig, TaskType, read_config
 from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
-from .frame import Frame
-from .framed import Framed
-from .framing import Framing
-from .match import Plan, check_config, check_task, match
-from .merge import Originals
-from .mergeable import Mergeable
-from .mirror import handle_class
-from .record import records
+from .handle import preflight, schedules
+from .handle.combining import Combinable
+from .handle.frames import Framing
+from .handle.merging import Mergeable
+from .handle.mirror import handle_class
+from .handle.proxy import Proxy
+from .handle.shared_base import records
+from .handle.status import Reporting
+from .merge.weights import Originals
 from .registry import adapter_type
-from .status import Reporting
+from .runtime import packed_row, site, virtual_tokens
+from .runtime.frame import BOUNDARIES, Frame, Segments
+from .storage.folder import AdapterFolder
+from .storage.hub import push_folder
 
 
 class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
@@ -50,7 +52,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         ConfigError: the configuration's task does not fit the base.
     """
 
-    # What virtual tokens must know of the task; see prompting.Entrance.
+    # What virtual tokens must know of the task; see virtual_tokens.InputSpec.
     labels_per_token: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     base_class: ClassVar[type | None] = None
@@ -66,8 +68,6 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
     @classmethod
     def for_task(cls, task: Any) -> type[PeftModel]:
         """The class of handles for a task."""
-        from . import tasks  # noqa: F401  (names the task classes)
-
         return cls._by_task.get(task, PeftModel)
 
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
@@ -98,7 +98,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         self._merged: dict[str, Originals] = {}
         self._accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._checkpointing: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._entrance = prompting.entrance_of(
+        self._input_spec = virtual_tokens.input_spec_of(
             model, frozenset(self._accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
         )
         self._forget()
@@ -135,14 +135,14 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         return self._forward_within(self._frame if names is None else self._mixed(names, args, kwargs), *args, **kwargs)
 
     def _forward_within(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get(segments.BOUNDARIES) is not None:
+        if kwargs.get(BOUNDARIES) is not None:
             kwargs.update(zip(self._accepts, args))
             args, (frame, kwargs) = (), self._packed(frame, kwargs)
         if preflight.is_due(self, frame):
             result = preflight.checked_forward(self, frame, *args, **kwargs)
         else:
             result = self._forward(frame, *args, **kwargs)
-        return scheduled.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
+        return schedules.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
 
     def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         with self._entered(frame):
@@ -157,10 +157,8 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         Virtual tokens are no part of the result, and `max_length` counts without them. `adapter_names` is one name
         for each row, as in `forward`.
         """
-        if kwargs.get(segments.BOUNDARIES) is not None:
-            raise UsageError(
-                f"generate goes on with one text in each row; pad texts into rows and leave {segments.BOUNDARIES} out"
-            )
+        if kwargs.get(BOUNDARIES) is not None:
+            raise UsageError(f"generate goes on with one text in each row; pad texts into rows and leave {BOUNDARIES} out")
         names = kwargs.pop("adapter_names", None)
         frame = self._frame if names is None else self._mixed(names, args, kwargs)
         with self._entered(frame):
@@ -173,7 +171,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         with self._entered():
             result = getattr(self.base_model, name)(*args, **kwargs)
         if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
-            return Framed(self, result)
+            return Proxy(self, result)
         return result
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -181,7 +179,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
 
         To be called after `backward()` and before `zero_grad()`. The number of optimiser steps is counted without it.
         """
-        scheduled.update_and_allocate(self, global_step)
+        schedules.update_and_allocate(self, global_step)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `resize_token_embeddings`, which gives all its handles another vocabulary.
@@ -209,24 +207,24 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             return self._without_tasks(inputs)
         task_ids, inputs = inputs.get("task_ids"), self._without_tasks(inputs)
         mixture = frame.mixture
-        counts = [prompting.virtual_counts(part) for part in (mixture.frames if mixture else [frame])]
+        counts = [virtual_tokens.virtual_counts(part) for part in (mixture.frames if mixture else [frame])]
         real = mixture.real(counts, mixture.size) if mixture else None
-        if prompting.is_continuation(inputs):
-            return prompting.continued(inputs, max(counts), self._entrance, real)
+        if virtual_tokens.is_continuation(inputs):
+            return virtual_tokens.continued(inputs, max(counts), self._input_spec, real)
         if mixture is None:
-            virtual = prompting.virtual_tokens(frame, task_ids)
+            virtual = virtual_tokens.virtual_tokens(frame, task_ids)
         else:
-            virtual = prompting.virtual_tokens_by_rows(mixture, task_ids)
-        return prompting.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._entrance, real)
+            virtual = virtual_tokens.virtual_tokens_by_rows(mixture, task_ids)
+        return virtual_tokens.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._input_spec, real)
 
     def _packed(self, frame: Frame, inputs: dict[str, Any], even: int = 1) -> tuple[Frame, dict[str, Any]]:
         """The frame of a packed call, and the base's keyword arguments, with virtual tokens in front of each text."""
         task_ids, inputs, virtual = inputs.get("task_ids"), self._without_tasks(inputs), None
         with self._entered(frame):
-            if frame.mixture is None and prompting.virtual_counts(frame):
-                virtual = prompting.virtual_tokens(frame, task_ids)
-                prompting.check_length(segments.Segments.of(inputs).longest, virtual.shape[-2], self._entrance)
-            return segments.packed(self.base_model, frame, inputs, virtual, even)
+            if frame.mixture is None and virtual_tokens.virtual_counts(frame):
+                virtual = virtual_tokens.virtual_tokens(frame, task_ids)
+                virtual_tokens.check_length(Segments.of(inputs).longest, virtual.shape[-2], self._input_spec)
+            return packed_row.packed(self.base_model, frame, inputs, virtual, even)
 
     def _without_tasks(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the base takes: `task_ids` are for this handle's adapters, if one of them asks for such."""
@@ -241,12 +239,12 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             kwargs["input_ids"], *rest = args
             args = (None, *rest)
         ids = kwargs.pop("input_ids", kwargs.pop("inputs", None))
-        kwargs = prompting.generation_inputs(self.base_model, ids, kwargs)
+        kwargs = virtual_tokens.generation_inputs(self.base_model, ids, kwargs)
         named = ("attention_mask", "inputs_embeds", "token_type_ids", "task_ids")
         inputs = {"input_ids": ids, **{name: kwargs.pop(name) for name in named if kwargs.get(name) is not None}}
         inputs = self._with_virtual_tokens({k: v for k, v in inputs.items() if v is not None}, frame)
         inputs.pop("position_ids", None)  # generate counts them from the mask itself
-        if ids is not None and not self._entrance.encoder_decoder:
+        if ids is not None and not self._input_spec.encoder_decoder:
             inputs["input_ids"] = ids  # for the result and for processors that look at the text so far
         return args, {**kwargs, **inputs}
 
@@ -264,8 +262,10 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         check_name(adapter_name, self.peft_config)
         check_config(peft_config)
         plan, config = self._plan(peft_config)
-        finished = config.inference_mode
-        tree = build(self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True, finished=finished)
+        materialized = config.inference_mode
+        tree = build(
+            self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True, materialized=materialized
+        )
         self._take(adapter_name, config, tree)
 
     def _plan(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
@@ -275,7 +275,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         if isinstance(config, PromptConfig):
             kind = adapter_type(config)
             if not kind.in_cache:
-                prompting.fill_in(config, self.base_model)
+                virtual_tokens.fill_in(config, self.base_model)
             kind.prepare(config, self.base_model)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
@@ -293,7 +293,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         self.adapters[name] = tree
         self.peft_config[name] = config
         self._forget()
-        scheduled.watch(self, [config])
+        schedules.watch(self, [config])
         tree.requires_grad_(False)
         if not self._active:
             self.set_adapter(name)
@@ -312,7 +312,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             AdapterFileError: all faults of the files at once; the handle is then as it was.
         """
         folder = AdapterFolder.find(model_id, **kwargs)
-        self._load(folder, folder.config(), adapter_name, is_trainable, autocast_adapter_dtype)
+        self._load(folder, read_config(folder), adapter_name, is_trainable, autocast_adapter_dtype)
 
     def _load(
         self, folder: AdapterFolder, stored: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
@@ -324,20 +324,25 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         try:
             plan, config = self._plan(stored)
         except (ConfigError, TargetError) as error:
-            raise type(error)(f'"{folder.name}"{load_adapter.made_for(stored)}: {error}') from error
+            raise type(error)(f'"{folder.name}"{load.made_for(stored)}: {error}') from error
         config.inference_mode = not is_trainable
         if name in self.peft_config:
-            load_adapter.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
-            load_adapter.into(self.tree(name), config, folder, self.base_model)
+            load.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
+            load.into(self.tree(name), config, folder, self.base_model)
             return
-        finished = load_adapter.is_finished(config, folder)
+        materialized = load.is_materialized(config, folder)
         try:
             tree = build(
-                self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=False, finished=finished
+                self.base_model,
+                config,
+                plan,
+                full_precision=autocast_adapter_dtype,
+                initialise=False,
+                materialized=materialized,
             )
         except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
             raise AdapterFileError(f'"{folder.name}" describes an adapter that cannot be built here: {error}') from error
-        load_adapter.into(tree, config, folder, self.base_model)
+        load.into(tree, config, folder, self.base_model)
         self._take(name, config, tree)
 
     @classmethod
@@ -359,7 +364,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
         """
         folder = AdapterFolder.find(model_id, **kwargs)
-        stored = config or folder.config()
+        stored = config or read_config(folder)
         check_config(stored)
         handle = (cls.for_task(stored.task_type) if cls is PeftModel else cls)(model)
         try:
@@ -383,7 +388,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         must call this, `is_main_process` says which one writes; or `state_dict` holds its gathered values.
         """
         names = tuple(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
-        save_adapters.write(self, list(names), save_directory, state_dict, is_main_process)
+        save.write(self, list(names), save_directory, state_dict, is_main_process)
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
@@ -391,7 +396,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         """`{name in files: tensor}` of one adapter (by default the active one), copied to the CPU."""
         name = adapter_name or self.active_adapter
         self._known(name)
-        return save_adapters.tensors(self, name, state_dict)
+        return save.tensors(self, name, state_dict)
 
     def enable_peft_hotswap(self, *_: Any, **__: Any) -> None:
         """Part of transformers' adapter mixin; there is nothing to enable here."""
@@ -442,7 +447,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return bool(self._acting())
+        return bool(self._effective())
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -494,7 +499,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
                 raise
         value = getattr(self.base_model, name)
         if inspect.ismethod(value) and value.__self__ is self.base_model:
-            return Framed(self, value)
+            return Proxy(self, value)
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -504,7 +509,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         """A copied or unpickled handle sets its sites on its own base."""
         super().__setstate__(state)
         self._forget()
-        scheduled.watch(self, self.peft_config.values())
+        schedules.watch(self, self.peft_config.values())
         self._checkpointing = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
         records[self.base_model] = self._record
         self._record.handles.add(self)
@@ -531,3 +536,51 @@ def _empty_handle(task_class: type[PeftModel], base_class: type[nn.Module]) -> P
     handle = nn.Module.__new__(handle_class(task_class, base_class))
     nn.Module.__init__(handle)
     return handle
+
+
+class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
+    """Text generation by a decoder."""
+
+    labels_per_token = True
+
+
+class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
+    """Text generation by an encoder and a decoder."""
+
+
+class PeftModelForSequenceClassification(PeftModel, task=TaskType.SEQ_CLS):
+    """One label per sequence; the head is trained as a private copy."""
+
+    classifies = True
+
+
+class PeftModelForTokenClassification(PeftModel, task=TaskType.TOKEN_CLS):
+    """One label per token; the head is trained as a private copy."""
+
+    labels_per_token = True
+
+
+class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
+    """Answer spans; the head is trained as a private copy."""
+
+
+class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION):
+    """Hidden states of a base without a head."""
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """A handle on `model` with one new adapter; call it again on the same base for another, independent handle.
+
+    Raises:
+        ConfigError, TargetError: the configuration does not fit the model; the model is then as it was.
+    """
+    check_config(peft_config)
+    return PeftModel.for_task(peft_config.task_type)(
+        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+    )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from .errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from .config import PeftConfig
-    from .contracts import Adapter
+from .adapter import Adapter
+from .config import PeftConfig, add_method, discover_methods, known_method
+from .errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ def register(config: type[PeftConfig], flag: str | None = None) -> Callable[[A],
         _check_adapter(config, adapter, taken=flag is None)
         if flag is None:
             _methods[name] = Method(name, config, adapter)
+            add_method(name, config)
         else:
             _variants.setdefault(name, {})[flag] = adapter
         return adapter
@@ -54,12 +50,10 @@ def register(config: type[PeftConfig], flag: str | None = None) -> Callable[[A],
 
 
 def _check_adapter(config: type[PeftConfig], adapter: type, taken: bool) -> None:
-    from .contracts import Adapter
-
     if not issubclass(adapter, Adapter):
         raise ConfigError(f"{adapter.__name__} is no adapter; derive it from LinearAdapter, SublayerAdapter or PromptAdapter")
     if not config.__module__.startswith(f"{__package__}.methods."):
-        _import_methods()  # a method from outside may come first, and must not take a name of these
+        discover_methods()  # a method from outside may come first, and must not take a name of these
     known = _methods.get(str(config.method))
     if taken and known is not None and _full_name(known.adapter) != _full_name(adapter):
         raise ConfigError(f'"{config.method}" is the name of {_full_name(known.adapter)} already; take another')
@@ -69,17 +63,9 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-@cache
-def _import_methods() -> None:
-    from . import methods
-
-    for module in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"{methods.__name__}.{module.name}")
-
-
 def all_methods() -> dict[str, Method]:
     """Every method, by its name in files, in alphabetical order."""
-    _import_methods()
+    discover_methods()
     return dict(sorted(_methods.items()))
 
 
@@ -98,12 +84,4 @@ def adapter_type(config: PeftConfig) -> Any:
 
 def method_named(name: object) -> Method:
     """The method that files call `name`; an error lists the known ones."""
-    key = str(getattr(name, "value", name))
-    known = all_methods()
-    if key not in known:
-        raise ConfigError(
-            f'peft_type "{key}" is not known to this version of Tunesmith; known: {", ".join(known)}'
-            + did_you_mean(key, known)
-            + "; if it is a method of your own, import the module that registers it first"
-        )
-    return known[key]
+    return _methods[known_method(name)]

@@ -17,8 +17,8 @@ from torch import nn
 from tests import tiny
 from tests.contract.handles import MAKERS, assert_same_state, lora, out, prompted, state
 from tunesmith import LoraConfig, TargetError, get_peft_model
-from tunesmith.frame import current_frame
-from tunesmith.site import site_of
+from tunesmith.runtime.frame import current_frame
+from tunesmith.runtime.site import site_of
 
 
 def test_two_handles_on_one_base_compute_as_if_each_had_its_own(llama, llama_inputs):

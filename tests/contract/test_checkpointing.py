@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tests import tiny
 from tests.contract.handles import MAKERS as HANDLES
 from tests.contract.handles import assert_same_gradients, gradients, lora, prefixed
-from tunesmith.frame import current_frame
+from tunesmith.runtime.frame import current_frame
 
 MODELS = {
     "lora": ["llama", "gpt2", "t5", "bert-tagger"],

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tests import tiny
 from tests.contract.handles import assert_same_state, lora, out, prompted, state
 from tunesmith import LoraConfig, UsageError, get_peft_model
-from tunesmith.frame import Frame, current_frame, entered
+from tunesmith.runtime.frame import Frame, current_frame, entered
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -20,7 +20,7 @@ from torch import nn
 from tests import tiny
 from tests.contract.handles import assert_same_gradients, gradients, lora, out
 from tunesmith import TargetError, UsageError
-from tunesmith.site import site_of
+from tunesmith.runtime.site import site_of
 
 PATH = "model.layers.0.self_attn.q_proj"
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from tests import tiny
 from tunesmith import ConfigError, PeftModel, UsageError, get_peft_model
+from tunesmith.adapter import ParameterAdapter, SublayerAdapter
 from tunesmith.bases.view import view_of
 from tunesmith.config import TargetedConfig
-from tunesmith.contracts import ParameterAdapter, SublayerAdapter
 from tunesmith.registry import all_methods
 
 ELSEWHERE = {"ADAPTION_PROMPT"}  # finds its attention modules by itself; test_prompts.py has it

@@ -16,7 +16,7 @@ from transformers.utils.generic import find_labels
 from tests import tiny
 from tests.contract.handles import lora, out, prompted
 from tunesmith import LoraConfig, PeftModel, UsageError, get_peft_model
-from tunesmith.frame import current_frame
+from tunesmith.runtime.frame import current_frame
 
 # Class data in which a handle differs from its base on purpose.
 DIFFERENT = {

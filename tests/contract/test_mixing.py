@@ -19,7 +19,7 @@ from tunesmith import (
     UsageError,
     get_peft_model,
 )
-from tunesmith.frame import current_frame
+from tunesmith.runtime.frame import current_frame
 
 ROWS = ["first", "__base__", "second", "first", "second"]
 

@@ -22,14 +22,16 @@ from tunesmith import (
     PromptTuningConfig,
     UsageError,
     get_peft_model,
-    segments,
 )
-from tunesmith.data.packing import PackedCollator, can_pack, packing_fault
+from tunesmith.data.packing import PackedCollator
 from tunesmith.data.text import PadRight
-from tunesmith.segments import ATTENTION, PROVED
-from tunesmith.site import site_of
-from tunesmith.train import shared_prefix
-from tunesmith.train.live_loss import LiveLoss
+from tunesmith.handle.packing import can_pack, packing_fault
+from tunesmith.runtime import packed_attention
+from tunesmith.runtime.packed_attention import ATTENTION
+from tunesmith.runtime.packed_row import PROVED
+from tunesmith.runtime.site import site_of
+from tunesmith.train import shared_virtual_tokens
+from tunesmith.train.fused_loss import LiveLoss
 
 LENGTHS = (5, 9, 1, 9, 3)
 WINDOW = 4  # shorter than the longest text, so a window that is not kept shows
@@ -436,10 +438,10 @@ def test_virtual_tokens_run_once_for_all_texts_with_the_same_loss_and_gradients(
     handle, batch = virtual_handle(kind, method), PackedCollator(first_tokens=True)(examples())
     own = handle(**batch).loss
     expected = gradients(handle, own)
-    shared, run = [], shared_prefix.run
-    monkeypatch.setattr(shared_prefix, "run", lambda *given: shared.append(1) or run(*given))
+    shared, run = [], shared_virtual_tokens.run
+    monkeypatch.setattr(shared_virtual_tokens, "run", lambda *given: shared.append(1) or run(*given))
     for worth, runs in ((1000, 0), (-1000, 2)):
-        monkeypatch.setattr(shared_prefix, "WORTH", worth)
+        monkeypatch.setattr(shared_virtual_tokens, "WORTH", worth)
         fused = LiveLoss(handle)(batch)
         if fused is None:
             assert kind in ("cohere", "cohere2", "gemma2"), "the loss was left to the model"
@@ -452,7 +454,7 @@ def test_virtual_tokens_run_once_for_all_texts_with_the_same_loss_and_gradients(
 
 @pytest.mark.parametrize("collator", [PackedCollator(first_tokens=True), PadRight(0)])
 def test_virtual_tokens_that_run_once_need_positions_beside_the_longest_text(collator, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "WORTH", -1000)
+    monkeypatch.setattr(shared_virtual_tokens, "WORTH", -1000)
     handle = handle_of("gpt2", copy.deepcopy(VIRTUAL["prompt tuning"]))  # 64 positions
     loss = LiveLoss(handle)
     assert loss(collator(examples((61, 60)))) is not None
@@ -478,8 +480,8 @@ def test_the_kernel_gets_all_texts_in_its_own_layout(kind, calls, monkeypatch):
         return torch.cat(texts)
 
     attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(segments, "varlen_attn", kernel)
-    monkeypatch.setattr(segments, "_has_kernel", lambda query: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", kernel)
+    monkeypatch.setattr(packed_attention, "_has_kernel", lambda query: True)
     before = 0
     check_texts_are_alone(handle_of(kind))
     assert len(seen) == calls
@@ -491,7 +493,7 @@ def test_the_kernel_gets_all_texts_in_its_own_layout(kind, calls, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "granite", "qwen2"])
 def test_the_kernel_of_short_texts_keeps_them_apart(kind, monkeypatch):
     """Taken here for 32 bits, too, so that tolerances are narrow."""
-    monkeypatch.setattr(segments.short_attention, "applies", lambda *_: True)
+    monkeypatch.setattr(packed_attention.short_attention, "applies", lambda *_: True)
     check_texts_are_alone(handle_of(kind))
     check_texts_are_alone(virtual_handle(kind, "prefix"))
 

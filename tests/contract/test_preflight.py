@@ -12,8 +12,8 @@ from torch import nn
 from tests import tiny
 from tests.contract.handles import lora, out, prompted
 from tunesmith import AdapterNameError, LoraConfig, TargetError, UsageError, get_peft_model
-from tunesmith.preflight import is_due
-from tunesmith.site import site_of
+from tunesmith.handle.preflight import is_due
+from tunesmith.runtime.site import site_of
 
 
 class ReadsWeight(nn.Module):

@@ -12,9 +12,9 @@ from tests import tiny
 from tests.contract.handles import assert_same_state, out, prefixed, state
 from tunesmith import AdaptionPromptConfig, LoraConfig, PeftModel, PrefixTuningConfig, UsageError, get_peft_model
 from tunesmith.config import PromptConfig
-from tunesmith.prefix import PrefixedAttention, PrefixedStack
 from tunesmith.registry import all_methods
-from tunesmith.site import site_of
+from tunesmith.runtime.prefix import PrefixedAttention, PrefixedStack
+from tunesmith.runtime.site import site_of
 
 METHODS = {name: method.config for name, method in all_methods().items() if issubclass(method.config, PromptConfig)}
 EXTRA = {"PREFIX_TUNING": {"prefix_projection": True}, "MULTITASK_PROMPT_TUNING": {"num_tasks": 2}}
@@ -208,8 +208,8 @@ def test_bases_whose_forward_was_replaced_are_refused(llama):
 @pytest.mark.parametrize("rows", [[2, 0], [3, 1]])
 def test_rows_may_have_prefixes_of_different_lengths(rows, llama, llama_inputs):
     """The form that batches of several adapters need: columns a row lacks are padding to it."""
-    from tunesmith.prefix import extend, find_stack
-    from tunesmith.prompting import entrance_of
+    from tunesmith.runtime.prefix import extend, find_stack
+    from tunesmith.runtime.virtual_tokens import input_spec_of
 
     handle = prefixed(llama)
     stack = llama.get_submodule(find_stack(llama).path)
@@ -217,7 +217,7 @@ def test_rows_may_have_prefixes_of_different_lengths(rows, llama, llama_inputs):
     layers = [prompt(i)[:, None].expand(-1, 2, -1, -1, -1) for i in range(2)]
     lengths = torch.tensor(rows)
     real = torch.arange(3)[None] >= 3 - lengths[:, None]  # padding at the left
-    entrance = entrance_of(stack, frozenset(["position_ids", "attention_mask"]), labels_per_token=False, classifies=False)
+    entrance = input_spec_of(stack, frozenset(["position_ids", "attention_mask"]), labels_per_token=False, classifies=False)
     inputs = {"input_ids": llama_inputs["input_ids"], "use_cache": False}
     with torch.no_grad():
         together = stack(**extend(inputs, layers, 3, stack, entrance, real)).last_hidden_state
@@ -233,7 +233,7 @@ def test_rows_may_have_prefixes_of_different_lengths(rows, llama, llama_inputs):
 @pytest.mark.parametrize("name", tiny.CAUSAL)
 def test_rows_may_have_virtual_tokens_of_different_numbers(name, side):
     from tests.parity.test_generation import LENGTHS, real, uneven
-    from tunesmith.prompting import extend
+    from tunesmith.runtime.virtual_tokens import extend
 
     base = tiny.make(name)
     handle = handle_on(base, "PROMPT_TUNING", name)
@@ -242,10 +242,10 @@ def test_rows_may_have_virtual_tokens_of_different_numbers(name, side):
     own_tokens = torch.arange(3)[None] >= 3 - counts[:, None]
     rows, batch = uneven(side)
     with torch.no_grad():
-        together = base(**extend(batch, tokens, embed, handle._entrance, own_tokens)).logits
+        together = base(**extend(batch, tokens, embed, handle._input_spec, own_tokens)).logits
         for i, n in enumerate(counts.tolist()):
             alone = {"input_ids": rows[i], "attention_mask": torch.ones_like(rows[i])}
             if n:
-                alone = extend(alone, tokens[i, 3 - n :], embed, handle._entrance)
+                alone = extend(alone, tokens[i, 3 - n :], embed, handle._input_spec)
             own = base(**alone).logits[0, -LENGTHS[i] :]
             torch.testing.assert_close(together[i, real(i, side, before=3)], own, atol=1e-5, rtol=0)

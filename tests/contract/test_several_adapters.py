@@ -19,8 +19,8 @@ from tunesmith import (
     UsageError,
     get_peft_model,
 )
+from tunesmith.adapter import LinearAdapter
 from tunesmith.bases.view import view_of
-from tunesmith.contracts import LinearAdapter
 
 
 @pytest.fixture

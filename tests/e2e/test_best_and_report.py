@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.test_cli import run
-from tunesmith.train import report
-from tunesmith.train.best import MeasureHeldOut
-from tunesmith.train.settings import Settings
-from tunesmith.train.watch import RecordMetrics, read_metrics
+from tunesmith.jobs import report
+from tunesmith.jobs.callbacks import RecordMetrics, read_metrics
+from tunesmith.jobs.held_out import MeasureHeldOut
+from tunesmith.jobs.settings import Settings
 
 ROWS = [{"instruction": f"Name plant {n} & <b>more</b>.", "output": f"Plant {n % 5} is a rose."} for n in range(24)]
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -54,7 +54,7 @@ class Handle:
 def measuring(tmp_path, monkeypatch, losses, **settings):
     """The callback after as many steps as there are losses, and the step that ended the training."""
     losses, handle = iter(losses), Handle()
-    monkeypatch.setattr("tunesmith.train.best.mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("tunesmith.jobs.held_out.mean_loss", lambda *_: next(losses))
     chosen = Settings(eval_strategy="steps", eval_steps=1, **settings)
     callback = MeasureHeldOut(handle, [{}], 0, chosen, RecordMetrics(tmp_path))
     state, control = type("State", (), {"global_step": 0, "epoch": 0.0}), type("Control", (), {"should_training_stop": False})

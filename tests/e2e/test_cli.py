@@ -13,7 +13,7 @@ import pytest
 
 from tunesmith.cli.app import main
 from tunesmith.cli.train import read_options
-from tunesmith.train import job
+from tunesmith.jobs import job
 
 TEXTS = [f"I want you to act as a gardener of plot {n}. Tell me what grows there and keep it short." for n in range(20)]
 
@@ -148,7 +148,7 @@ def test_options_are_fields_of_the_config_and_win():
 
 
 def test_demo_makes_two_specialists(tmp_path, monkeypatch, capsys):
-    from tunesmith.train.demo import tell
+    from tunesmith.jobs.demo import tell
 
     perplexity = tell("prompt-tuning", tmp_path / "out", num_train_epochs=1, seed=0)
     for name, data in (("prompt-writer", "prompt-writer"), ("quote-writer", "quote-writer")):

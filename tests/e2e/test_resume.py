@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tunesmith.errors import DivergedError, UsageError
-from tunesmith.train import checkpoints, watch
+from tunesmith.jobs import callbacks, checkpoints
 
 ROWS = [
     {"instruction": f"Name a plant for garden {n}.", "input": "", "output": f"Plant {n % 7} grows well. " * (1 + n % 3)}
@@ -50,7 +50,7 @@ def wait_for_step(process: subprocess.Popen, folder, step: int) -> None:
     """Until the run has done so many steps, or is over."""
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
-        if any(record.get("step", 0) >= step for record in watch.read_metrics(folder / "metrics.jsonl")):
+        if any(record.get("step", 0) >= step for record in callbacks.read_metrics(folder / "metrics.jsonl")):
             return
         time.sleep(0.01)
 
@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_bit_for_bit(method, recipe, tmp_path):
     chance = random.Random(method)
     for _ in range(2):
         process = started(recipe, "--method", method, "--output-dir", cut, "--resume")
-        before = [record["step"] for record in watch.read_metrics(cut / "metrics.jsonl")]
+        before = [record["step"] for record in callbacks.read_metrics(cut / "metrics.jsonl")]
         wait_for_step(process, cut, max(before, default=0) + chance.randint(1, 8))
         time.sleep(chance.uniform(0, 0.3))
         process.kill()
@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_bit_for_bit(method, recipe, tmp_path):
     assert code == 0 and "going on from" in printed, printed
     assert (cut / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert not (cut / checkpoints.STAGING).exists()
-    steps = [record["step"] for record in watch.read_metrics(cut / "metrics.jsonl") if "loss" in record]
+    steps = [record["step"] for record in callbacks.read_metrics(cut / "metrics.jsonl") if "loss" in record]
     assert steps == list(range(1, steps[-1] + 1)), "each step is recorded once"
 
 
@@ -115,11 +115,11 @@ def test_a_run_that_diverges_stops_with_its_last_good_adapter(recipe, tmp_path):
 
 
 def test_what_is_told_as_divergence():
-    steady = watch.Divergence(patience=3)
+    steady = callbacks.Divergence(patience=3)
     assert [steady.reason(loss) for loss in [2.0, 2.2, 1.8, 9.0, 9.0, 1.0, 9.0, 9.0]] == [None] * 8
     assert "began at 1.8" in str(steady.reason(9.0))
-    assert watch.Divergence().reason(float("nan")) == "the loss is nan"
-    assert watch.Divergence().reason(float("inf")) == "the loss is inf"
+    assert callbacks.Divergence().reason(float("nan")) == "the loss is nan"
+    assert callbacks.Divergence().reason(float("inf")) == "the loss is inf"
 
 
 class FakeTrainer:
@@ -194,7 +194,7 @@ class Steps:
         self.saved.append(self.state.global_step)
 
 
-class Watched(watch.StopsWhenDiverging, Steps):
+class Watched(callbacks.StopsWhenDiverging, Steps):
     def steps(self, *numbers) -> None:
         for step in numbers:
             self.state.global_step = step

@@ -46,17 +46,17 @@ def test_help_fits_a_screen_and_begins_with_examples(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "unused"),
     [
-        (["inspect", "{adapter}"], {"transformers.trainer", "accelerate", "tunesmith.plan.fit", "tunesmith.train.job"}),
+        (["inspect", "{adapter}"], {"transformers.trainer", "accelerate", "tunesmith.jobs.fit", "tunesmith.jobs.job"}),
         (
             ["export", "{adapter}", "--output-dir", "{folder}/out"],
-            {"transformers.trainer", "accelerate", "tunesmith.train.job"},
+            {"transformers.trainer", "accelerate", "tunesmith.jobs.job"},
         ),
-        (["plan", "--models"], {"torch", "transformers", "tunesmith.plan.ledger"}),
+        (["plan", "--models"], {"torch", "transformers", "tunesmith.estimate.ledger"}),
         (
             ["validate", "{data}"],
-            {"transformers.trainer", "tunesmith.train.job", "tunesmith.plan.fit", "datasets", "matplotlib"},
+            {"transformers.trainer", "tunesmith.jobs.job", "tunesmith.jobs.fit", "datasets", "matplotlib"},
         ),
-        (["generate", "--prompt", "x", "--max-new-tokens", "1"], {"transformers.trainer", "tunesmith.plan.fit", "datasets"}),
+        (["generate", "--prompt", "x", "--max-new-tokens", "1"], {"transformers.trainer", "tunesmith.jobs.fit", "datasets"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -208,7 +208,7 @@ def test_inspect_shows_an_adapter_without_its_base(adapter, capsys):
 @pytest.mark.parametrize("method", ["ia3", "prompt-tuning", "vera", "adalora", "lokr", "bottleneck", "prefix-tuning"])
 def test_inspect_reads_every_kind(method, tmp_path, capsys):
     from tunesmith import get_peft_model
-    from tunesmith.train.settings import Settings
+    from tunesmith.jobs.settings import Settings
 
     get_peft_model(load_base("sprout"), Settings(method).peft_config("sprout")).save_pretrained(tmp_path)
     assert run("inspect", tmp_path) == 0
@@ -288,7 +288,7 @@ def test_push_uploads_what_makes_the_adapter(adapter, tmp_path, monkeypatch, cap
         uploaded[repo_id] = ({path.name for path in place.iterdir()}, options)
         return "https://hub/commit"
 
-    monkeypatch.setattr("tunesmith.checkpoint.hub.push_folder", push_folder)
+    monkeypatch.setattr("tunesmith.storage.hub.push_folder", push_folder)
     assert run("push", adapter, "me/mine", "--private", "--token", "t") == 0
     names = {"adapter_config.json", "adapter_model.safetensors", TEMPLATE_FILE, "README.md"}
     assert uploaded == {"me/mine": (names, {"private": True, "token": "t"})}
@@ -298,7 +298,7 @@ def test_push_uploads_what_makes_the_adapter(adapter, tmp_path, monkeypatch, cap
 
 
 def test_memory_that_does_not_suffice_says_what_to_change(data_file, tmp_path, monkeypatch, capsys):
-    from tunesmith.train import job
+    from tunesmith.jobs import job
 
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried much."),

@@ -14,7 +14,7 @@ import tunesmith as ts
 from tests import tiny
 from tests.parity.oracle import output, quiet, read_by_peft, shapes, tensors, written_by_peft
 from tests.parity.test_files import IMAGE, ConvNet
-from tunesmith.merging.recipe import TYPES
+from tunesmith.combine.arithmetic import TYPES
 
 DENSITY = {"density": 0.4}
 RANDOM = [kind for kind in TYPES if kind.startswith("dare")]
@@ -229,7 +229,7 @@ def test_side_by_side_is_the_sum_of_changes_and_so_is_the_nearest_of_that_rank(k
 
 
 def test_random_drops_keep_the_share_and_the_mean():
-    from tunesmith.merging.sparsify import drop_randomly, keep_largest
+    from tunesmith.combine.sparsify import drop_randomly, keep_largest
 
     torch.manual_seed(0)
     values = torch.randn(400, 500)
@@ -243,7 +243,7 @@ def test_random_drops_keep_the_share_and_the_mean():
 
 
 def test_ties_by_hand():
-    from tunesmith.merging.sums import agreed_mean
+    from tunesmith.combine.sums import agreed_mean
 
     changes = [torch.tensor([1.0, -2.0, 0.0, 4.0]), torch.tensor([3.0, 1.0, 0.0, -1.0]), torch.tensor([-9.0, 1.5, 0.0, 2.0])]
     assert agreed_mean(changes, [1.0, 1.0, 2.0], "total").tolist() == [-18.0, (1.0 + 3.0) / 2, 0.0, (4.0 + 4.0) / 2]

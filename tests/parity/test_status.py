@@ -10,7 +10,7 @@ import pytest
 import tunesmith as ts
 from tests import tiny
 from tests.parity.oracle import quiet
-from tunesmith.describe import collapsed
+from tunesmith.handle.describe import collapsed
 
 LORA = {"target_modules": ["q_proj", "v_proj"]}
 NOT_ALIKE = ("adapter_model_type",)  # the class of their tuner; ours is the handle

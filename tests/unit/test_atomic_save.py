@@ -14,8 +14,9 @@ import torch
 
 import tunesmith as ts
 from tests import tiny
-from tunesmith.checkpoint import files, save_adapters
+from tunesmith.checkpoint import save
 from tunesmith.errors import AdapterFileError
+from tunesmith.storage.folder import COMMIT_FOLDER
 
 NAMES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
@@ -53,7 +54,7 @@ class Kill:
         ]:  # fmt: skip
             monkeypatch.setattr(owner, name, self.step(getattr(owner, name)))
         monkeypatch.setattr(Path, "write_text", self.half_way(Path.write_text, lambda args: args[0]))
-        monkeypatch.setattr(save_adapters, "save_file", self.half_way(save_adapters.save_file, lambda args: args[1]))
+        monkeypatch.setattr(save, "save_file", self.half_way(save.save_file, lambda args: args[1]))
 
     def _count(self) -> bool:
         if self.dead:
@@ -151,7 +152,7 @@ def test_kills_happen_on_both_sides_of_the_switch(tmp_path):
             Kill(monkeypatch, at=n)
             with pytest.raises(Killed):
                 adapter(2).save_pretrained(folder)
-        seen.add((value_in(folder), (folder / files.COMMIT_FOLDER).is_dir()))
+        seen.add((value_in(folder), (folder / COMMIT_FOLDER).is_dir()))
     assert {(1, False), (2, True)} <= seen
 
 
@@ -178,7 +179,7 @@ def test_save_that_fails_leaves_the_old_adapter_and_no_litter(function, error, t
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(*{"save_file": (save_adapters, "save_file"), "fsync": (os, "fsync")}[function], fail)
+        patch.setattr(*{"save_file": (save, "save_file"), "fsync": (os, "fsync")}[function], fail)
         with pytest.raises(AdapterFileError if isinstance(error, OSError) else error):
             new.save_pretrained(tmp_path)
     assert value_in(tmp_path) == 1

@@ -22,7 +22,7 @@ import tunesmith as ts
 from tests import tiny
 from tests.parity.oracle import ours_on, output, tensors
 from tunesmith import AdapterFileError, AdapterNameError, ConfigError, LoraConfig, PromptTuningConfig, TargetError, UsageError
-from tunesmith.site import site_of
+from tunesmith.runtime.site import site_of
 
 INPUTS = tiny.inputs_for("llama")
 WEIGHTS, CONFIG, BIN = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"

@@ -11,7 +11,7 @@ import pytest
 
 import tunesmith as ts
 from tunesmith import ConfigError, LoraConfig, PeftConfig, PeftType, PromptTuningConfig, PromptTuningInit, TaskType
-from tunesmith.checkpoint.files import config_text
+from tunesmith.config import config_text
 
 CONFIGS = {
     "lora": LoraConfig(),

@@ -12,8 +12,8 @@ from tests import tiny
 from tests.contract.handles import lora, prompted
 from tunesmith import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, Trainer, get_peft_model
 from tunesmith.data.packing import PackedCollator
-from tunesmith.train import live_loss, shared_prefix
-from tunesmith.train.live_loss import LiveLoss
+from tunesmith.train import fused_loss, shared_virtual_tokens
+from tunesmith.train.fused_loss import LiveLoss
 
 
 def batch_for(name: str) -> dict[str, torch.Tensor]:
@@ -77,10 +77,10 @@ def test_virtual_tokens_run_once_for_all_rows_with_the_same_loss_and_gradients(n
     """Padded at the right; with padding at the left, every row has them behind its own."""
     base, runs = tiny.make(name), []
     handle, batch = get_peft_model(base, copy.deepcopy(VIRTUAL[config])).eval(), batch_for(name)
-    monkeypatch.setattr(shared_prefix, "PASS", 0)
-    monkeypatch.setattr(shared_prefix, "WORTH", 1)
-    run = shared_prefix.run
-    monkeypatch.setattr(shared_prefix, "run", lambda *given: runs.append(1) or run(*given))
+    monkeypatch.setattr(shared_virtual_tokens, "PASS", 0)
+    monkeypatch.setattr(shared_virtual_tokens, "WORTH", 1)
+    run = shared_virtual_tokens.run
+    monkeypatch.setattr(shared_virtual_tokens, "run", lambda *given: runs.append(1) or run(*given))
     both(handle, batch)
     assert not runs
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -163,25 +163,27 @@ def test_training_takes_it_and_learns_the_same(name, smoothing, tmp_path, monkey
 def test_virtual_tokens_are_shared_where_that_saves_more_than_another_pass_over_the_weights():
     handle = get_peft_model(tiny.make("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30)).train()
     batch = {"input_ids": torch.ones(4, 5, dtype=torch.long)}
-    assert shared_prefix.applies(handle, handle._frame, batch)
-    assert not shared_prefix.applies(handle, handle._frame, {"input_ids": batch["input_ids"][:2]})
-    assert not shared_prefix.applies(handle, handle._frame, {**batch, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 4)})
+    assert shared_virtual_tokens.applies(handle, handle._frame, batch)
+    assert not shared_virtual_tokens.applies(handle, handle._frame, {"input_ids": batch["input_ids"][:2]})
+    assert not shared_virtual_tokens.applies(
+        handle, handle._frame, {**batch, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 4)}
+    )
     handle.gradient_checkpointing_enable()
-    assert not shared_prefix.applies(handle, handle._frame, batch)
+    assert not shared_virtual_tokens.applies(handle, handle._frame, batch)
 
 
 def test_a_few_columns_tell_whether_two_losses_are_the_same():
     texts = [{"input_ids": list(range(3, 3 + length)), "labels": [-100] * 5 + [7] * (length - 5)} for length in (20, 90)]
-    packed = live_loss._cut(PackedCollator()(texts), [0], 0, 26)
+    packed = fused_loss._cut(PackedCollator()(texts), [0], 0, 26)
     assert packed["input_ids"].shape == packed["labels"].shape == packed["position_ids"].shape == (1, 26)
     assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 20, 26]
     assert packed["max_length_q"] == 20
-    packed = live_loss._cut(PackedCollator()(texts), [0], 6, 26)
+    packed = fused_loss._cut(PackedCollator()(texts), [0], 6, 26)
     assert packed["position_ids"].tolist() == [[*range(6, 20), *range(6)]]
     assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 14, 20]
 
     padded = {"input_ids": torch.ones(3, 40), "attention_mask": torch.ones(3, 40), "labels": torch.ones(3, 40)}
-    assert {tuple(value.shape) for value in live_loss._cut(padded, [2, 0], 0, 26).values()} == {(2, 26)}
+    assert {tuple(value.shape) for value in fused_loss._cut(padded, [2, 0], 0, 26).values()} == {(2, 26)}
     translated = {**padded, "input_ids": torch.ones(3, 60), "attention_mask": torch.ones(3, 60)}
-    cut = live_loss._cut(translated, [1], 0, 26)
+    cut = fused_loss._cut(translated, [1], 0, 26)
     assert cut["input_ids"].shape == (1, 60) and cut["labels"].shape == (1, 26)

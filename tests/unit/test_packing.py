@@ -9,8 +9,8 @@ from tests import tiny
 from tests.contract.handles import lora, prefixed, prompted
 from tunesmith import ConfigError, UsageError
 from tunesmith.data.packing import POOL, LengthBuckets, PackedCollator
-from tunesmith.train import job
-from tunesmith.train.buckets import BucketTrainer
+from tunesmith.jobs import job
+from tunesmith.train.batching import BucketTrainer
 
 
 def test_texts_follow_each_other_and_nothing_is_predicted_across():

@@ -17,10 +17,11 @@ from tests import tiny
 from tests.e2e.test_cli import run
 from tunesmith import LoraConfig, get_peft_model, load_base, plan_training
 from tunesmith.errors import ConfigError, UsageError
-from tunesmith.plan import fit, skeleton
-from tunesmith.plan.ledger import Ledger
-from tunesmith.plan.predict import Storage, predict
-from tunesmith.train.settings import Settings
+from tunesmith.estimate import skeleton
+from tunesmith.estimate.ledger import Ledger
+from tunesmith.estimate.predict import Storage, predict
+from tunesmith.jobs import fit
+from tunesmith.jobs.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {"vocab_size": 20_000, "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
@@ -173,8 +174,8 @@ def test_the_verb_proposes_what_fits(tmp_path, capsys):
 STEPS = """
 import json, sys, tempfile, torch, transformers as tf
 from tunesmith import LoraConfig, PromptTuningConfig, get_peft_model
-from tunesmith.train.job import batching
-from tunesmith.train.watch import most_resident
+from tunesmith.train.batching import batching
+from tunesmith.jobs.callbacks import most_resident
 shape, length, prompt = json.loads(sys.argv[1])
 torch.manual_seed(0)
 model = tf.LlamaForCausalLM._from_config(tf.LlamaConfig(**shape, use_cache=False), dtype=torch.bfloat16)

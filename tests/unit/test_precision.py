@@ -7,7 +7,7 @@ import torch
 
 from tunesmith import ConfigError
 from tunesmith.bases import precision
-from tunesmith.train.settings import Settings
+from tunesmith.jobs.settings import Settings
 
 
 @pytest.mark.parametrize("instructions", [(False, False), (True, False), (False, True)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tunesmith import ConfigError
-from tunesmith.train.recipe import as_yaml, read_recipe, resolve
-from tunesmith.train.settings import Settings
+from tunesmith.jobs.recipe import as_yaml, read_recipe, resolve
+from tunesmith.jobs.settings import Settings
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests import quantised, tiny
 from tests.contract.handles import out
 from tunesmith import AutoPeftModelForCausalLM, LoraConfig, UsageError, get_peft_model, load_base, resolve
-from tunesmith.checkpoint.quantise import quantise_folder
+from tunesmith.bases.quantise import quantise_folder
 from tunesmith.cli.app import main
 
 INPUTS = tiny.inputs_for("llama")

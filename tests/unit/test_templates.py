@@ -10,7 +10,7 @@ from tunesmith import AdapterFileError, ConfigError, DataError, load_tokenizer
 from tunesmith.data.encode import encode, encode_row, encode_text
 from tunesmith.data.formats import Example, read_examples
 from tunesmith.data.templates import BUILT_IN, TEMPLATE_FILE, Piece, Template, chosen
-from tunesmith.prompting import IGNORED
+from tunesmith.labels import IGNORED
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

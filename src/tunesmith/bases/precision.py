@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .view import compute_dtype
+
 WORTH_A_WORD = 50_000_000  # numbers in float32
 
 
@@ -42,6 +44,15 @@ def slower_than_need_be(base: nn.Module, device: torch.device) -> str | None:
         f"the frozen base computes in float32, which {device.type} multiplies at about half the speed of bfloat16 or less; "
         "load it with dtype=torch.bfloat16 (adapters stay float32)"
     )
+
+
+def adapter_dtype(module: nn.Module, full_precision: bool) -> torch.dtype:
+    """fp32 masters beside a 16-bit base unless told otherwise, else the base's own type."""
+    return master_dtype(compute_dtype(module), full_precision)
+
+
+def master_dtype(dtype: torch.dtype, full_precision: bool) -> torch.dtype:
+    return torch.float32 if full_precision and dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _usual_device() -> str:

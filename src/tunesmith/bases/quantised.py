@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.decoded_linear import Decoded, decoded_linear
-from . import lent, packed
+from . import repacked, scratch
 from .dense import LinearView
 from .view import class_forward, register_view, view_type
 
@@ -128,18 +128,18 @@ class Linear4bitView(QuantisedView):
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() or self.module.training:
             return super()._linear(x, bias)
-        y = packed.product_of_few_rows(self.module, x.to(self.dtype), self._state)
+        y = repacked.product_of_few_rows(self.module, x.to(self.dtype), self._state)
         if y is None:
             return super()._linear(x, bias)
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
     def operand(self, dtype: torch.dtype) -> Decoded:
         if torch.is_grad_enabled():
-            packed.drop(self.module)
+            repacked.drop(self.module)
         return Decoded(self.weight_as, self.computes_in(dtype), self._lent)
 
     def _lent(self, dtype: torch.dtype) -> Tensor:
-        weight = lent.decoded(self.module.weight.data, self._state, dtype)
+        weight = scratch.decoded(self.module.weight.data, self._state, dtype)
         return self.weight_as(dtype) if weight is None else weight
 
     def parameter(self, weight: Tensor) -> nn.Parameter:
@@ -180,7 +180,7 @@ class Linear4bitView(QuantisedView):
         return repacked
 
     def release(self) -> None:
-        packed.drop(self.module)
+        repacked.drop(self.module)
         if "_packs_when_released" in self.module.__dict__:
             setattr(self.module, _PACKS, self.module.__dict__.pop("_packs_when_released"))
 
@@ -293,7 +293,7 @@ def hold(model: nn.Module) -> None:
 
 def release(model: nn.Module) -> None:
     """Leave the modules to bitsandbytes again."""
-    lent.give_back()
+    scratch.give_back()
     for _, view in quantised_views(model):
         view.release()
 

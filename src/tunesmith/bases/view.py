@@ -8,7 +8,7 @@ Types of packages that may not be installed stand in the table by their full nam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -126,6 +126,13 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
     return type(module).forward.__get__(module)
 
 
+def module_view(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
+    """A module of the same class that holds the same things, but for these parameters."""
+    twin = object.__new__(type(module))  # not copy.copy, which torch.compile cannot trace
+    twin.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters})
+    return twin
+
+
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """What the module computes under a handle when no adapter acts on it."""
     own = computing_view(module)
@@ -156,8 +163,6 @@ def register_view(*modules: type[nn.Module] | str) -> Callable[[type[BaseView]],
 
 def view_type(module: nn.Module) -> type[BaseView] | None:
     """The view type for `module`, found along its class's bases; None where no adapter can sit."""
-    from . import dense, quantised  # noqa: F401  (fill the table)
-
     for cls in type(module).__mro__:
         found = _views.get(cls) or _views.get(f"{cls.__module__}.{cls.__qualname__}")
         if found is not None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..config import config_text, read_config
 from ..errors import ConfigError
+from ..storage.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, write_folder, write_text
 from .card import card_text
-from .files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, config_text, write_folder, write_text
 
 OURS = {"BOTTLENECK", "BITFIT"}  # methods that only Tunesmith has (docs/formats.md)
 
@@ -27,7 +28,7 @@ def export_adapter(name_or_path: str, folder: Path, dtype: torch.dtype | None = 
         ConfigError: other tools do not know its method, or a value is too large for `dtype`.
     """
     adapter = AdapterFolder.find(name_or_path)
-    config, tensors = adapter.config(), adapter.tensors()
+    config, tensors = read_config(adapter), adapter.tensors()
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method in OURS:
         raise ConfigError(f"{name_or_path} is of the method {method}, which other tools do not have; merge it, or use it here")

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..attach import AdapterTree
+from ..adapter import ModuleCopy, ParameterAdapter
+from ..attach.tree import AdapterTree
 from ..config import PeftConfig
-from ..contracts import ModuleCopy, ParameterAdapter
 from ..methods.lora_parameters import LoraParameters
 from ..methods.trainable_tokens import TokenRows
 

@@ -29,13 +29,13 @@ def chat(
     """
     from rich.console import Console
 
-    from ..train import quiet
-    from ..train.speaker import Sampling, Speaker
+    from ..jobs import quiet
+    from ..jobs.generator import Generator, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
-    speaker = Speaker(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
+    speaker = Generator(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
     at_a_terminal = sys.stdin.isatty()
     if at_a_terminal:
         console.print(f"{adapter or speaker.base_name}, template {speaker.template.name}. {KEYS}")

@@ -18,6 +18,6 @@ def demo(
 
     Example: tunesmith demo --method lora
     """
-    from ..train import demo as story
+    from ..jobs import demo as story
 
     story.tell(method, output_dir, num_train_epochs, seed)

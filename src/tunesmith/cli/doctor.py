@@ -12,7 +12,7 @@ def doctor() -> None:
     """
     from rich.console import Console
 
-    from ..train import diagnosis
+    from ..jobs import diagnosis
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     marks = {"good": "+", "slow": "-", "fact": " "}

@@ -46,7 +46,7 @@ def evaluate(
 
     from ..data.files import check_folder
     from ..data.formats import good_examples
-    from ..train.recipe import columns_of
+    from ..jobs.recipe import columns_of
 
     found = good_examples(
         data, text_column=text_column, columns=columns_of(columns), format=format, skip_bad_rows=skip_bad_rows
@@ -57,12 +57,12 @@ def evaluate(
 
     from ..data.encode import encode
     from ..data.text import mean_loss, pad_id_of, perplexity
-    from ..train import quiet, run
-    from ..train.speaker import Sampling, Speaker
+    from ..jobs import quiet, run
+    from ..jobs.generator import Generator, Sampling
 
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
-    speaker = Speaker(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
+    speaker = Generator(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
     if speaker.template.name == "none" and found.format not in ("text", "prompt-completion"):
         console.print("[yellow]the adapter keeps no template, so the rows are taken verbatim; --template names one[/yellow]")
     rows = run.pieces_of(found, speaker.template, speaker.tokenizer, completion_only_loss)

@@ -49,13 +49,13 @@ def generate(
         raise ConfigError('needs a prompt: --prompt "..."')
     from rich.console import Console
 
-    from ..train import quiet
-    from ..train.speaker import Sampling, Speaker
+    from ..jobs import quiet
+    from ..jobs.generator import Generator, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
-    speaker = Speaker(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
+    speaker = Generator(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
     verbatim = speaker.template.name == "none"
     text = speaker.prompt([{"role": "user", "content": prompt}])
 

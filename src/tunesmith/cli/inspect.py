@@ -13,7 +13,7 @@ from ..errors import AdapterFileError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..checkpoint.look import Look
+    from ..checkpoint.summary import AdapterSummary
 
 
 def inspect(
@@ -29,9 +29,9 @@ def inspect(
 
     Exit code 1 when it has faults.
     """
-    from ..checkpoint.look import look
+    from ..checkpoint.summary import summarize
 
-    found = look(adapter)
+    found = summarize(adapter)
     if as_json:
         typer.echo(json.dumps(_plain(found), indent=2, sort_keys=True))
     else:
@@ -40,7 +40,7 @@ def inspect(
         raise AdapterFileError(f"{adapter} has {len(found.faults)} fault(s): " + "; ".join(found.faults))
 
 
-def _show(found: Look) -> None:
+def _show(found: AdapterSummary) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -52,7 +52,7 @@ def _show(found: Look) -> None:
         console.print(_bars(found))
 
 
-def _facts(found: Look) -> dict[str, str]:
+def _facts(found: AdapterSummary) -> dict[str, str]:
     config: Any = found.config
     facts: dict[str, Any] = {"adapter": found.name}
     if config is not None:
@@ -70,7 +70,7 @@ def _facts(found: Look) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value}
 
 
-def _bars(found: Look) -> Table:
+def _bars(found: AdapterSummary) -> Table:
     """One line per layer and one column per module; bars are relative to the largest norm."""
     from rich.table import Table
 
@@ -94,7 +94,7 @@ def _bars(found: Look) -> Table:
     return table
 
 
-def _plain(found: Look) -> dict[str, Any]:
+def _plain(found: AdapterSummary) -> dict[str, Any]:
     return {
         "adapter": found.name,
         "config": found.config.to_dict() if found.config else None,

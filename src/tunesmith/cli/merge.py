@@ -27,19 +27,19 @@ def merge(
     import torch
     from rich.console import Console
 
-    from ..train import merging, quiet
-    from ..train.speaker import Speaker
+    from ..jobs import merged_folder, quiet
+    from ..jobs.generator import Generator
 
     quiet.hush()
     console = Console(highlight=False, soft_wrap=True)
-    speaker = Speaker(str(adapter), base)
+    speaker = Generator(str(adapter), base)
     text = "A text to compare both models on."
     ids = torch.tensor([speaker.tokenizer(text)["input_ids"]], device=speaker.base.device)
     with torch.no_grad():
         before = speaker.model(input_ids=ids).logits.float()
         plain = speaker.model.merge_and_unload()
         after = plain(input_ids=ids).logits.float()
-    size = merging.write(plain, speaker.tokenizer, output_dir)
+    size = merged_folder.write(plain, speaker.tokenizer, output_dir)
     console.print(f"merged: {output_dir} ({size / 1e6:.1f} MB, {plain.dtype})")
     console.print(f"largest difference to base and adapter: {(after - before).abs().max():.2g} in logits of up to "
                   f"{before.abs().max():.3g} (rounding to {plain.dtype})")  # fmt: skip

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..train.recipe import resolve
-from ..train.settings import Settings
+from ..jobs.recipe import resolve
+from ..jobs.settings import Settings
 from .train import give_signature
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..plan.fit import Rows
-    from ..plan.predict import Plan
+    from ..estimate.predict import Plan
+    from ..jobs.fit import Rows
 
 HELP = """Predict a training's peak memory and time: nothing is downloaded, no weights are made.
 
@@ -38,22 +38,22 @@ def plan(recipe: Path | None, budget: str | None, device: str | None, models: bo
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     if models:
-        from ..plan.skeleton import known_models
+        from ..estimate.skeleton import known_models
 
         console.print("\n".join(known_models()))
         return
     resolved = resolve(recipe, os.environ, {name: value for name, value in given.items() if value not in (None, [])})
     for warning in resolved.warnings:
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
-    from ..train import quiet
+    from ..jobs import quiet
 
     quiet.hush()
     settings = Settings(**resolved.values)
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f'device "{device}" is unknown; use cpu or cuda')
 
-    from ..plan import fit
-    from ..plan.machine import memory
+    from ..estimate.machine import memory
+    from ..jobs import fit
 
     most = None if budget is None else fit.bytes_of(budget)
     device = device or fit.usual_device()
@@ -77,7 +77,7 @@ def plan(recipe: Path | None, budget: str | None, device: str | None, models: bo
 def _rows(settings: Settings) -> tuple[Rows, str]:
     """The data's rows, and what is known of them."""
     from ..assets import resolve as place
-    from ..plan.fit import Rows
+    from ..jobs.fit import Rows
 
     if not settings.data:
         return Rows(1000), f"1,000 rows of {settings.room} tokens (no --data)"
@@ -96,7 +96,7 @@ def _rows(settings: Settings) -> tuple[Rows, str]:
     from ..auto import load_tokenizer
     from ..data.encode import encode
     from ..data.templates import chosen
-    from ..train.run import pieces_of
+    from ..jobs.run import pieces_of
 
     tokenizer = load_tokenizer(settings.base)
     template = chosen(settings.template, found.format, tokenizer)
@@ -110,8 +110,8 @@ def _rows(settings: Settings) -> tuple[Rows, str]:
 def _show(console: Console, settings: Settings, found: Plan, rows: Rows, source: str, device: str) -> None:
     from rich.table import Table
 
-    from ..plan.fit import storage_of, usual_device
-    from ..plan.skeleton import config_of
+    from ..estimate.skeleton import config_of
+    from ..jobs.fit import storage_of, usual_device
 
     storage = storage_of(settings, config_of(settings.base), device)
     dtype = str(storage.dtype).removeprefix("torch.")
@@ -146,7 +146,7 @@ def _show(console: Console, settings: Settings, found: Plan, rows: Rows, source:
     if device != usual_device():
         console.print(f"\n{work:.3g} operations in all: {_time(work / 1e14)} where 100 TFLOP/s are in use")
         return
-    from ..plan.machine import bytes_per_second, products_per_second
+    from ..estimate.machine import bytes_per_second, products_per_second
 
     rate = products_per_second(storage.dtype, device)
     seconds = (found.flops / rate + found.moved / bytes_per_second(device)) * tokens / found.tokens

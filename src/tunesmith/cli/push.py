@@ -28,10 +28,10 @@ def push(
         raise ConfigError(f'"{repo_id}" is no name on the hub; write it as owner/name')
     import shutil
 
-    from ..checkpoint.hub import push_folder
-    from ..checkpoint.look import look
+    from ..checkpoint.summary import summarize
+    from ..storage.hub import push_folder
 
-    found = look(str(adapter))
+    found = summarize(str(adapter))
     if found.faults:
         raise AdapterFileError(f"{adapter} is not uploaded: " + "; ".join(found.faults))
 

@@ -24,7 +24,7 @@ def quantize(
     if quant_type not in ("nf4", "fp4") or compute_dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError("--quant-type is nf4 or fp4, --compute-dtype bfloat16, float16 or float32")
     from ..auto import base_folder
-    from ..checkpoint.quantise import quantise_folder
+    from ..bases.quantise import quantise_folder
 
     done = quantise_folder(
         base_folder(model), output, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype

@@ -22,7 +22,7 @@ def sweep(
 
     In recipe.yaml: `learning_rate: [1e-4, 1e-3]`. Runs that are finished are not repeated, others gone on with.
     """
-    from ..train import sweeps
+    from ..jobs import sweeps
 
     flags = {"output_dir": output_dir} if output_dir else {}
     if dry_run:

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..train.recipe import FIELDS, NOTHING_TO_SET, OLD_NAMES, RECIPE_FILE, SYNONYMS, TYPES, resolve
-from ..train.settings import Settings
+from ..jobs.recipe import FIELDS, NOTHING_TO_SET, OLD_NAMES, RECIPE_FILE, SYNONYMS, TYPES, resolve
+from ..jobs.settings import Settings
 
 HELP = """Train an adapter on your own data.
 
@@ -41,11 +41,11 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, settings: bool, **fl
     if recipe is not None and recipe == recorded:
         values["output_dir"] = str(recorded.parent)
     if dry_run:
-        from ..train.recipe import as_yaml
+        from ..jobs.recipe import as_yaml
 
         typer.echo(as_yaml(Settings(**values)), nl=False)
         return None
-    from ..train import run
+    from ..jobs import run
 
     run.from_values(values, resume)
     return None

@@ -48,7 +48,7 @@ def validate(
     from rich.console import Console
 
     from ..data.formats import read_examples
-    from ..train.recipe import columns_of
+    from ..jobs.recipe import columns_of
 
     if max_length < 2:
         raise ConfigError(f"max_length={max_length} must be at least 2")
@@ -58,7 +58,7 @@ def validate(
     from ..auto import load_tokenizer
     from ..data.encode import encode
     from ..data.templates import chosen
-    from ..train import quiet, run
+    from ..jobs import quiet, run
 
     quiet.hush()
     tokenizer = load_tokenizer(base)
@@ -105,7 +105,7 @@ def _show_first(console: Console, pieces: Any, tokenizer: Any) -> None:
     from rich.text import Text
 
     from ..data.encode import encode_row
-    from ..prompting import IGNORED
+    from ..labels import IGNORED
 
     ids, labels = encode_row(pieces, tokenizer)
     marks = ("", "") if console.is_terminal and not console.no_color else ("⟦", "⟧")

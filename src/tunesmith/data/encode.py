@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..prompting import IGNORED
+from ..labels import IGNORED
 from .templates import Piece
 
 

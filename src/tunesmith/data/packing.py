@@ -9,24 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .. import segments
 from ..errors import UsageError
-from ..frame import Frame
-from ..prompting import IGNORED
+from ..labels import IGNORED
 
 POOL = 16  # batches whose rows are sorted together: enough to be of like lengths, and few enough to stay mixed
-
-
-def packing_fault(model: Any) -> str | None:
-    """Why texts of one row cannot be kept apart on a handle, as its adapters act now; None where they can."""
-    if not hasattr(model, "peft_config"):
-        return segments.fault(model, Frame({}))
-    return segments.fault(model.base_model, model._frame)
-
-
-def can_pack(model: Any) -> bool:
-    """Whether a handle, as its adapters act now, takes packed rows (of a bare base: whether its handles will)."""
-    return packing_fault(model) is None
 
 
 class PackedCollator:

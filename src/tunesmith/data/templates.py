@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.files import AdapterFolder, write_folder
 from ..errors import AdapterFileError, ConfigError, DataError, did_you_mean
+from ..storage.folder import AdapterFolder, write_folder
 from .formats import Example, Message
 
 TEMPLATE_FILE = "tunesmith_template.json"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..prompting import IGNORED
+from ..labels import IGNORED
 
 Example = dict[str, list[int]]
 R = TypeVar("R")

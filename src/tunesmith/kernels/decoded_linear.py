@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .watched import is_watched
+from .tracing import is_tracing
 
 
 class Decoded:
@@ -49,7 +49,7 @@ def decoded_linear(x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
         bias: `(out,)`, of x's type.
     """
     trained = bias is not None and bias.requires_grad
-    if not torch.is_grad_enabled() or not x.requires_grad or trained or is_watched():
+    if not torch.is_grad_enabled() or not x.requires_grad or trained or is_tracing():
         return F.linear(x, weight(), bias)
     result: Tensor = _DecodedLinear.apply(x, weight, bias)
     return result

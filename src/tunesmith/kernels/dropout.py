@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .watched import is_watched
+from .tracing import is_tracing
 
 LARGE = 2**16  # numbers; below, torch's own mask is as quick
 BITS = 16
@@ -17,7 +17,7 @@ BITS = 16
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """`x` with each number dropped with probability `p`, to 2^-17; twin: `torch.nn.functional.dropout`."""
-    if x.device.type != "cpu" or x.numel() < LARGE or is_watched() or not 0 < p < 1 - 2**-BITS:
+    if x.device.type != "cpu" or x.numel() < LARGE or is_tracing() or not 0 < p < 1 - 2**-BITS:
         return F.dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     drawn = words.view(torch.int16)[: x.numel()].view(x.shape)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoded_linear import Decoded
-from .watched import is_transformed
+from .tracing import is_transformed
 
 PLAIN = (Tensor, nn.Parameter)  # subclasses (sharded, quantised, traced tensors) compute in ways of their own
 

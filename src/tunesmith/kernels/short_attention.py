@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .watched import is_watched
+from .tracing import is_tracing
 
 LONGEST = 400  # tokens; beyond, blocks win. Of keys twice as many, where they are more
 
@@ -48,7 +48,7 @@ def applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[0] == 1
         and query.shape[3] == value.shape[3]
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (query, key, value))
-        and not is_watched()
+        and not is_tracing()
     )
 
 

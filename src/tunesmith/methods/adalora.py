@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapter import LinearAdapter
 from ..bases.view import BaseView
 from ..config import TargetedConfig, config_class
-from ..contracts import LinearAdapter
 from ..registry import register
 from .parts import no_probabilities, no_weight_map, not_finite, ranks_below_one, wrong_bias
 

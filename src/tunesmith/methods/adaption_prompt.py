@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapter import SublayerAdapter
 from ..config import PeftConfig, TargetedConfig, config_class
-from ..contracts import SublayerAdapter
 from ..errors import ConfigError
 from ..registry import register
 

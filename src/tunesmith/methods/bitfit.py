@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..adapter import ParameterAdapter
 from ..config import TargetedConfig, config_class
-from ..contracts import ParameterAdapter
 from ..registry import register
 
 

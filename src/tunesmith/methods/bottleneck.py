@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapter import SublayerAdapter
 from ..bases.view import view_of, view_type
 from ..config import TargetedConfig, config_class
-from ..contracts import SublayerAdapter
 from ..errors import ConfigError
 from ..registry import register
 

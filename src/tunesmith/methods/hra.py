@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapter import LinearAdapter
 from ..bases.view import BaseView
 from ..config import TargetedConfig, config_class
-from ..contracts import LinearAdapter
 from ..registry import register
 from .parts import at_least_fp32, convolved, no_weight_map, ranks_below_one, wrong_bias
 

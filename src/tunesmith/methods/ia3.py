@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapter import LinearAdapter
 from ..bases.view import BaseView
 from ..config import PeftConfig, TargetedConfig, config_class
-from ..contracts import LinearAdapter
 from ..registry import register
 from .parts import no_weight_map
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..adapter import ParameterAdapter
 from ..bases.view import view_type
 from ..config import TargetedConfig, config_class
-from ..contracts import ParameterAdapter
 from ..registry import register
 
 # The ecosystem's choices by `model_type`; elsewhere every norm is taken.

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import LinearAdapter
 from ..bases.view import BaseView
 from ..config import PeftConfig
-from ..contracts import LinearAdapter
 from ..inits.orthogonal import orthogonal
 from ..kernels.dropout import dropout
 from ..kernels.lora_linear import applies, lora_linear

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contracts import ParameterAdapter, shallow_twin
+from ..adapter import ParameterAdapter
+from ..bases.view import module_view
 from .lora_config import LoraConfig
 
 
@@ -66,7 +67,7 @@ class LoraParameters(ParameterAdapter):
             change.reset_parameters()
 
     def forward(self, module: nn.Module) -> nn.Module:
-        return shallow_twin(module, {name: self._modules[name](getattr(module, name)) for name in self.names})  # type: ignore[misc]
+        return module_view(module, {name: self._modules[name](getattr(module, name)) for name in self.names})  # type: ignore[misc]
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         values = {}

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..adapter import LinearAdapter
 from ..bases.view import BaseView
 from ..config import TargetedConfig, config_class
-from ..contracts import LinearAdapter
 from .parts import by_pattern, no_probabilities, no_weight_map, not_finite, ranks_below_one, with_pattern
 
 

@@ -78,8 +78,8 @@ class MultitaskPromptTuning(PromptTuning):
 
     by_task = True
 
-    def __init__(self, config: Any, model: nn.Module, finished: bool = False) -> None:
-        super().__init__(config, model, finished)
+    def __init__(self, config: Any, model: nn.Module, materialized: bool = False) -> None:
+        super().__init__(config, model, materialized)
         rows, dim = self.shape(config)
         self.prefix_task_cols = nn.Parameter(torch.empty(config.num_tasks, rows, config.num_ranks))
         self.prefix_task_rows = nn.Parameter(torch.empty(config.num_tasks, config.num_ranks, dim))

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapter import LinearAdapter
 from ..bases.view import BaseView
 from ..config import TargetedConfig, config_class
-from ..contracts import LinearAdapter
 from ..registry import register
 from .parts import at_least_fp32, blockwise, convolved, no_probabilities, not_finite, wrong_bias
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..adapter import PromptAdapter
 from ..config import PromptConfig, config_class
-from ..contracts import PromptAdapter
 from ..registry import register
 
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import prefix
+from ..adapter import PromptAdapter
 from ..config import PromptConfig, config_class
-from ..contracts import PromptAdapter
 from ..registry import register
+from ..runtime import prefix
 
 
 @config_class

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapter import PromptAdapter
 from ..assets import resolve
 from ..config import PromptConfig, config_class
-from ..contracts import PromptAdapter
 from ..errors import ConfigError
 from ..registry import register
 

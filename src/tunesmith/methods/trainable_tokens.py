@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapter import LinearAdapter
 from ..bases.view import BaseView
 from ..config import PeftConfig, config_class
-from ..contracts import LinearAdapter
 from ..registry import register
 
 TokenIndices = list[int] | dict[str, list[int]] | None

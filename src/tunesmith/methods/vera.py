@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapter import LinearAdapter
 from ..bases.view import BaseView, view_of
 from ..config import TargetedConfig, config_class
-from ..contracts import LinearAdapter
 from ..registry import register
 from .parts import no_probabilities, not_finite, not_linear, ranks_below_one, wrong_bias
 

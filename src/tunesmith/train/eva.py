@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attach import build
+from ..attach.build import build
 from ..bases.view import view_of
 from ..errors import UsageError, bullet_list
 from ..inits.eva import StreamingSvd, share_out

@@ -15,11 +15,11 @@ from transformers.utils import logging
 
 from ..bases.precision import slower_than_need_be
 from ..bases.quantised import quantised_views
-from ..checkpoint.files import CONFIG_FILE
 from ..errors import AdapterFileError
 from ..model import PeftModel
+from ..storage.folder import CONFIG_FILE
+from .fused_loss import LiveLoss
 from .heap import leave_no_gaps
-from .live_loss import LiveLoss
 from .named_optimizers import usable_optimizer
 
 logger = logging.get_logger(__name__)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.unit.bases.test_quantised import FLOATS, linear4bit
-from tunesmith.bases import lent
+from tunesmith.bases import scratch
 from tunesmith.bases.view import view_of
 from tunesmith.kernels.decoded_linear import decoded_linear
 
 bnb = pytest.importorskip("bitsandbytes")
-has_function = pytest.mark.skipif(lent._function("nf4", torch.bfloat16) is None, reason="the library has no such function")
+has_function = pytest.mark.skipif(scratch._function("nf4", torch.bfloat16) is None, reason="the library has no such function")
 
 
 @has_function
@@ -24,14 +24,14 @@ def test_equals_what_bitsandbytes_decodes_bit_for_bit(kind, nested):
     for shape, blocksize in (((48, 100), 64), ((33, 66), 64), ((64, 64), 32), ((7, 2048), 1024), ((300, 200), 128)):
         module = linear4bit(shape, kind, nested, blocksize)
         for dtype in FLOATS:
-            found = lent.decoded(module.weight.data, module.weight.quant_state, dtype)
+            found = scratch.decoded(module.weight.data, module.weight.quant_state, dtype)
             assert torch.equal(found, view_of(module).weight_as(dtype))
 
 
 @pytest.mark.parametrize(("shape", "blocksize"), [((5, 7), 64), ((4, 4096), 4096)], ids=str)
 def test_what_the_function_cannot_do_is_left_to_bitsandbytes(shape, blocksize):
     module = linear4bit(shape, blocksize=blocksize)
-    assert lent.decoded(module.weight.data, module.weight.quant_state, torch.bfloat16) is None
+    assert scratch.decoded(module.weight.data, module.weight.quant_state, torch.bfloat16) is None
     with torch.no_grad():
         assert torch.equal(view_of(module).operand(torch.bfloat16)(), view_of(module).weight_as(torch.bfloat16))
 
@@ -39,18 +39,18 @@ def test_what_the_function_cannot_do_is_left_to_bitsandbytes(shape, blocksize):
 @has_function
 def test_memory_is_used_again_and_threads_have_their_own():
     first, second = (linear4bit(shape) for shape in ((64, 128), (32, 64)))
-    one = lent.decoded(first.weight.data, first.weight.quant_state, torch.float32)
+    one = scratch.decoded(first.weight.data, first.weight.quant_state, torch.float32)
     expected, found = one.clone(), []
     other = threading.Thread(
-        target=lambda: found.append(lent.decoded(second.weight.data, second.weight.quant_state, torch.float32))
+        target=lambda: found.append(scratch.decoded(second.weight.data, second.weight.quant_state, torch.float32))
     )
     other.start()
     other.join()
     assert torch.equal(one, expected)
-    again = lent.decoded(second.weight.data, second.weight.quant_state, torch.float32)
+    again = scratch.decoded(second.weight.data, second.weight.quant_state, torch.float32)
     assert again.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() and torch.equal(again, found[0])
-    lent.give_back()
-    assert lent._memory.bytes is None
+    scratch.give_back()
+    assert scratch._memory.bytes is None
 
 
 @has_function

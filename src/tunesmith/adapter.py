@@ -1,0 +1,196 @@
+"""The insertion points: a method implements one of these small classes and nothing else.
+
+Whether an adapter is active, merged, disabled or mixed with others is decided elsewhere, once. An adapter only says
+what it computes (`forward`), what it does to the weights (`merge`) and which tensors it owns (its parameters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .bases.quantised import dense_copy
+from .bases.view import BaseView, module_view
+from .config import PromptConfig
+
+
+class Adapter(nn.Module):
+    """What every adapter is: parameters of its own, beside the base."""
+
+    mergeable: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = False  # the method has a penalty and acts after optimiser steps
+    shared: nn.Module | None = None  # what `shared_tensors` made; belongs to the tree, not to this module
+
+    @classmethod
+    def fault(cls, base: Any, config: Any, settings: dict[str, Any]) -> str | None:
+        """Why this module cannot carry the adapter, checked before anything changes; None where it can."""
+        return None
+
+    @classmethod
+    def shared_tensors(cls, config: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
+        """Tensors that the adapters of all these modules (by path) use together, made once per adapter."""
+        return None
+
+    @classmethod
+    def usual_targets(cls, modules: dict[str, nn.Module]) -> set[str]:
+        """Paths to adapt where neither the user nor the architecture names any; for methods that find them on the base."""
+        raise NotImplementedError
+
+    @classmethod
+    def penalty(cls, adapters: dict[str, Any], config: Any) -> Tensor:
+        """What training adds to the loss, from one adapter's modules (by path); for `scheduled` methods."""
+        raise NotImplementedError
+
+    @classmethod
+    def observe_step(cls, adapters: dict[str, Any], config: Any, step: int) -> None:
+        """Look at gradients and parameters right after optimiser step `step` (from 1); for `scheduled` methods."""
+        raise NotImplementedError
+
+    @classmethod
+    def allocate(cls, adapters: dict[str, Any], config: Any, step: int) -> None:
+        """Change the adapters as step `step` of the schedule asks; called again, it replaces what the first call did."""
+        raise NotImplementedError
+
+    @classmethod
+    def saved(cls, name: str, value: Tensor, config: Any) -> Tensor:
+        """What is written of the tensor that files call `name`."""
+        return value
+
+    def private_values(self) -> list[str]:
+        """What of its module this adapter has a value of its own for; no other adapter can act on that beside it."""
+        return []
+
+    def derive(self, base: Any) -> None:
+        """Compute frozen tensors that follow from the base; called when weights are about to be loaded, too."""
+
+    def reset_parameters(self, base: Any) -> None:
+        """Draw the initial values; not called when weights are about to be loaded."""
+
+
+class LinearAdapter(Adapter):
+    """An adapter on one module that is a linear map (`bases/` says which modules are).
+
+    A base with an adapter is again a base (`Adapted`), so several active adapters fold, and the merged weight equals
+    the folded computation.
+    """
+
+    def __init__(self, base: BaseView, config: Any, settings: dict[str, Any]) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted output for the input `x` of the module that `base` views."""
+        raise NotImplementedError
+
+    def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
+        """The dense weight `(out, in, ...)` and bias that compute what `forward` computes in eval mode."""
+        raise NotImplementedError
+
+    def merge_fault(self, base: BaseView) -> str | None:
+        """Why `merge` cannot work on this module, checked before anything changes; None where it can."""
+        return None
+
+
+class SublayerAdapter(Adapter):
+    """An adapter on a whole block of any type: changes what the block computed (bottleneck adapters, adaption prompts)."""
+
+    mergeable = False
+
+    def __init__(self, module: nn.Module, config: Any, settings: dict[str, Any]) -> None:
+        super().__init__()
+
+    def forward(self, hidden: Tensor, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The adapted output.
+
+        Args:
+            hidden: the block's output; of a tuple, its first part.
+            module: the block itself.
+            args, kwargs: what the block was called with; in a mixed batch, these rows' share of each tensor.
+        """
+        raise NotImplementedError
+
+
+class PromptAdapter(Adapter):
+    """An adapter at the model's entrance: virtual tokens before the input, or keys and values before every layer's own.
+
+    It has a materialized form, one parameter `embedding`, which is what files hold; while training, an `encoder` may stand
+    in its place that computes it. `adapter()` gives virtual tokens as `(tokens * submodules, dim)`, the order of
+    submodules being encoder, decoder; or one set of them per row, `(rows, tokens * submodules, dim)`.
+
+    Args:
+        materialized: build the materialized form: nothing is trained, or the encoder is not there any more.
+    """
+
+    mergeable = False
+    by_task: ClassVar[bool] = False  # called with `task_ids`, one for each row
+    in_cache: ClassVar[bool] = False  # acts as keys and values of past tokens (prefix.py), not as embeddings
+
+    @classmethod
+    def prepare(cls, config: PromptConfig, model: nn.Module) -> None:
+        """Fill the config's fields that follow from the model; raises where they contradict it."""
+
+    def __init__(self, config: Any, model: nn.Module, materialized: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder: Any = None if materialized else self.make_encoder(config)
+        self.embedding: Any = nn.Parameter(torch.empty(self.shape(config))) if self.encoder is None else None
+
+    @staticmethod
+    def shape(config: Any) -> tuple[int, int]:
+        """Of the materialized form."""
+        return config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim
+
+    @staticmethod
+    def make_encoder(config: Any) -> nn.Module | None:
+        """A module that, called without arguments, computes the materialized form; None where that is trained itself."""
+        return None
+
+    def values(self) -> Tensor:
+        """The materialized form."""
+        return self.embedding if self.encoder is None else self.encoder()
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.values()
+
+
+class ParameterAdapter(Adapter):
+    """Private values for single parameters of a module of any type, swapped in for the call.
+
+    The module is called as a shallow twin whose named parameters are this adapter's own, so the base's tensors are
+    neither changed nor copied. Here it trains biases; it is also the room for parameters that no module call passes
+    through (`target_parameters`, `nn.MultiheadAttention`).
+    """
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.register_parameter(name, nn.Parameter(getattr(module, name).detach().clone()))
+
+    def private_values(self) -> list[str]:
+        return list(self._parameters)
+
+    def forward(self, module: nn.Module) -> nn.Module:
+        """A shallow twin of `module` that holds the private values."""
+        return module_view(module, self.replaced(module))
+
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        """`{parameter: value}` that acts in place of the module's own, and that merging puts into it."""
+        return {name: value.to(getattr(module, name).dtype) for name, value in self.named_parameters()}
+
+
+class ModuleCopy(Adapter):
+    """A private, trainable copy of a whole module, called in its place (`modules_to_save`, task heads); always dense."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = dense_copy(module).requires_grad_(True)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        """`{parameter or buffer: value}` that merging puts into the module."""
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}

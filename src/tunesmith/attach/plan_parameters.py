@@ -1,0 +1,46 @@
+"""Which parameters a configuration adapts where no module computes with them alone (`target_parameters`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import did_you_mean
+
+ParameterPlan = dict[str, dict[str, dict[str, Any]]]  # {module path: {parameter: settings}}
+
+
+def plan_parameters(modules: dict[str, nn.Module], config: Any, faults: list[str]) -> ParameterPlan:
+    """Resolve the endings in `target_parameters`; of one module, parameters come in the module's order."""
+    wanted = getattr(config, "target_parameters", None) or []
+    if not wanted:
+        return {}
+    plan: ParameterPlan = {}
+    found = set()
+    known = set()
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            known.add(".".join(full.split(".")[-2:]))
+            names = {ending for ending in wanted if full == ending or full.endswith(f".{ending}")}
+            if parameter is None or not names:
+                continue
+            found |= names
+            plan.setdefault(path, {})[name] = config.settings(full)
+            reason = _fault(path, parameter)
+            if reason:
+                faults.append(f"target_parameters: {full} {reason}")
+    for ending in sorted(set(wanted) - found):
+        faults.append(f'target_parameters: no parameter matches "{ending}"{did_you_mean(ending, known)}')
+    return plan
+
+
+def _fault(path: str, parameter: nn.Parameter) -> str | None:
+    if not path:
+        return "belongs to the model itself, whose call is the handle's; wrap it in a module"
+    if parameter.dim() not in (2, 3):
+        return f"has the shape {tuple(parameter.shape)}; only matrices and stacks of them (experts) can be adapted"
+    if not parameter.is_floating_point():
+        return f"is stored as {parameter.dtype}, which this version cannot adapt"
+    return None

@@ -1,0 +1,62 @@
+"""Which embeddings' rows a configuration trains, and which modules follow because they hold the same weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import did_you_mean
+
+TokenPlan = dict[str, dict[str, Any]]  # {module path: {"tokens": indices, "follows": the path whose rows it takes, or None}}
+
+
+def plan_tokens(model: Any, modules: dict[str, nn.Module], wanted: Any, faults: list[str]) -> TokenPlan:
+    """Resolve `trainable_token_indices` on the model: owners of rows first, then those that follow them."""
+    if not wanted:
+        return {}
+    words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if isinstance(wanted, dict):
+        owners = _named(modules, wanted, faults)
+    elif words is None:
+        faults.append("trainable_token_indices: the model names no input embeddings; give {embedding's name: tokens}")
+        return {}
+    else:
+        owners = {next(path for path, module in modules.items() if module is words): list(wanted)}
+    faults += [fault for path, tokens in owners.items() for fault in _faults(path, modules[path], tokens)]
+    plan: TokenPlan = {path: {"tokens": tokens, "follows": None} for path, tokens in owners.items()}
+    source = next((path for path in owners if modules[path] is words), None)
+    if source is not None:
+        tied = _with_weight_of(modules, source)
+        if all(owners.get(path, owners[source]) == owners[source] for path in tied):
+            plan |= {path: {"tokens": owners[source], "follows": source} for path in tied}
+    return dict(sorted(plan.items(), key=lambda item: item[1]["follows"] is not None))
+
+
+def _named(modules: dict[str, nn.Module], wanted: dict[str, list[int]], faults: list[str]) -> dict[str, list[int]]:
+    owners: dict[str, list[int]] = {}
+    for name, tokens in wanted.items():
+        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+        if not paths:
+            embeddings = {path.rpartition(".")[2] for path, module in modules.items() if isinstance(module, nn.Embedding)}
+            faults.append(f'trainable_token_indices: no module matches "{name}"{did_you_mean(name, embeddings)}')
+        owners |= {path: list(tokens) for path in paths}
+    return owners
+
+
+def _faults(path: str, module: nn.Module, tokens: list[int]) -> list[str]:
+    if not isinstance(module, nn.Embedding | nn.Linear):
+        return [f"trainable_token_indices: {path} is a {type(module).__name__}; name an embedding"]
+    if module.weight.device.type == "meta":
+        return [f"trainable_token_indices: {path} is offloaded, so its rows are not here; keep it on a device"]
+    rows = len(module.weight)
+    beyond = [token for token in tokens if token >= rows]
+    if beyond:
+        return [f"trainable_token_indices: {path} has {rows} tokens, so there is no token {beyond[0]}; resize first"]
+    return []
+
+
+def _with_weight_of(modules: dict[str, nn.Module], source: str) -> list[str]:
+    """Paths of other modules whose weight is the very one of `source`."""
+    weight: Tensor | None = modules[source]._parameters["weight"]
+    return [path for path, module in modules.items() if path != source and module._parameters.get("weight") is weight]

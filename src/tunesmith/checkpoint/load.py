@@ -1,0 +1,155 @@
+"""Folders to adapters: everything is checked before the first value is copied."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attach.plan import Plan
+from ..attach.tree import AdapterTree
+from ..config import PeftConfig, PromptConfig, TargetedConfig
+from ..errors import AdapterFileError, bullet_list, did_you_mean
+from ..storage.folder import ENCODER_FILE, AdapterFolder
+from .names import encoder_tensors, named_tensors, todays_name
+from .save import materialize
+
+logger = logging.getLogger(__name__)
+
+
+def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.Module) -> None:
+    """Copy a folder's tensors into an adapter built from its configuration.
+
+    Raises:
+        AdapterFileError: missing, unknown or misshapen tensors, wrong types or values that are not finite, all of them
+            at once; nothing was copied then.
+    """
+    stored = {todays_name(key): tensor for key, tensor in folder.tensors().items()}
+    expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
+    encoder = {in_file: tensor for in_file, _, tensor in encoder_tensors(tree)}
+    faults = []
+    if encoder:
+        tokens, encoder_stored = stored.pop("prompt_embeddings", None), folder.encoder_tensors()
+        if not folder.holds_encoder():
+            faults = [f"{ENCODER_FILE} is missing; under another name the adapter loads without it"]
+        else:
+            faults = _differences(encoder_stored, encoder) or _belongs(tree.prompt, encoder_stored, tokens)
+    stored = _without_copies_of_the_base(stored, expected, base)
+    faults += _differences(stored, expected)
+    if faults:
+        raise AdapterFileError(
+            f'"{folder.name}"{made_for(config)} does not fit {type(base).__name__}, nothing was loaded; '
+            "take the base it was made for, or download or save it again:\n" + bullet_list(sorted(faults))
+        )
+    with torch.no_grad():
+        for key, tensor in expected.items():
+            tensor.copy_(stored[key])
+        for key, tensor in encoder.items():
+            tensor.copy_(encoder_stored[key])
+
+
+def is_materialized(config: PeftConfig, folder: AdapterFolder) -> bool:
+    """Whether an adapter from `folder` is to be built without the encoder of its virtual tokens."""
+    if config.inference_mode or not isinstance(config, PromptConfig) or not config.trains_encoder:
+        return True
+    if not folder.holds_encoder():
+        logger.warning(
+            '"%s" holds virtual tokens without the encoder that made them; training goes on with the tokens themselves',
+            folder.name,
+        )
+        return True
+    return False
+
+
+def _differences(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """A sentence for each tensor that is missing, unknown or of another shape or type."""
+    faults = [f'"{key}" is missing' for key in expected if key not in stored]
+    faults += [
+        f'"{key}" belongs to no part of the adapter{did_you_mean(key, expected)}' for key in stored if key not in expected
+    ]
+    for key in expected.keys() & stored.keys():
+        faults += _faults(key, stored[key], expected[key])
+    return faults
+
+
+def _belongs(prompt: Any, stored: dict[str, Tensor], tokens: Tensor | None) -> list[str]:
+    """An encoder that makes other tokens than those beside it is left over from another adapter."""
+    if tokens is None:
+        return ['"prompt_embeddings" is missing']
+    device = next(prompt.encoder.parameters()).device
+    made = materialize(prompt.encoder, {name: value.to(device) for name, value in stored.items()}).cpu()
+    tolerance = 1e-2 * made.abs().max().item()  # room for another device's rounding, or for tokens kept in 16 bits
+    if made.shape == tokens.shape and torch.allclose(made.float(), tokens.float(), rtol=0, atol=tolerance):
+        return []
+    return [f"{ENCODER_FILE} does not make the virtual tokens beside it; delete it to go on training with the tokens alone"]
+
+
+def made_for(config: PeftConfig) -> str:
+    """` (made for "<base>")`, or nothing where the file names no base."""
+    return f' (made for "{config.base_model_name_or_path}")' if config.base_model_name_or_path else ""
+
+
+def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftConfig, folder: AdapterFolder) -> None:
+    """Values of an adapter can be replaced only by those of one that computes the same.
+
+    Raises:
+        AdapterFileError: the stored adapter's method or a setting (rank, scale) is another.
+    """
+    faults = []
+    if stored.peft_type != config.peft_type:
+        faults.append(f"it is {stored.method}, the adapter here is {config.method}")
+    elif isinstance(config, TargetedConfig):
+        here = {path: config.settings(path) for path, adapter in tree.items() if adapter is tree.node(path).own}
+        for path in sorted(here.keys() | plan.adapted.keys()):
+            found, expected = plan.adapted.get(path, "not adapted"), here.get(path, "not adapted")
+            if found != expected:
+                faults.append(f"{path}: {found} there, {expected} here")
+        for path, named in plan.parameters.items():
+            others = {name: config.settings(f"{path}.{name}") for name in named}
+            if others != named:
+                faults.append(f"{path}: {named} there, {others} here")
+    there, here_too = (getattr(one, "trainable_token_indices", None) for one in (stored, config))
+    if there != here_too:
+        faults.append(f"trainable tokens: {there} there, {here_too} here")
+    if faults:
+        raise AdapterFileError(
+            f'"{folder.name}" cannot take the place of an adapter with other settings; load it under another name:\n'
+            + bullet_list(faults)
+        )
+
+
+def _faults(key: str, found: Tensor, expected: Tensor) -> list[str]:
+    if found.shape != expected.shape:
+        return [f'"{key}" has the shape {tuple(found.shape)}, the base needs {tuple(expected.shape)}']
+    if found.is_floating_point() != expected.is_floating_point():
+        return [f'"{key}" holds {found.dtype}, expected a type like {expected.dtype}']
+    if found.is_floating_point() and not torch.isfinite(found.to(expected.dtype)).all():
+        return [f'"{key}" holds values that are not finite (NaN or infinity) in {expected.dtype}']
+    return []
+
+
+def _without_copies_of_the_base(stored: dict[str, Tensor], expected: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    """Drop what some writers add: second names of copied modules' biases, and frozen weights equal to this base's."""
+    kept = {key: tensor for key, tensor in stored.items() if not _is_second_name(key, stored)}
+    for key, tensor in list(kept.items()):
+        path, _, leaf = key.removeprefix("base_model.model.").rpartition(".")
+        path = path.removesuffix(".base_layer")
+        if key in expected or leaf != "weight" or not isinstance(_submodule(base, path), nn.Embedding | nn.Linear):
+            continue
+        own = _submodule(base, path).weight
+        if own.shape == tensor.shape and torch.allclose(own.to(tensor.dtype), tensor.to(own.device), rtol=1e-2, atol=1e-5):
+            del kept[key]
+    return kept
+
+
+def _is_second_name(key: str, stored: dict[str, Tensor]) -> bool:
+    return any(mark in key and key.replace(mark, ".") in stored for mark in (".modules_to_save.", ".original_module."))
+
+
+def _submodule(base: nn.Module, path: str) -> Any:
+    try:
+        return base.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,0 +1,64 @@
+"""A handle's adapters combined into new ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..attach.build import build
+from ..attach.tree import check_name
+from ..combine.adapters import combined, fill
+from ..combine.arithmetic import Member, Recipe, check_weights
+
+
+class Combinable:
+    """The part of a `PeftModel` that makes adapters out of adapters."""
+
+    def add_weighted_adapter(
+        self: Any,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """A new adapter out of trained ones; it waits for `set_adapter`, and is saved and loaded as any other.
+
+        Args:
+            adapters, weights: names, and one number for each, which may be negative.
+            adapter_name: the new one's name.
+            combination_type: for LoRA "svd" (the default: the best adapter of rank `svd_rank` for the weighted sum of
+                changes), "cat" (exactly that sum; ranks add up), "linear" (sum of factors, for equal ranks), "ties",
+                "dare_linear", "dare_ties", "magnitude_prune" (likewise, with pruned factors) or one of the latter four with
+                "_svd" (on pruned changes). For IA3 and prompt tuning "linear", the default. One adapter alone is scaled.
+            svd_rank: the new rank, by default the largest of the members' ranks.
+            svd_clamp: quantile at which the values of the new factors are cut off.
+            svd_full_matrices, svd_driver: for `torch.linalg.svd`.
+            density: share of the values that pruning keeps.
+            majority_sign_method: "total" or "frequency": how "ties" elects the sign of each value.
+
+        Raises:
+            AdapterNameError, ConfigError, UsageError: nothing was added then.
+        """
+        for name in adapters:
+            self._known(name)
+        check_name(adapter_name, self.peft_config)
+        check_weights(adapters, weights)
+        members = [Member(name, self.peft_config[name], self.tree(name), weight) for name, weight in zip(adapters, weights)]
+        alone = len(members) == 1 and svd_rank is None and density is None
+        if combination_type is None:
+            combination_type = "svd" if members[0].config.method == "LORA" else "linear"
+        options = {"full_matrices": svd_full_matrices, "driver": svd_driver}
+        recipe = Recipe("linear" if alone else combination_type, svd_rank, svd_clamp, options, density, majority_sign_method)
+        config, values = combined(self.base_model, members, recipe)
+        plan, config = self._plan(config)
+        wide = any(p.dtype == torch.float32 for member in members for p in member.tree.parameters())
+        tree = build(self.base_model, config, plan, full_precision=wide, initialise=False)
+        fill(tree, values, members)
+        self._take(adapter_name, config, tree)

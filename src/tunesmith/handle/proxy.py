@@ -1,0 +1,35 @@
+"""Callables of a base that run with a handle's adapters."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..model import PeftModel
+
+
+class Proxy:
+    """A callable of the base, obtained from a handle: runs with the handle's adapters, and looks like itself."""
+
+    def __init__(self, handle: PeftModel, target: Any) -> None:
+        self._handle = handle
+        self._target = target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self._target, nn.Module) and any(not prompt.in_cache for prompt, _ in self._handle._frame.prompts):
+            raise UsageError("virtual tokens are put in by the handle's own forward and generate; call those")
+        with self._handle._entered():
+            result = self._target(*args, **kwargs)
+        if inspect.isgenerator(result) or inspect.iscoroutine(result):
+            result.close()
+        elif not inspect.isasyncgen(result):
+            return result
+        raise UsageError("a generator or coroutine cannot keep adapters acting between its steps; call the base's own method")
+
+    def __getattr__(self, name: str) -> Any:
+        return inspect.signature(self._target) if name == "__signature__" else getattr(self._target, name)

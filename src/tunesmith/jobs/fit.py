@@ -1,0 +1,190 @@
+"""A plan for a job's settings, and settings that fit into a given memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..bases.precision import dtype_named
+from ..config import TaskType
+from ..errors import ConfigError, TunesmithError
+from ..estimate.machine import memory
+from ..estimate.predict import Example, Plan, Storage, predict
+from ..estimate.skeleton import config_of
+from .settings import Settings
+
+SHORTEST = 64  # rows are not proposed to be cut below so many tokens
+VALUES_PER_LAYER = 60  # more than a layer keeps for the backward pass, in units of its width
+LIKE = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the data: how many rows, and their token ids and labels where they could be read."""
+
+    count: int
+    examples: Sequence[Example] = ()
+
+    def batch(self, size: int, length: int) -> list[Example]:
+        """The longest rows: the largest batch that may come."""
+        size = min(size, self.count)
+        if not self.examples:
+            return [{"input_ids": [0] * length, "labels": [0] * length}] * size
+        cut = [{name: ids[:length] for name, ids in example.items()} for example in self.examples]
+        live = [example for example in cut if any(label >= 0 for label in example["labels"][1:])]
+        return sorted(live or cut, key=lambda example: -len(example["input_ids"]))[:size]
+
+    def tokens(self, length: int) -> int:
+        """Of one pass over the rows."""
+        if not self.examples:
+            return self.count * length
+        return sum(min(len(example["input_ids"]), length) for example in self.examples)
+
+
+def bytes_of(text: str) -> int:
+    """`24GB` or `16 GiB` as bytes.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    plain = text.replace(" ", "").upper()
+    unit = next((unit for unit in sorted(LIKE, key=len, reverse=True) if plain.endswith(unit)), "")
+    try:
+        size = float(plain.removesuffix(unit)) * LIKE[unit]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise ConfigError(f'"{text}" is no size of memory; write 24GB or 16GiB')
+    return int(size)
+
+
+def plan_training(settings: Settings, rows: Rows | None = None, device: str | None = None) -> Plan:
+    """What a job takes, without starting it: no download, no weights, seconds.
+
+    Args:
+        settings: as for `tunesmith train`; the base by a known name, folder, config file or hub id.
+        rows: the data; 1,000 rows of `max_length` tokens where nothing is known of it.
+        device: "cpu" or "cuda"; the one that this machine would train on where it is None.
+
+    Raises:
+        ConfigError, TargetError: method and base do not fit.
+        UsageError: nothing is known of the base.
+    """
+    rows, device = rows or Rows(1000), device or usual_device()
+    config = config_of(settings.base)
+    config.use_cache = False
+    peft_config = settings.peft_config(settings.base)
+    if getattr(config, "is_encoder_decoder", False):
+        peft_config = dataclasses.replace(peft_config, task_type=TaskType.SEQ_2_SEQ_LM)
+        held_out: list[Example] = []
+    else:
+        held_out = rows.batch(16, settings.room) if settings.held_out else []
+    return predict(
+        config,
+        peft_config,
+        [rows.batch(settings.per_device_train_batch_size, settings.room)],
+        storage_of(settings, config, device),
+        gradient_checkpointing=bool(settings.gradient_checkpointing),
+        packing=settings.packing,
+        held_out=held_out,
+        device=device,
+    )
+
+
+def storage_of(settings: Settings, config: Any, device: str) -> Storage:
+    """In what types a job's values lie."""
+    dtype = dtype_named(settings.dtype) if settings.dtype != "auto" or device == "cpu" else torch.bfloat16
+    return Storage(
+        dtype=dtype or getattr(config, "dtype", None) or torch.float32,
+        bits=settings.bits,
+        double_quantisation=settings.bnb_4bit_use_double_quant,
+        bytes_of_moments=2 if "8bit" in settings.optim else 8,
+    )
+
+
+def usual_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def smaller(settings: Settings) -> Iterator[Settings]:
+    """Settings that take less and less: smaller batches of the same steps, checkpointing, 4 bits, shorter rows."""
+    now = settings
+    while now.per_device_train_batch_size > 1:
+        half = now.per_device_train_batch_size // 2
+        times = now.gradient_accumulation_steps * now.per_device_train_batch_size // half
+        now = dataclasses.replace(now, per_device_train_batch_size=half, gradient_accumulation_steps=times)
+        yield now
+    if not now.gradient_checkpointing:
+        now = dataclasses.replace(now, gradient_checkpointing=True)
+        yield now
+    if now.bits == 16:
+        now = dataclasses.replace(now, load_in_4bit=True)
+        yield now
+    while now.max_length // 2 >= SHORTEST + now.max_length - now.room:
+        now = dataclasses.replace(now, max_length=now.max_length // 2)
+        yield now
+
+
+def fitting(
+    settings: Settings, budget: int, rows: Rows | None = None, device: str | None = None
+) -> tuple[Settings, Plan] | None:
+    """The first of `smaller` whose peak is within the budget, and its plan; None where none is."""
+    for candidate in smaller(settings):
+        plan = plan_training(candidate, rows, device)
+        if plan.peak <= budget:
+            return candidate, plan
+    return None
+
+
+def needs_checkpointing(settings: Settings, base: Any) -> bool:
+    """Whether a job's activations do not fit into the free memory beside its base, which is loaded.
+
+    Where a bound tells that there is plenty, nothing is planned.
+    """
+    free = memory(usual_device())
+    if free is None or _most_transient(settings, base) < free / 2:
+        return False
+    try:
+        plan = plan_training(dataclasses.replace(settings, gradient_checkpointing=False))
+    except TunesmithError:
+        return False
+    return plan.peak - plan.program - plan.base > free
+
+
+def _most_transient(settings: Settings, base: Any) -> int:
+    """Bytes that activations and logits of a batch surely do not exceed."""
+    config = base.config.get_text_config()
+    tokens = settings.per_device_train_batch_size * settings.max_length
+    kept: int = config.num_hidden_layers * config.hidden_size * VALUES_PER_LAYER * base.dtype.itemsize
+    return tokens * (kept + 8 * config.vocab_size)
+
+
+def advice(settings: Settings) -> str:
+    """What to change where a job ran out of memory, in words; by how much, where the job can be planned."""
+    try:
+        asked = plan_training(settings)
+        less = int(asked.held + 0.7 * (asked.peak - asked.held))
+        found = fitting(settings, min(memory(usual_device()) or less, less))
+    except TunesmithError:
+        smallest = list(smaller(settings))[-1:]
+        return "try " + flags(smallest[0], settings) if smallest else "take a smaller base"
+    if found is None:
+        return f"it needs about {asked.peak / 1e9:.2f} GB, and no settings make it much less; take a smaller base"
+    sizes = f"{found[1].peak / 1e9:.2f} GB rather than {asked.peak / 1e9:.2f}"
+    return f"try {flags(found[0], settings)}: about {sizes} (tunesmith plan)"
+
+
+def flags(settings: Settings, than: Settings) -> str:
+    """What to add to a command so that it has these settings."""
+    changed = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(than, field.name):
+            name = field.name.replace("_", "-")
+            changed.append(f"--{name}" if value is True else f"--{name} {value}")
+    return " ".join(changed)

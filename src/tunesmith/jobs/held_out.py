@@ -1,0 +1,87 @@
+"""Held-out rows measured during a training; the best adapter kept, and an end when nothing gets better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..data.text import mean_loss, perplexity
+from ..model import PeftModel
+from ..train.trainer import load_all
+from .callbacks import METRICS_FILE, RecordMetrics, read_metrics
+from .settings import Settings
+
+BEST = "best"  # the folder of the best adapter so far
+
+
+class MeasureHeldOut(TrainerCallback):
+    """After each epoch, or every `eval_steps`: the held-out loss into the records, the adapter into `best/` if it is the best.
+
+    A run that is gone on with finds the measurements before its checkpoint in its records. What `best/` held of later steps
+    is trained again, bit for bit, and takes its place again.
+
+    Args:
+        record: where measurements are written; must stand before this among a trainer's callbacks.
+    """
+
+    def __init__(
+        self, handle: PeftModel, rows: Sequence[dict[str, list[int]]], pad_id: int, settings: Settings, record: RecordMetrics
+    ) -> None:
+        self.handle = handle
+        self.rows = rows
+        self.pad_id = pad_id
+        self.settings = settings
+        self.record = record
+        self.measured: list[tuple[int, float]] = []
+        self.stopped = False
+
+    @property
+    def folder(self) -> Path:
+        return self.record.path.parent / BEST
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """`(step, loss)` of the best measurement; one that is no number is none."""
+        return min((at for at in self.measured if math.isfinite(at[1])), key=lambda at: at[1], default=(0, math.inf))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        records = read_metrics(self.folder.parent / METRICS_FILE)
+        self.measured = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before a checkpoint of the same step, so that a run that goes on from it has the measurement."""
+        of_epoch = self.settings.eval_strategy == "epoch"
+        if abs(state.epoch - round(state.epoch)) < 1e-6 if of_epoch else state.global_step % self.settings.eval_steps == 0:
+            self._measure(state, control)
+
+    def _measure(self, state: Any, control: Any) -> None:
+        loss, best = mean_loss(self.handle, self.rows, self.pad_id), self.best[1]
+        self.measured.append((state.global_step, loss))
+        self.record.write(step=state.global_step, eval_loss=loss)
+        if loss < best and self.settings.load_best_model_at_end:
+            self.handle.save_pretrained(str(self.folder))
+        patience = self.settings.early_stopping_patience
+        since = sum(step > self.best[0] for step, _ in self.measured)
+        if patience is not None and since >= patience:
+            control.should_training_stop = self.stopped = True
+
+    def known(self, step: int) -> float | None:
+        """The held-out loss after `take_best` at the end of `step`; None where it was not measured."""
+        if self._takes_best():
+            return self.best[1]
+        return dict(self.measured).get(step)
+
+    def _takes_best(self) -> bool:
+        return self.settings.load_best_model_at_end and math.isfinite(self.best[1])
+
+    def take_best(self) -> str | None:
+        """Load the best adapter where that is wanted; says which one it is."""
+        if not self._takes_best():
+            return None
+        load_all(self.handle, str(self.folder))
+        step, loss = self.best
+        return f"the best adapter is that of step {step}: held-out perplexity {perplexity(loss):.1f}"

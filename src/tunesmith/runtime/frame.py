@@ -1,0 +1,226 @@
+"""Which adapters act during the current call, per thread.
+
+A `Frame` maps each site to the adapters that act there. It is immutable once made, so one frame serves any number of
+threads and calls. Outside any frame every site computes exactly what its module did before.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, PromptAdapter
+
+BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
+BOUNDARIES = "cu_seq_lens_q"
+PACKED_KEYS = (BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k")  # what transformers' collators say of a packed row
+
+
+class Place(Protocol):
+    """What a frame's adapters belong to. It is a `Site`, of which a frame asks nothing but its module."""
+
+    @property
+    def module(self) -> Callable[[], nn.Module | None]: ...
+
+    def __hash__(self) -> int: ...
+
+
+class Frame:
+    """`{site: adapters}` for one call.
+
+    Args:
+        adapters: what acts at each site, the first one nearest to the base module.
+        prompts: what acts at the model's entrance, each with the number of its virtual tokens.
+        fired: where given, collects the sites that were reached (the check of the first training step).
+        mixture: for a batch whose rows have different adapters, the frames of its parts; `adapters` is then empty.
+        penalties: what is added to the loss in training.
+        names: the adapters that act.
+        segments: where the texts of a packed row lie.
+    """
+
+    def __init__(
+        self,
+        adapters: dict[Place, tuple[Adapter | Around | Replacement, ...]],
+        prompts: tuple[tuple[PromptAdapter, int], ...] = (),
+        fired: set[Place] | None = None,
+        mixture: Mixture | None = None,
+        penalties: tuple[Callable[[], Tensor], ...] = (),
+        names: tuple[str, ...] = (),
+        segments: Segments | None = None,
+    ) -> None:
+        self.adapters = adapters
+        self.prompts = prompts
+        self.fired = fired
+        self.mixture = mixture
+        self.penalties = penalties
+        self.names = names
+        self.segments = segments
+
+    def noting(self, fired: set[Place]) -> Frame:
+        """This frame, with the sites that it reaches collected in `fired`."""
+        mixture = self.mixture
+        if mixture is not None:
+            mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
+        return self._but(fired=fired, mixture=mixture)
+
+    def with_prompts(self, prompts: tuple[tuple[PromptAdapter, int], ...]) -> Frame:
+        """This frame, with other virtual tokens at the entrance."""
+        return self._but(prompts=prompts)
+
+    def packed(self, segments: Segments, twins: dict[Place, Replacement]) -> Frame:
+        """This frame for a packed row, whose attentions are called as these twins; virtual tokens are in the row by now."""
+        adapters = self.adapters | {site: (*self.adapters.get(site, ()), twin) for site, twin in twins.items()}
+        return self._but(adapters=adapters, prompts=(), segments=segments)
+
+    def _but(self, **changed: Any) -> Frame:
+        """A copy in which some fields are others."""
+        other = copy.copy(self)
+        vars(other).update(changed)
+        return other
+
+
+class Mixture:
+    """The frames of a mixed batch, and which rows each one is for.
+
+    Args:
+        frames: one per group of rows.
+        groups: for each frame the indices of its rows, together all of `0 .. size - 1`.
+    """
+
+    def __init__(self, frames: list[Frame], groups: list[Tensor]) -> None:
+        self.frames = frames
+        self.groups = groups
+        self.size = sum(len(rows) for rows in groups)
+        self._by_length: dict[int, tuple[list[Tensor], Tensor]] = {}
+
+    def real(self, counts: list[int], length: int) -> Tensor:
+        """Which of `max(counts)` virtual tokens each of `length` rows has, `(length, n)`; a row's own are the last ones.
+
+        Args:
+            counts: how many each part has.
+            length: how many rows there are, a multiple of the batch's size (beams).
+        """
+        groups, inverse = self.rows(length)
+        n = max(counts)
+        columns = torch.arange(n, device=inverse.device)
+        return torch.cat([(columns >= n - count).expand(len(rows), -1) for count, rows in zip(counts, groups)])[inverse]
+
+    def stacked(self, values: list[Tensor | None], dims: int, length: int) -> Tensor:
+        """Virtual tokens of each part as one tensor over the rows, `(length, ..., n, dim)`, shorter ones behind padding.
+
+        Args:
+            values: for each part `(..., n_i, dim)`, the same for its rows, or `(rows_i, ..., n_i, dim)`; None where the
+                part has none.
+            dims: dimensions of the former.
+            length: how many rows there are, a multiple of the batch's size (beams).
+        """
+        groups, inverse = self.rows(length)
+        n = max(value.shape[-2] for value in values if value is not None)
+        like = next(value for value in values if value is not None)
+        whole = []
+        for value, rows in zip(values, groups):
+            if value is None:
+                value = like.new_zeros((*like.shape[like.dim() - dims : -2], 0, like.shape[-1]))
+            value = torch.nn.functional.pad(value, (0, 0, n - value.shape[-2], 0))
+            if value.dim() > dims:
+                value = value.repeat_interleave(len(rows) // len(value), 0)
+            whole.append(value.expand(len(rows), *value.shape[-dims:]))
+        return torch.cat(whole)[inverse]
+
+    def rows(self, length: int) -> tuple[list[Tensor], Tensor]:
+        """The groups' indices in a tensor of `length` rows, and the order that undoes putting them one after another.
+
+        Beams and flattened tokens follow each other row by row, so `length` may be a multiple of the batch's size;
+        a length of 1 stands for a value that all rows share.
+        """
+        if length not in self._by_length:
+            each = max(length // self.size, 1)
+            groups = [(rows[:, None] * each + torch.arange(each, device=rows.device)).flatten() for rows in self.groups]
+            self._by_length[length] = groups, torch.cat(groups).argsort()
+        return self._by_length[length]
+
+
+class Segments:
+    """Where the texts of one packed row lie.
+
+    Args:
+        boundaries: `(texts + 1,)`, from 0 to the row's length.
+        longest: tokens of the longest text, if known.
+    """
+
+    def __init__(self, boundaries: Tensor, longest: int | None = None) -> None:
+        self.boundaries = boundaries.to(torch.int32)
+        self._longest = longest
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> Segments:
+        """As a packed call's arguments say."""
+        return cls(inputs[BOUNDARIES], inputs.get("max_length_q"))
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Of each text; on an accelerator, asking waits for it."""
+        return self.boundaries.diff().tolist()
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths) if self._longest is None else self._longest
+
+
+class Around:
+    """What stands around a module's call beside its adapters: `around(call, *args, **kwargs)`."""
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call of a mixed batch.
+
+        Args:
+            parts: what stands here for each part of the mixture, of this object's type; None where nothing does.
+        """
+        raise NotImplementedError
+
+
+class Replacement:
+    """What gives a module to be called in another's place, which holds the same things: `twin(module)`."""
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        raise NotImplementedError
+
+
+class _Local(threading.local):
+    frame: Frame | None = None
+
+
+_local = _Local()
+
+
+def current_frame() -> Frame | None:
+    """The frame of this thread's innermost handle call, or None."""
+    return _local.frame
+
+
+class entered:
+    """Context manager: `frame` is this thread's current frame inside, the previous one again after.
+
+    Never hold one across a `yield`: the caller of a suspended generator would run under it.
+    """
+
+    def __init__(self, frame: Frame | None) -> None:
+        self.frame = frame
+        self.previous: Frame | None = None
+
+    def __enter__(self) -> Frame | None:
+        self.previous = _local.frame
+        _local.frame = self.frame
+        return self.frame
+
+    def __exit__(self, *_: object) -> None:
+        _local.frame = self.previous

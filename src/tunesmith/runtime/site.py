@@ -1,0 +1,117 @@
+"""The place in front of a base module's `forward` where adapters act.
+
+A `Site` stands in the module's `__dict__`; the module keeps its class, name, parameters and place. It holds no adapter
+and no strong reference, so handles are freed when dropped, and copies and pickles of a base alone are plain bases.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import weakref
+from typing import Any
+
+from torch import nn
+
+from ..bases.view import class_forward, computing_view
+from ..errors import TargetError
+from .fold import fold
+from .frame import Frame, current_frame
+from .mixed_batch import run_by_rows
+
+
+class Site:
+    """Stands before one module's forward: the plain forward, or the fold of the current frame's adapters on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        self.__name__ = "forward"
+        self.__signature__ = inspect.signature(class_forward(module))
+        self.view = computing_view(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self.module()
+        frame = current_frame()
+        if frame is None:
+            return self._plain(module, args, kwargs)
+        if frame.mixture is not None:
+            return self._mixed(module, frame, args, kwargs)
+        adapters = frame.adapters.get(self)
+        if not adapters:
+            return self._plain(module, args, kwargs)
+        if frame.fired is not None:
+            frame.fired.add(self)
+        return fold(module, adapters)(*args, **kwargs)
+
+    def _mixed(self, module: Any, frame: Frame, args: tuple, kwargs: dict[str, Any]) -> Any:
+        mixture: Any = frame.mixture
+        adapters = [part.adapters.get(self, ()) for part in mixture.frames]
+        if not any(adapters):
+            return self._plain(module, args, kwargs)
+        if frame.fired is not None:
+            frame.fired.add(self)
+        return run_by_rows(module, mixture, adapters, args, kwargs)
+
+    def _plain(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.view is None:
+            return type(module).forward(module, *args, **kwargs)
+        return self.view(module)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle of the module alone holds its plain forward (and needs no Tunesmith to be read).
+
+        It is rebuilt before the module's `__dict__` is, so the attribute found is the class's.
+        """
+        return getattr, (self.module(), "forward")
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site installed on `module`, or None."""
+    return next((module.__dict__[slot] for slot in _SLOTS if isinstance(module.__dict__.get(slot), Site)), None)
+
+
+def fault(module: nn.Module) -> str | None:
+    """Why no site can be installed on `module`; None where it can."""
+    present = module.__dict__.get(_slot(module))
+    if present is None or isinstance(present, Site) or _is_plain(module, present):
+        return None
+    return f"its forward was replaced by {present!r}, which would hide the adapter; attach before replacing it"
+
+
+def install(module: nn.Module) -> Site:
+    """The module's site, put there if it has none yet.
+
+    A site goes innermost: accelerate's hooks keep the module's own forward in `_old_forward` and call it with the
+    weights in place, so the site takes that slot where it exists.
+
+    Raises:
+        TargetError: the module's forward is an instance attribute that is not ours.
+    """
+    found = site_of(module)
+    if found is None:
+        reason = fault(module)
+        if reason is not None:
+            raise TargetError(f"{type(module).__name__}: {reason}")
+        found = Site(module)
+        module.__dict__[_slot(module)] = found
+    return found
+
+
+def remove(module: nn.Module) -> None:
+    """Take our site away and nothing else; a hook that wraps it keeps wrapping the plain forward."""
+    if isinstance(module.__dict__.get("_old_forward"), Site):
+        module.__dict__["_old_forward"] = class_forward(module)
+    if isinstance(module.__dict__.get("forward"), Site):
+        del module.__dict__["forward"]
+
+
+_SLOTS = ("_old_forward", "forward")
+
+
+def _slot(module: nn.Module) -> str:
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def _is_plain(module: nn.Module, forward: Any) -> bool:
+    """Whether `forward` is the class's own, bound to this module (accelerate leaves such ones behind)."""
+    return isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward

@@ -1,0 +1,282 @@
+"""Virtual tokens at the model's entrance: how a call's inputs change, for every kind of model.
+
+Virtual tokens stand before a row's first real token, so behind its left padding: `[pad pad | v v v | x x x]`. Positions
+are counted from the mask. A row therefore gives the same result whatever its padding; on rows without left padding this
+is exactly `[v v v | x x x | pad pad]`, the form every other system uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PromptConfig, TaskType
+from ..errors import ConfigError, UsageError
+from .frame import Frame, Mixture
+
+IGNORED = -100  # the label that no loss counts
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What must be known of a base model to put virtual tokens in front of its input.
+
+    Args:
+        accepts: names of the forward's parameters.
+        encoder_decoder: the tokens go before the encoder's input and labels stay as they are.
+        labels_per_token: labels are one per input token, so they get as many `IGNORED` as there are virtual tokens.
+        last_token_decides: the head reads the last position (classifiers on causal models), so right padding moves
+            to the front, where the model cannot mistake it for the end.
+        first_token_decides: the head reads the first position (classifiers on encoders), so padding moves behind.
+        reads_first_token: besides what it computes for each token, the model pools the first position.
+        positions: how many positions the learned table holds, None where positions are computed.
+        mask_positions: position ids may be given, counted from the mask (RoBERTa's start behind the padding id).
+    """
+
+    accepts: frozenset[str]
+    encoder_decoder: bool
+    labels_per_token: bool
+    last_token_decides: bool
+    first_token_decides: bool
+    reads_first_token: bool
+    positions: int | None
+    mask_positions: bool
+
+
+def virtual_counts(frame: Frame) -> int:
+    """How many virtual tokens the frame puts in front of the input."""
+    return sum(tokens for prompt, tokens in frame.prompts if not prompt.in_cache)
+
+
+def virtual_tokens(frame: Frame, task_ids: Tensor | None) -> Any:
+    """What the frame puts in front of the input, `(n, dim)` or `(rows, n, dim)`; None where it puts nothing there."""
+    for prompt, tokens in frame.prompts:
+        if not prompt.in_cache:
+            virtual = prompt(task_ids) if prompt.by_task else prompt()
+            return virtual[..., :tokens, :]  # rows for a decoder follow; no method here uses them
+    return None
+
+
+def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None) -> Tensor:
+    """What a mixed batch has in front of each row, `(rows, n, dim)`."""
+    parts = zip(mixture.frames, mixture.groups)
+    values = [virtual_tokens(frame, None if task_ids is None else task_ids[rows]) for frame, rows in parts]
+    return mixture.stacked(values, 2, mixture.size)
+
+
+def extend(
+    inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: InputSpec, real: Tensor | None = None
+) -> dict[str, Any]:
+    """The inputs of a text's first forward call with virtual tokens put in (of the later ones: `continued`).
+
+    Args:
+        inputs: keyword arguments of the base's forward; not changed.
+        virtual: `(n, dim)`, or other tokens for each row, `(B, n, dim)`.
+        embed: the base's input embeddings.
+        real: `(B, n)`, which of the virtual tokens a row has (the others are padding); None where all rows have all.
+
+    Returns:
+        New keyword arguments, with `inputs_embeds` `(B, n + T, dim)` in place of `input_ids`.
+    """
+    inputs = dict(inputs)
+    n = virtual.shape[-2]
+    ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
+    if embeds is None:
+        embeds = embed(ids)
+    rows, length = embeds.shape[:2]
+    if virtual.dim() == 3 and virtual.shape[0] != rows:
+        raise UsageError(f"{virtual.shape[0]} task_ids for {rows} rows; give one for each row")
+    check_length(length, n, entrance)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
+    check_positions(real, entrance)
+    if real is not None and entrance.reads_first_token and not bool(real.all()):
+        raise UsageError(
+            "this base pools each row's first position, which is padding where a row has fewer virtual tokens than another; "
+            "run such a batch adapter by adapter"
+        )
+    if mask is None and (real is not None or "attention_mask" in entrance.accepts):
+        inputs["attention_mask"] = torch.ones((rows, length), dtype=torch.long, device=embeds.device)
+    order = None if mask is None and real is None else _order(inputs["attention_mask"], n, real, entrance)
+
+    embeds = torch.cat([virtual.to(embeds.dtype).expand(rows, -1, -1), embeds], dim=1)
+    inputs["inputs_embeds"] = embeds if order is None else embeds.gather(1, order[:, :, None].expand_as(embeds))
+    per_token: dict[str, Any] = {"attention_mask": 1 if real is None else real, "token_type_ids": 0}
+    if entrance.labels_per_token:
+        per_token["labels"] = IGNORED
+    for name, fill in per_token.items():
+        if inputs.get(name) is not None:
+            values = prepend(inputs[name], n, fill)
+            inputs[name] = values if order is None else values.gather(1, order)
+    for name in ("start_positions", "end_positions"):  # answer spans are given in the user's tokens, which all move by n
+        if inputs.get(name) is not None and not entrance.encoder_decoder:
+            inputs[name] = inputs[name] + n
+    if inputs.get("position_ids") is not None:
+        positions = _shifted_positions(inputs["position_ids"], n, real)
+        inputs["position_ids"] = positions if order is None else positions.expand(rows, -1).gather(1, order)
+    elif order is not None and entrance.mask_positions:
+        inputs["position_ids"] = counted_positions(inputs["attention_mask"])
+    return inputs
+
+
+def input_spec_of(model: nn.Module, accepts: frozenset[str], *, labels_per_token: bool, classifies: bool) -> InputSpec:
+    """Read an `InputSpec` off a base model and its config."""
+    config = getattr(model, "config", None)
+    table = _position_table(model)
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    return InputSpec(
+        accepts=accepts,
+        encoder_decoder=encoder_decoder,
+        labels_per_token=labels_per_token and not encoder_decoder,
+        last_token_decides=classifies and hasattr(model, "score"),
+        first_token_decides=classifies and not hasattr(model, "score"),
+        reads_first_token=not classifies and getattr(model, "pooler", None) is not None,
+        positions=getattr(config, "max_position_embeddings", None) if table is not None else None,
+        mask_positions="position_ids" in accepts
+        and not encoder_decoder
+        and (table is None or getattr(table, "padding_idx", None) is None),
+    )
+
+
+def fill_in(config: PromptConfig, model: Any) -> None:
+    """Fill the fields of a prompt config that follow from the base, as the ecosystem's files hold them."""
+    table = model.get_input_embeddings()
+    dim = getattr(table, "embedding_dim", None) or table.weight.shape[1]
+    if config.token_dim not in (None, dim):
+        raise ConfigError(f"token_dim={config.token_dim}, but {type(model).__name__} embeds tokens in {dim} dimensions")
+    config.token_dim = dim
+    base: Any = getattr(model, "config", None)
+    base = base.get_text_config() if hasattr(base, "get_text_config") else base
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    for field_name, names in _CONFIG_NAMES.items():
+        if getattr(config, field_name) is None:
+            setattr(config, field_name, next((v for name in names if (v := getattr(base, name, None)) is not None), None))
+
+
+_CONFIG_NAMES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `generate` in which lengths count new tokens only, and padding has a mask.
+
+    `generate` counts embeddings into `max_length`; users do not count virtual tokens, so `max_length` and `min_length`
+    become `max_new_tokens` and `min_new_tokens` for decoders. Padding is told from ids only, which are not what the
+    model reads here, so a missing mask is derived as `generate` would from ids.
+    """
+    kwargs = dict(kwargs)
+    settings = kwargs.get("generation_config") or model.generation_config
+    decoder_only = not model.config.is_encoder_decoder
+    if ids is None:
+        return kwargs
+    if decoder_only:
+        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            given = kwargs.pop(total, None)
+            if given is None and kwargs.get("generation_config") is not None:
+                given = getattr(settings, total, None)
+            if given and kwargs.get(new) is None and getattr(kwargs.get("generation_config"), new, None) is None:
+                kwargs[new] = given - ids.shape[1] if total == "max_length" else max(given - ids.shape[1], 0)
+        if kwargs.get("max_new_tokens", 1) <= 0:
+            raise UsageError(f"the prompt has {ids.shape[1]} tokens already, no fewer than max_length; raise max_length")
+    if kwargs.get("attention_mask") is None:
+        pad, eos = (kwargs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        ends = eos if isinstance(eos, (list, tuple)) else [eos]
+        if isinstance(pad, int) and pad not in ends and bool((ids == pad).any()):
+            kwargs["attention_mask"] = (ids != pad).long()
+    return kwargs
+
+
+def _position_table(model: nn.Module) -> nn.Embedding | None:
+    """The learned table of absolute positions, found by the names architectures give it."""
+    names = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
+    tables = (m for path, m in model.named_modules() if isinstance(m, nn.Embedding) and path.endswith(names))
+    return next(tables, None)
+
+
+def is_continuation(inputs: dict[str, Any]) -> bool:
+    """Whether a call goes on from a cache that holds something."""
+    cache = inputs.get("past_key_values")
+    return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
+
+
+def continued(inputs: dict[str, Any], n: int, entrance: InputSpec, real: Tensor | None = None) -> dict[str, Any]:
+    """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them.
+
+    Positions go on counting from the mask, as they did in the first step.
+    """
+    inputs = dict(inputs)
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    tokens = inputs["inputs_embeds"] if tokens is None else tokens
+    expected = inputs["past_key_values"].get_seq_length() + tokens.shape[1]
+    if mask is None and real is not None:
+        mask = torch.ones((tokens.shape[0], expected - n), dtype=torch.long, device=tokens.device)
+    if mask is not None and mask.dim() == 2 and mask.shape[1] == expected - n:
+        order = _order(mask, n, real, entrance)
+        mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real).gather(1, order)
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
+        elif entrance.mask_positions:
+            inputs["position_ids"] = counted_positions(mask)[:, -tokens.shape[1] :]
+    return inputs
+
+
+def check_length(length: int, n: int, entrance: InputSpec) -> None:
+    """Refuse an input that leaves no positions for virtual tokens."""
+    if entrance.positions is not None and length + n > entrance.positions:
+        raise UsageError(
+            f"{length} tokens and {n} virtual tokens need {length + n} positions, the base has {entrance.positions}; "
+            f"cut the input to {entrance.positions - n} tokens"
+        )
+
+
+def check_positions(real: Tensor | None, entrance: InputSpec) -> None:
+    """Refuse rows with different numbers of virtual tokens where positions cannot be counted row by row."""
+    if real is not None and entrance.positions is not None and not entrance.mask_positions and not bool(real.all()):
+        raise UsageError(
+            "this base counts positions from the first column, so rows of one batch cannot have different numbers of "
+            "virtual tokens; run such a batch adapter by adapter"
+        )
+
+
+def prepend(values: Tensor, n: int, fill: int | Tensor) -> Tensor:
+    """`values` `(B, T)` behind n columns of one value, or of other values for each row, `(B, n)`."""
+    first = fill.to(values.dtype) if isinstance(fill, Tensor) else values.new_full((values.shape[0], n), fill)
+    return torch.cat([first, values], dim=1)
+
+
+def counts(n: int, real: Tensor | None) -> int | Tensor:
+    """How many virtual tokens each row has: one number, or `(B, 1)`."""
+    return n if real is None else real.sum(1, keepdim=True)
+
+
+def counted_positions(mask: Tensor) -> Tensor:
+    """Positions of tokens that the mask shows, counted from 0 in each row."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _shifted_positions(positions: Tensor, n: int, real: Tensor | None) -> Tensor:
+    """The user's positions moved up by the row's virtual tokens, whose own positions come before them."""
+    if real is None:
+        first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
+    else:
+        positions = positions.expand(real.shape[0], -1)
+        first = counted_positions(real).to(positions.dtype)
+    return torch.cat([first, positions + counts(n, real)], dim=1)
+
+
+def _order(mask: Tensor, n: int, real: Tensor | None, entrance: InputSpec) -> Tensor:
+    """`(B, n + T)` indices that sort each row (stable): padding at the left, virtual tokens, the rest."""
+    is_padding = mask == 0 if entrance.last_token_decides or entrance.first_token_decides else mask.cumsum(1) == 0
+    place_of_padding = 3 if entrance.first_token_decides else 0
+    rank = torch.where(is_padding, place_of_padding, 2)
+    rank = prepend(rank, n, 1 if real is None else torch.where(real, 1, place_of_padding))
+    return rank.argsort(dim=1, stable=True)

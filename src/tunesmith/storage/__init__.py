@@ -1,0 +1,1 @@
+"""Files: folders written whole or not at all, and the hub."""

@@ -1,0 +1,222 @@
+"""An adapter's files in a folder: read with suspicion, written whole or not at all.
+
+    adapter_config.json         the configuration (indent 2, sorted keys)
+    adapter_model.safetensors   the tensors (metadata {"format": "pt"})
+    adapter_encoder.safetensors what computes virtual tokens while they are trained; only to go on training
+    adapter_model.bin           the same, old form; read only, never unpickled beyond plain tensors
+    README.md                   the model card
+
+Writing stages new files beside the old ones in `.adapter-staging-<id>/`, flushes them to the disk and renames the folder
+to `.adapter-commit/`: from that moment the new adapter is the valid one, and each file then moves to its place.
+Readers look into `.adapter-commit/` first. A writer killed at any moment leaves the old adapter or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import AdapterFileError, ConfigError, did_you_mean
+from .hub import fetch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ENCODER_FILE = "adapter_encoder.safetensors"
+OLD_WEIGHTS_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
+COMMIT_FOLDER = ".adapter-commit"
+STAGING_PREFIX = ".adapter-staging-"
+
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Of the ecosystem's calls; an adapter goes where the base is, however it was asked to be placed.
+_IGNORED_OPTIONS = (
+    "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "offload_buffers", "torch_device",
+    "low_cpu_mem_usage", "ephemeral_gpu_offload", "use_safetensors", "proxies", "resume_download",
+)  # fmt: skip
+
+
+class AdapterFolder:
+    """Where an adapter's files are: a local folder, or a hub repository's cached files."""
+
+    def __init__(self, name: str, locate: Callable[[str], Path | None]) -> None:
+        self.name = name
+        self.locate = locate
+
+    @classmethod
+    def find(cls, name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> AdapterFolder:
+        """The adapter at a local path, else of a hub repository (kwargs: `revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            AdapterFileError: neither is there.
+        """
+        strange = [key for key in hub if key not in _HUB_OPTIONS and key not in _IGNORED_OPTIONS]
+        if strange:
+            raise ConfigError(f'no option "{strange[0]}" for loading an adapter{did_you_mean(strange[0], _HUB_OPTIONS)}')
+        if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
+            raise AdapterFileError(f"{name_or_path!r} names no adapter; give a folder or the id of a hub repository")
+        if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+            raise AdapterFileError(f"subfolder={subfolder!r} leads out of the adapter's folder; give a folder inside it")
+        folder = Path(name_or_path) / (subfolder or "")
+        if os.path.isdir(folder):  # unlike Path.is_dir, False for names that no file system takes
+            return cls(str(folder), lambda filename: _present(folder, filename))
+        if os.path.isfile(folder):
+            raise AdapterFileError(f"{folder} is a file; give the folder that holds {CONFIG_FILE}")
+        if Path(name_or_path).is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
+            raise AdapterFileError(f"there is no folder {folder}; check the path (hub repositories are written owner/name)")
+        prefix = f"{subfolder}/" if subfolder else ""
+        known = {k: v for k, v in hub.items() if k in _HUB_OPTIONS}
+        return cls(str(name_or_path), lambda filename: fetch(str(name_or_path), prefix + filename, **known))
+
+    def values(self) -> dict[str, Any]:
+        """What `adapter_config.json` holds.
+
+        Raises:
+            AdapterFileError: the file is missing or is no JSON object.
+        """
+        path = self.locate(CONFIG_FILE)
+        if path is None:
+            raise AdapterFileError(f'"{self.name}" holds no {CONFIG_FILE}, so it is not an adapter{self._hint()}')
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise AdapterFileError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        except (ValueError, RecursionError) as error:
+            raise AdapterFileError(f"{path} is not valid JSON ({error}); download or save the adapter again") from error
+        if not isinstance(values, dict):
+            raise AdapterFileError(
+                f"{path} holds a {type(values).__name__}, expected a JSON object; download or save the adapter again"
+            )
+        return values
+
+    def _hint(self) -> str:
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return ""
+        inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
+        return f"; adapters inside it: {', '.join(inner[:8])}" if inner else ""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the weights file, on the CPU.
+
+        Raises:
+            AdapterFileError: the file is missing, truncated, damaged or holds anything but tensors.
+        """
+        path = self.locate(WEIGHTS_FILE)
+        if path is not None:
+            return _read_safetensors(path)
+        path = self.locate(OLD_WEIGHTS_FILE)
+        if path is None:
+            raise AdapterFileError(f'"{self.name}" has a {CONFIG_FILE} but no {WEIGHTS_FILE}; save or download it again')
+        return _read_pickle(path)
+
+    def holds_encoder(self) -> bool:
+        """Whether training can go on where it was: the virtual tokens' encoder is there."""
+        return self.locate(ENCODER_FILE) is not None
+
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the virtual tokens' encoder; none where its file is not there."""
+        path = self.locate(ENCODER_FILE)
+        return {} if path is None else _read_safetensors(path)
+
+
+def _present(folder: Path, filename: str) -> Path | None:
+    """The file in a folder; one of a finished but not yet moved write counts first."""
+    commit = folder / COMMIT_FOLDER
+    places = (folder,) if commit.is_symlink() else (commit, folder)
+    return next((place / filename for place in places if (place / filename).is_file()), None)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        message = f"{path} is damaged or no safetensors file ({error}); download or save the adapter again"
+        raise AdapterFileError(message) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterFileError(
+            f"{path} cannot be read as plain tensors, and Tunesmith runs no code from pickles; "
+            f"ask its author for {WEIGHTS_FILE}"
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(v, torch.Tensor) for v in values.values()):
+        raise AdapterFileError(f"{path} holds something else than named tensors; ask its author for {WEIGHTS_FILE}")
+    return values
+
+
+def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files into `folder`, all of them or none; other files there stay.
+
+    Args:
+        writers: `{filename: function that writes it to the given path}`.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise AdapterFileError(f"{folder} is a file; give a folder to save into")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _finish(folder)
+        for leftover in folder.glob(f"{STAGING_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        _stage(folder, writers)
+        _finish(folder)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"cannot save into {folder} ({error}); free it or give another folder") from error
+
+
+def write_text(text: str, path: Path) -> None:
+    """A writer for `write_folder`, once the text is bound."""
+    path.write_text(text, encoding="utf-8")
+
+
+def _stage(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files beside the old ones and make them the valid ones in one step."""
+    staging = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        for filename, write in writers.items():
+            write(staging / filename)
+            flush(staging / filename)
+        flush(staging)
+        staging.rename(folder / COMMIT_FOLDER)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    flush(folder)
+
+
+def _finish(folder: Path) -> None:
+    """Move a committed write's files to their places; does nothing where none is waiting."""
+    commit = folder / COMMIT_FOLDER
+    if commit.is_symlink() or not commit.is_dir():  # a link is not ours: it would move another folder's files
+        return
+    for path in commit.iterdir():
+        os.replace(path, folder / path.name)
+    commit.rmdir()
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

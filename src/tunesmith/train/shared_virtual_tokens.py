@@ -1,0 +1,94 @@
+"""Virtual tokens that are the same in front of every text, computed once for the batch.
+
+Under causal attention nothing behind them changes what virtual tokens compute, so they run as one row; the texts of the
+batch, in rows or packed into one, then run behind their keys and values, whose gradients autograd sums over the texts. This
+takes `texts - 1` times the number of virtual tokens less work than running them in front of each, and one more pass over the
+weights, which is as much as a few dozen tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ..errors import UsageError
+from ..model import PeftModel
+from ..runtime import packed_row
+from ..runtime.frame import BOUNDARIES, Frame, Segments
+from ..runtime.virtual_tokens import check_length, prepend, virtual_counts, virtual_tokens
+
+UNUSUAL = {"inputs_embeds", "past_key_values", "token_type_ids", "task_ids"}
+
+PASS = 32  # tokens that cost as much as reading all weights once more
+WORTH = 64  # tokens that must be saved beyond that
+
+
+def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
+    """Whether a training batch is of several texts that all begin with the same virtual tokens."""
+    entrance, mask, boundaries = handle._input_spec, inputs.get("attention_mask"), inputs.get(BOUNDARIES)
+    texts = len(inputs["input_ids"]) if boundaries is None else len(boundaries) - 1
+    return (
+        len(frame.prompts) == 1
+        and virtual_counts(frame) > 0
+        and not frame.prompts[0][0].by_task
+        and entrance.labels_per_token
+        and "past_key_values" in entrance.accepts
+        and not UNUSUAL & inputs.keys()
+        and (boundaries is not None or "position_ids" not in inputs)
+        and _saved(texts, virtual_counts(frame)) >= WORTH
+        and not any(module.gradient_checkpointing for module in handle._checkpointing)
+        and (mask is None or (mask.dim() == 2 and bool(mask[:, 0].all())))
+    )
+
+
+def _saved(texts: int, virtual: int) -> int:
+    return texts * virtual - max(virtual, PASS)
+
+
+def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even: int) -> Tensor:
+    """The base's run on a batch.
+
+    Args:
+        inputs: of `(B, T)` tokens, without labels; padded at the right, or packed.
+        tap: holds the hidden states of each call of the output head as `hidden`.
+        even: of this a packed row is made a multiple.
+
+    Returns:
+        Hidden states before the output head that predict each token, `(B, T, dim)`: the first one's is the last virtual
+        token's.
+
+    Raises:
+        UsageError: the base has too few positions, or keeps no keys and values.
+    """
+    base, packed = handle.base_model, inputs.get(BOUNDARIES) is not None
+    embed, (rows, length) = base.get_input_embeddings(), inputs["input_ids"].shape
+    cache = DynamicCache(config=base.config)
+    with handle._entered(frame):
+        virtual = virtual_tokens(frame, None)  # (n, dim)
+    check_length(Segments.of(inputs).longest if packed else length, len(virtual), handle._input_spec)
+    of_virtual, first = frame, {"inputs_embeds": virtual[None].to(embed.weight.dtype)}
+    if packed:
+        alone = {**first, BOUNDARIES: inputs[BOUNDARIES].new_tensor([0, len(virtual)])}
+        of_virtual, first = packed_row.packed(base, frame, alone)
+    with handle._entered(of_virtual):
+        base(**{**first, "past_key_values": cache, "use_cache": True})
+    last = tap.hidden[:, -1:]  # (1, 1, dim)
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+            raise UsageError(f"{type(base).__name__} does not keep keys and values of every layer")
+        layer.keys, layer.values = layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)
+    before = torch.arange(length, device=last.device)  # of each token, where the one before it is behind `last`
+    if packed:
+        before[inputs[BOUNDARIES][:-1].long()] = 0
+        frame, inputs = packed_row.packed(base, frame, inputs, even=even)
+        inputs["position_ids"] = inputs["position_ids"] + len(virtual)
+    elif inputs.get("attention_mask") is not None:
+        inputs = {**inputs, "attention_mask": prepend(inputs["attention_mask"], len(virtual), 1)}
+    with handle._entered(frame):
+        base(**{**inputs, "past_key_values": cache, "use_cache": True})
+    hidden = torch.cat([last.expand(rows, -1, -1), tap.hidden], dim=1)
+    return hidden[:, before] if packed else hidden[:, :-1]
