@@ -75,7 +75,7 @@ def test_a_handle_called_inside_another_ones_call_restores_the_outer_frame(llama
 
 def test_a_bare_frame_nests_and_a_none_frame_is_the_base(llama, llama_inputs):
     handle, plain = lora(llama), out(llama, llama_inputs)
-    with handle._entered() as frame:
+    with handle.entered() as frame:
         assert current_frame() is frame
         assert torch.equal(out(llama, llama_inputs), out(handle, llama_inputs))
         with entered(None):
@@ -88,7 +88,7 @@ def test_a_bare_frame_nests_and_a_none_frame_is_the_base(llama, llama_inputs):
 
 def test_a_frame_is_not_seen_by_other_threads(llama, llama_inputs):
     handle, plain, seen = lora(llama), out(llama, llama_inputs), []
-    with handle._entered():
+    with handle.entered():
         thread = threading.Thread(target=lambda: seen.append(out(llama, llama_inputs)))
         thread.start()
         thread.join()
@@ -255,7 +255,7 @@ def test_merging_16_bit_weights_rounds_once():
     bound = exact.abs() * 2.0**-8 + 1e-6  # half a step of bf16's 8 significant bits, and the fp32 sum's own error
     assert ((merged.double() - exact).abs() <= bound).all()
     change = adapter.scale * (adapter.lora_B.bfloat16() @ adapter.lora_A.bfloat16())
-    often = handle._merged["default"]["0", "weight"] + change
+    often = handle.merged["default"]["0", "weight"] + change
     assert not ((often.double() - exact).abs() <= bound).all(), "the case tells one rounding from several"
 
 
@@ -288,7 +288,7 @@ def test_a_merge_that_fails_leaves_everything_as_it_was(safe):
         with pytest.raises(UsageError, match="not finite"):
             call(safe_merge=safe)
         assert_same_state(before, state(base))
-        assert handle._merged == {} and handle.active_adapters == ["default", "second"]
+        assert handle.merged == {} and handle.active_adapters == ["default", "second"]
     handle.delete_adapter("second")
     assert not torch.equal(handle(x), base(x))
 

@@ -216,7 +216,7 @@ def test_a_bias_that_has_no_place_in_the_module_is_not_lost_in_merging(llama, ll
     handle = lora(llama).eval()
     path, module = "model.layers.1.self_attn.v_proj", llama.model.layers[1].self_attn.v_proj
     handle.tree("default").node(path)._modules["_adapter"] = Shifted(view_of(module), None, {})
-    handle._forget()
+    handle.forget()
     before, expected = state(llama), out(handle, llama_inputs)
     with pytest.raises(UsageError, match="Shifted gives a bias to a Linear that has none"):
         handle.merge_adapter()
