@@ -1,4 +1,4 @@
-"""The checks of `tools/check_layers.py` can fail, and LoRA's forward runs through what its list says."""
+"""The checks of `tools/check_layers.py` can fail, LoRA's forward runs through what its list says, the picture is current."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pprint import pformat
 
 import pytest
-from tools import check_layers
+from tools import check_layers, house_picture
 from tools.house import figures, imports
 
 import tunesmith
@@ -164,3 +164,9 @@ def _ran(call: Callable[[], object]) -> dict[str, set[str]]:
             file = path.relative_to(source).as_posix()
             ran.setdefault(file, set()).add(figures.function_at(house, file, line))
     return ran
+
+
+def test_the_picture_is_current():
+    house = imports.read(check_layers.SOURCE, check_layers.DISCOVERY)
+    current = house_picture.draw(house, check_layers.LAYERS)
+    assert house_picture.PAGE.read_text(encoding="utf-8") == current, "run python tools/house_picture.py"
