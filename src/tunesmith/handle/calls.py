@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..runtime import call_inputs
-from ..runtime.frame import BOUNDARIES, Frame
+from ..runtime.frame import BOUNDARIES, Frame, entered
+from ..runtime.recompute import CarriesFrame
 from . import preflight, schedules
 from .frames import Frames
 from .proxy import Proxy
@@ -33,11 +35,17 @@ class Calls(Frames):
         if kwargs.get(BOUNDARIES) is not None:
             kwargs.update(zip(self.accepts, args))
             args, (frame, kwargs) = (), self.pack(frame, kwargs)
-        if preflight.is_due(self, frame):
+        if self.is_due(frame):
             result = preflight.checked(self, frame, lambda noted: self._run(noted, args, kwargs))
         else:
             result = self._run(frame, args, kwargs)
         return schedules.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
+
+    def is_due(self, frame: Frame) -> bool:
+        """Whether this is the first forward with these adapters in this mode, which `preflight` looks into unless compiled."""
+        if torch.compiler.is_compiling():
+            return False
+        return bool(frame.names) and (frame.names, self.trains) not in self.checked
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `generate` with the active adapters acting; same arguments, same result.
@@ -54,6 +62,34 @@ class Calls(Frames):
             if frame.prompts:
                 args, kwargs = call_inputs.for_generate(self.base_model, self.input_spec, frame, args, kwargs, task_ids)
             return self.base_model.generate(*args, **kwargs)
+
+    def entered(self, frame: Frame | None = None) -> entered:
+        """Ready the base for a call of this handle, and the context manager of a frame, by default the handle's own.
+
+        Raises:
+            UsageError: the active adapters cannot act together, or their modules are no longer on the base.
+        """
+        base = self.base_model
+        if base.training != self.training:
+            base.train(self.training)
+        if self.training:
+            self._carry_frames()
+        frame = self.frame if frame is None else frame
+        if self._conflict is not None and frame.mixture is None and frame.names == self.frame.names:
+            raise UsageError(self._conflict)
+        if not torch.compiler.is_compiling() and any(at.module() is None for at in frame.adapters):
+            raise UsageError(
+                f"modules under adapters ({', '.join(frame.names)}) were replaced on the base, by resizing its embeddings, for "
+                "one, so the adapters would not act; change the base first, then attach"
+            )
+        return entered(frame)
+
+    def _carry_frames(self) -> None:
+        """Let layers that gradient checkpointing recomputes see the frame of their forward pass."""
+        for module in self.checkpointing_modules:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, CarriesFrame):
+                module._gradient_checkpointing_func = CarriesFrame(function)
 
     def call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the base, with the adapters acting; modules it returns act with them, too."""
