@@ -1,11 +1,11 @@
-"""The calls of a handle: forward, generate, and every other method of the base, each in the handle's frame."""
+"""The forward pass of a handle, in the handle's frame."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UsageError
 from ..runtime import call_inputs
@@ -13,11 +13,10 @@ from ..runtime.frame import BOUNDARIES, Frame, entered
 from ..runtime.recompute import CarriesFrame
 from . import preflight, schedules
 from .frames import Frames
-from .proxy import Proxy
 
 
 class Calls(Frames):
-    """The part of a handle that is called."""
+    """The part of a handle that runs its base."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with the active adapters acting; same arguments, same result type.
@@ -47,22 +46,6 @@ class Calls(Frames):
             return False
         return bool(frame.names) and (frame.names, self.trains) not in self.checked
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate` with the active adapters acting; same arguments, same result.
-
-        Virtual tokens are no part of the result, and `max_length` counts without them. `adapter_names` is one name
-        for each row, as in `forward`.
-        """
-        if kwargs.get(BOUNDARIES) is not None:
-            raise UsageError(f"generate goes on with one text in each row; pad texts into rows and leave {BOUNDARIES} out")
-        names = kwargs.pop("adapter_names", None)
-        frame = self.frame if names is None else self.mixed_frame(names, args, kwargs)
-        with self.entered(frame):
-            kwargs, task_ids = self._without_task_ids(kwargs)
-            if frame.prompts:
-                args, kwargs = call_inputs.for_generate(self.base_model, self.input_spec, frame, args, kwargs, task_ids)
-            return self.base_model.generate(*args, **kwargs)
-
     def entered(self, frame: Frame | None = None) -> entered:
         """Ready the base for a call of this handle, and the context manager of a frame, by default the handle's own.
 
@@ -90,14 +73,6 @@ class Calls(Frames):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if function is not None and not isinstance(function, CarriesFrame):
                 module._gradient_checkpointing_func = CarriesFrame(function)
-
-    def call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Any other method of the base, with the adapters acting; modules it returns act with them, too."""
-        with self.entered():
-            result = getattr(self.base_model, name)(*args, **kwargs)
-        if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
-            return Proxy(self, result)
-        return result
 
     def prepare(self, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the base's forward takes for these inputs of the handle's; to be called inside the frame."""

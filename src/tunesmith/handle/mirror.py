@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .calls import Calls
+from .base_methods import BaseMethods
 
 
 class Mirrored:
@@ -73,14 +73,14 @@ def _passed_on(name: str, found: Any, base_class: type) -> Any:
     if inspect.isfunction(found):
 
         @functools.wraps(found)
-        def method(self: Calls, *args: Any, **kwargs: Any) -> Any:
+        def method(self: BaseMethods, *args: Any, **kwargs: Any) -> Any:
             return self.call_base(name, *args, **kwargs)
 
         return method
     return Mirrored(name, getattr(base_class, name, None))
 
 
-def _forward_like(task_class: type[Calls], base_class: Any) -> Any:
+def _forward_like(task_class: type[BaseMethods], base_class: Any) -> Any:
     """The task class's own forward under the base's signature, in which transformers reads the names of labels."""
     own = task_class.forward
     forward = types.FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
