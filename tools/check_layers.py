@@ -27,7 +27,7 @@ LAYERS = [
     ["mixing"],
     ["contracts"],
     ["registry"],
-    ["config", "frame", "bases", "kernels", "inits"],
+    ["config", "frame", "runtime", "bases", "kernels", "inits"],
     ["assets", "errors", "targets"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import prefix, scheduled, site
+from .bases import architecture
 from .conflicts import conflict
 from .errors import UsageError
 from .frame import BASE_ROW, CarriesFrame, Frame, Mixture, entered
@@ -23,9 +24,9 @@ class Framing:
             base.train(self.training)
         if self.training:
             for module in self._checkpointing:
-                function = getattr(module, "_gradient_checkpointing_func", None)
+                function = architecture.recomputing_function(module)
                 if function is not None and not isinstance(function, CarriesFrame):
-                    module._gradient_checkpointing_func = CarriesFrame(function)
+                    architecture.set_recomputing_function(module, CarriesFrame(function))
         frame = self._frame if frame is None else frame
         if self._conflict is not None and frame.mixture is None and frame.names == self._frame.names:
             raise UsageError(self._conflict)

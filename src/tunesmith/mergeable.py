@@ -9,7 +9,7 @@ from torch import nn
 
 from . import site
 from .attach import AdapterTree
-from .bases import quantised
+from .bases import architecture, quantised
 from .conflicts import conflict
 from .errors import UsageError
 from .frame import CarriesFrame
@@ -151,9 +151,9 @@ class Mergeable:
         if not record.handles:
             for module in base.modules():
                 site.remove(module)
-                function = module.__dict__.get("_gradient_checkpointing_func")
+                function = architecture.recomputing_function(module)
                 if isinstance(function, CarriesFrame):
-                    module._gradient_checkpointing_func = function.checkpoint
+                    architecture.set_recomputing_function(module, function.checkpoint)
             quantised.release(base)
             record.thaw(base)
             records.pop(base, None)

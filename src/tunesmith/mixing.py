@@ -16,6 +16,7 @@ from .bases.view import plain_forward, view_type
 from .contracts import Adapter, Around, SublayerAdapter, fold
 from .errors import UsageError
 from .frame import Mixture, entered
+from .runtime.cache import is_cache
 
 Groups = list[tuple[tuple[Adapter, ...], Tensor]]  # adapters, and the indices of the rows they act on
 
@@ -46,7 +47,7 @@ def run_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Any, .
         return first.by_rows(around, mixture, call, *args, **kwargs)
     if view_type(module) is None and all(isinstance(adapter, SublayerAdapter) for group in adapters for adapter in group):
         return _change_by_rows(module, mixture, adapters, args, kwargs)
-    if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+    if any(is_cache(value) for value in (*args, *kwargs.values())):
         raise UsageError(
             f"a {type(module).__name__} keeps a cache of all rows, so no private copy of it can run for some of them"
         )

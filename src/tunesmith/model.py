@@ -17,6 +17,7 @@ from torch import nn
 from . import preflight, prompting, scheduled, segments, site
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
+from .bases import architecture
 from .bases.quantised import logical_size
 from .checkpoint import load_adapter, save_adapters
 from .checkpoint.files import AdapterFolder
@@ -97,7 +98,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         self._disabled = False
         self._merged: dict[str, Originals] = {}
         self._accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._checkpointing: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._checkpointing: list[Any] = architecture.may_recompute(model)
         self._entrance = prompting.entrance_of(
             model, frozenset(self._accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
         )
@@ -505,7 +506,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         super().__setstate__(state)
         self._forget()
         scheduled.watch(self, self.peft_config.values())
-        self._checkpointing = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._checkpointing = architecture.may_recompute(self.base_model)
         records[self.base_model] = self._record
         self._record.handles.add(self)
         self._take_up_stored()

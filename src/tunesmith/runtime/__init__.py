@@ -1,0 +1,1 @@
+"""One call of a base: what goes into it and what it keeps."""
