@@ -291,7 +291,7 @@ def set_recomputing_function(module: Any, function: Callable[..., Any]) -> None:
     setattr(module, _CHECKPOINTED, function)
 
 
-def enable_recomputing(model: Any, settings: dict[str, Any]) -> None:
+def enable_recomputing(model: Any, settings: dict[str, Any] | None = None) -> None:
     """Turn gradient checkpointing on; `gradient_checkpointing_enable` is an old name in newer releases."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(settings)

@@ -109,7 +109,7 @@ def predict(
         with ledger:
             handle = get_peft_model(model, _without_tokenizer(peft_config)).train()
         if gradient_checkpointing:
-            handle.gradient_checkpointing_enable()
+            architecture.enable_recomputing(handle)
         trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
         adapter = sum(parameter.numel() * parameter.element_size() for parameter in handle.adapters.parameters())
         count = sum(parameter.numel() for parameter in trained)
