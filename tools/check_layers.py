@@ -28,7 +28,7 @@ LAYERS = [
     ["contracts"],
     ["registry"],
     ["config", "frame", "runtime", "bases", "kernels", "inits"],
-    ["assets", "errors", "targets"],
+    ["assets", "errors", "targets", "tested"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

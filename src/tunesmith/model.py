@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import preflight, prompting, scheduled, segments, site
+from . import preflight, prompting, scheduled, segments, site, tested
 from .assets import public_name
 from .attach import AdapterTree, build, check_name
 from .bases import architecture
@@ -90,6 +90,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
     ) -> None:
         if any(handle._merged for handle in getattr(records.get(model), "handles", ())):
             raise UsageError("another handle's adapters are merged into this base's weights; call its unmerge_adapter() first")
+        tested.warn_once()
         nn.Module.__init__(self)
         self._modules["base_model"] = model  # add_module refuses the names of properties
         self.adapters = nn.ModuleDict()
