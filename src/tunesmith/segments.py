@@ -182,6 +182,9 @@ def fault(base: Any, frame: Frame) -> str | None:
         return f"this {name} attends to another text, too"
     if architecture.turns_by_length(config):
         return f"this {name} turns the positions of all texts by the length of the longest one"
+    attention_fault = architecture.attention_fault(base)
+    if attention_fault:
+        return attention_fault
     if frame.mixture is not None:
         return "adapter_names tells rows apart and not texts"
     for path, module in architecture.attending(base):

@@ -7,6 +7,7 @@ and nowhere else. A configuration may be None: bases that are plain modules have
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention
 # What configs call a cap or a scale of logits.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _ROPES_BY_LENGTH = ("dynamic", "longrope")  # the longest text of a call decides how positions of all are turned
+_TABLE, _ATTENTION = "ALL_ATTENTION_FUNCTIONS", "_attn_implementation"
 _CHECKPOINTED = "_gradient_checkpointing_func"
 
 
@@ -249,6 +251,24 @@ def attending(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in inner if attends(module) or isinstance(module, PreTrainedModel)]
 
 
+def attention_fault(model: nn.Module) -> str | None:
+    """Why a model's attentions cannot be exchanged for another one with the same result; None where they can.
+
+    Nemotron's are classes of their own before 5.15. `sdpa` leaves out the cap of Gemma 2's scores, and releases before 5.23
+    let it.
+    """
+    for path, module in model.named_modules():
+        if not attends(module):
+            continue
+        homes = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+        if not any(hasattr(home, _TABLE) for home in homes):
+            return f"{path} computes its attention itself"
+        capped = getattr(module.config, "attn_logit_softcapping", None) is not None
+        if capped and getattr(module.config, _ATTENTION, None) == "sdpa":
+            return f'{path} caps its scores, which sdpa does not do; load the base with attn_implementation="eager"'
+    return None
+
+
 def register_attention(name: str, function: Callable[..., Any]) -> None:
     """Put a function into transformers' table of attentions."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -259,7 +279,7 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 def with_attention(config: Any, name: str) -> Any:
     """A shallow copy of a configuration that names another attention; the given one is not touched."""
     other = copy.copy(config)
-    other._attn_implementation = name
+    setattr(other, _ATTENTION, name)
     return other
 
 

@@ -97,6 +97,22 @@ def test_attentions_and_the_stacks_around_them():
     assert found == {"LlamaModel", "LlamaAttention"}
 
 
+def test_attentions_that_do_not_ask_transformers_for_their_function():
+    class Own(nn.Module):  # its home, this module, has no table
+        is_causal, config = True, SimpleNamespace()
+
+    reason = architecture.attention_fault(nn.Sequential(Own()))
+    assert reason is not None and "0 computes its attention itself" in reason
+
+
+@pytest.mark.parametrize("kind, faulty", [("eager", False), ("sdpa", True)])
+def test_capped_scores_that_sdpa_would_leave_uncapped(kind, faulty):
+    model = tf.LlamaModel(tf.LlamaConfig(**tiny.SIZES, attn_implementation=kind))
+    assert architecture.attention_fault(model) is None
+    model.config.attn_logit_softcapping = 2.0
+    assert bool(architecture.attention_fault(model)) is faulty
+
+
 class Newer:
     def activation_checkpointing_enable(self, settings=None):
         self.called = "new", settings
