@@ -37,7 +37,7 @@ class Tested:
         return None
 
 
-TRANSFORMERS = Tested("transformers", "5.4.0", "5.24.0")
+TRANSFORMERS = Tested("transformers", "5.9.0", "5.24.0")
 TORCH = Tested("torch", "2.13.0", "2.13.0")
 
 

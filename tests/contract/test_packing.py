@@ -31,8 +31,8 @@ from tunesmith.site import site_of
 from tunesmith.train import shared_prefix
 from tunesmith.train.live_loss import LiveLoss
 
-# Before transformers 5.15 Nemotron's attention is a class of its own; it is refused then (REFUSED).
-OLD = tuple(map(int, tf.__version__.split(".")[:2])) < (5, 15)
+# Before transformers 5.13 Nemotron's attention is a class of its own; it is refused then (REFUSED).
+OLD = tuple(map(int, tf.__version__.split(".")[:2])) < (5, 13)
 KINDS = sorted(PROVED - {"nemotron"} if OLD else PROVED)
 
 LENGTHS = (5, 9, 1, 9, 3)

@@ -124,7 +124,7 @@ def longest_input(config: Any) -> int | None:
 def key_shapes(config: Any, layers: int) -> set[tuple[int, int]]:
     """`(heads, head_dim)` of keys, all that occur among the layers.
 
-    Releases before 5.15 have no configuration of each layer: there, one describes all of them, but for Gemma 4's wider ones.
+    Releases before 5.14 have no configuration of each layer: there, one describes all of them, but for Gemma 4's wider ones.
     """
     text = text_config(config)
     by_layer = getattr(text, "per_layer_config", None)
@@ -254,7 +254,7 @@ def attending(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def attention_fault(model: nn.Module) -> str | None:
     """Why a model's attentions cannot be exchanged for another one with the same result; None where they can.
 
-    Nemotron's are classes of their own before 5.15. `sdpa` leaves out the cap of Gemma 2's scores, and releases before 5.23
+    Nemotron's are classes of their own before 5.13. `sdpa` leaves out the cap of Gemma 2's scores, and releases before 5.23
     let it.
     """
     for path, module in model.named_modules():
