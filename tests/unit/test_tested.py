@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,13 @@ def test_doctor_names_the_range(monkeypatch):
     monkeypatch.setattr(diagnosis, "TRANSFORMERS", tested.Tested("transformers", "4.0.0", "4.1.0"))
     doubts = [finding for finding in diagnosis.findings() if finding.topic == "transformers"]
     assert [finding.kind for finding in doubts] == ["slow"] and "is newer than 4.1.0" in doubts[0].text
+
+
+def test_the_range_is_the_declared_one_and_the_one_of_the_pinned_sets():
+    root = Path(__file__).parents[2]
+    declared = (root / "pyproject.toml").read_text(encoding="utf-8")
+    for package in (tested.TRANSFORMERS, tested.TORCH):
+        assert f'"{package.package}>={package.oldest.removesuffix(".0")}' in declared
+        for name, release in (("oldest", package.oldest), ("newest", package.newest)):
+            pinned = (root / f"constraints-{name}.txt").read_text(encoding="utf-8").splitlines()
+            assert f"{package.package}=={release}" in pinned
