@@ -6,7 +6,7 @@ METHOD ?= prompt-tuning
 
 CASES ?= startup lora_step packing speed qlora learning
 
-.PHONY: demo test check bench docs format clean
+.PHONY: demo test test-matrix test-sample check bench docs format clean
 
 demo: .venv/runtime.stamp
 	$(BIN)/tunesmith demo --method $(METHOD)
@@ -14,6 +14,18 @@ demo: .venv/runtime.stamp
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
 	$(BIN)/python -m pytest -m timing
+
+# The oldest and the newest set of packages that are tested, each in a virtual environment of its own.
+INTERNALS := tests/contract tests/parity tests/unit/runtime tests/unit/bases tests/unit/test_owners.py tests/unit/test_tested.py
+SAMPLE ?= oldest
+
+test-matrix: .venv-oldest/stamp .venv-newest/stamp
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m "not timing" $(INTERNALS)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 -m "not timing" $(INTERNALS)
+
+# One case of each test of them, on the set that `make test` does not run; `make test-sample SAMPLE=newest` for the other.
+test-sample: .venv-$(SAMPLE)/stamp
+	OMP_NUM_THREADS=1 .venv-$(SAMPLE)/bin/python -m pytest -n 2 -m "not timing" --one-of-each $(INTERNALS)
 
 # Alone on the machine, about an hour and a half; `make bench CASES=startup` runs one case.
 bench: .venv/dev.stamp
@@ -44,5 +56,11 @@ format: .venv/dev.stamp
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+.venv-%/stamp: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt torch==2.13.0
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache demo-out site
+	rm -rf .venv .venv-oldest .venv-newest build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache demo-out site

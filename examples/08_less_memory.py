@@ -66,7 +66,7 @@ for name, dtype, method, checkpointing, batch in [
         config = LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, r=8, lora_alpha=32, lora_dropout=0.1)
         model = get_peft_model(model, config)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     model.train()
     needed, states = step(model, batch)
     trained = storage_bytes([parameter for parameter in model.parameters() if parameter.requires_grad])

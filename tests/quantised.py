@@ -10,7 +10,8 @@ import transformers as tf
 from torch import nn
 
 from tests import tiny
-from tunesmith.bases.quantised import dense_module, drop_marks, quantised_views
+from tunesmith.bases.architecture import drop_quantised_marks
+from tunesmith.bases.quantised import dense_module, quantised_views
 
 pytest.importorskip("bitsandbytes")
 
@@ -51,7 +52,7 @@ def dense_twin(base: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module
     twin = copy.deepcopy(base)
     for path, view in list(quantised_views(twin)):
         twin.set_submodule(path, dense_module(view, dtype))
-    drop_marks(twin)
+    drop_quantised_marks(twin)
     return twin.to(dtype)
 
 

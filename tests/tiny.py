@@ -8,6 +8,8 @@ import torch
 import transformers as tf
 from torch import nn
 
+from tunesmith.bases.architecture import enable_recomputing as enable_recomputing
+
 VOCAB = 96
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
 T5_SIZES = {

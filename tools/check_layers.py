@@ -50,7 +50,7 @@ LAYERS = (
     ("adapter",),
     ("data", "config", "bases"),
     ("storage",),
-    ("labels", "errors", "default_targets", "assets", "inits", "kernels"),
+    ("labels", "errors", "default_targets", "assets", "inits", "kernels", "tested"),
 )
 
 # The one import that runs upwards, a dynamic one: each method's file registers itself.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
+from . import tested
 from .attach.build import build
 from .attach.plan import check_config
 from .attach.tree import check_name
@@ -77,6 +78,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
     ) -> None:
         if any(handle.merged for handle in handles_of(model)):
             raise UsageError("another handle's adapters are merged into this base's weights; call its unmerge_adapter() first")
+        tested.warn_once()
         self.init_state(model)
         self.forget()
         if peft_config is not None:

@@ -74,7 +74,7 @@ def test_loss_and_every_gradient_equal_those_without(method, name, where, reentr
     loss, expected = _step(_handle(method, name), name)
     handle = _handle(method, name)
     target = handle if where == "handle" else handle.base_model
-    target.activation_checkpointing_enable({"use_reentrant": reentrant})
+    tiny.enable_recomputing(target, {"use_reentrant": reentrant})
     calls = _counted(handle.base_model)
     found_loss, found = _step(handle, name)
     assert calls, "nothing was checkpointed"
@@ -124,7 +124,7 @@ def test_two_handles_recompute_with_their_own_adapters(reentrant):
     expected = [_step(lora(tiny.make("llama").double(), seed).train(), "llama")[1] for seed in (1, 2)]
     base, inputs = tiny.make("llama").double(), tiny.inputs_for("llama")
     handles = [lora(base, seed).train() for seed in (1, 2)]
-    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    tiny.enable_recomputing(base, {"use_reentrant": reentrant})
     losses = [handle(**inputs, labels=inputs["input_ids"]).loss for handle in handles]
     for loss in reversed(losses):
         loss.backward()
@@ -136,7 +136,7 @@ def test_two_handles_recompute_with_their_own_adapters(reentrant):
 def test_backward_on_another_thread_recomputes_with_the_adapters(reentrant):
     expected = _step(_handle("lora", "llama"), "llama")[1]
     handle, inputs = _handle("lora", "llama"), tiny.inputs_for("llama")
-    handle.activation_checkpointing_enable({"use_reentrant": reentrant})
+    tiny.enable_recomputing(handle, {"use_reentrant": reentrant})
     loss = handle(**inputs, labels=inputs["input_ids"]).loss
     thread = threading.Thread(target=loss.backward)
     thread.start()
@@ -148,7 +148,7 @@ def test_backward_under_another_handles_frame_recomputes_with_the_own_adapters()
     expected = _step(lora(tiny.make("llama").double(), 1).train(), "llama")[1]
     base, inputs = tiny.make("llama").double(), tiny.inputs_for("llama")
     handle, other = lora(base, 1).train(), lora(base, 2).train()
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    tiny.enable_recomputing(base, {"use_reentrant": False})
     loss = handle(**inputs, labels=inputs["input_ids"]).loss
     with other.entered():
         loss.backward()
@@ -161,7 +161,7 @@ def test_the_base_alone_still_checkpoints_as_before():
     expected = {name: p.grad.clone() for name, p in base.named_parameters()}
     base.zero_grad()
     handle = lora(base)
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    tiny.enable_recomputing(base, {"use_reentrant": False})
     handle.train()(**inputs)
     handle.unload()
     base(**inputs, labels=inputs["input_ids"]).loss.backward()

@@ -81,7 +81,7 @@ def test_checkpointed_layers_compile_with_their_adapters(llama, llama_inputs):
     handle(**llama_inputs, labels=labels).loss.backward()
     expected = [p.grad.clone() for p in handle.adapters.parameters()]
     handle.zero_grad()
-    handle.activation_checkpointing_enable({"use_reentrant": False})
+    tiny.enable_recomputing(handle, {"use_reentrant": False})
     torch.compile(handle, backend="aot_eager")(**llama_inputs, labels=labels).loss.backward()
     for parameter, gradient in zip(handle.adapters.parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient)

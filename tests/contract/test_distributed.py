@@ -166,14 +166,14 @@ def ddp_prefix(rank, folder):
 def ddp_prefix_with_checkpointing(rank, folder):
     for kind in ("prefix", "projected prefix"):
         handle = _make(kind)
-        handle.activation_checkpointing_enable({"use_reentrant": False})
+        tiny.enable_recomputing(handle, {"use_reentrant": False})
         _compare(_step(nn.parallel.DistributedDataParallel(handle), _own_rows(rank)), handle, kind)
 
 
 @case
 def ddp_with_checkpointing(rank, folder):
     handle = _make("lora")
-    handle.activation_checkpointing_enable({"use_reentrant": False})
+    tiny.enable_recomputing(handle, {"use_reentrant": False})
     _compare(_step(nn.parallel.DistributedDataParallel(handle), _own_rows(rank)), handle, "lora")
 
 
@@ -232,7 +232,7 @@ def fsdp_prefix_with_checkpointing(rank, folder):
     for reentrant in (True, False):
         for kind in ("prefix", "projected prefix"):
             handle = _make(kind)
-            handle.activation_checkpointing_enable({"use_reentrant": reentrant})
+            tiny.enable_recomputing(handle, {"use_reentrant": reentrant})
             _shard(handle)
             _compare(_step(handle, _own_rows(rank)), handle, kind)
 
@@ -260,7 +260,7 @@ def fsdp_saves_encoders_whole(rank, folder):
 def fsdp_with_checkpointing(rank, folder):
     for reentrant in (True, False):
         handle = _make("lora")
-        handle.activation_checkpointing_enable({"use_reentrant": reentrant})
+        tiny.enable_recomputing(handle, {"use_reentrant": reentrant})
         _shard(handle)
         _compare(_step(handle, _own_rows(rank)), handle, "lora")
 

@@ -176,7 +176,7 @@ def test_decoders_obtained_from_a_handle_have_the_prefix(llama, llama_inputs):
 def test_what_stands_around_the_layers_is_needed(taken, llama, llama_inputs, monkeypatch):
     """Were one of the two not to act, the tests of checkpointing could tell."""
     handle = prefixed(llama).train()
-    handle.activation_checkpointing_enable({"use_reentrant": False})
+    tiny.enable_recomputing(handle, {"use_reentrant": False})
     inputs = {**llama_inputs, "labels": llama_inputs["input_ids"]}
     handle(**inputs).loss.backward()
     expected = handle.tree("default").prompt.embedding.grad.clone()

@@ -162,7 +162,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
                 module.p = 0.0
         handle = ours_on(base, "adaption", "CAUSAL_LM").train()
         if checkpointing:
-            handle.activation_checkpointing_enable({"use_reentrant": reentrant})
+            tiny.enable_recomputing(handle, {"use_reentrant": reentrant})
         handle(**with_labels("llama")).loss.backward()
         found.append(gradients(handle))
     assert_same_gradients(found[1], found[0], rtol=1e-9, atol=1e-14)

@@ -137,7 +137,7 @@ def test_gradient_checkpointing_copies_and_bf16():
     for checkpointing in (False, True):
         handle = ours_on(tiny.make("llama").double(), "multitask", "CAUSAL_LM").train()
         if checkpointing:
-            handle.activation_checkpointing_enable({"use_reentrant": True})
+            tiny.enable_recomputing(handle, {"use_reentrant": True})
         handle(**batch, task_ids=TASKS).loss.backward()
         found.append([p.grad for p in handle.adapters.parameters()])
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9)

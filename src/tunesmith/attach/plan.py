@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..adapter import LinearAdapter, ParameterAdapter
+from ..bases import architecture
 from ..bases.dense import LinearView
 from ..bases.view import view_of, view_type
 from ..config import PeftConfig, PromptConfig, TargetedConfig, TaskType
@@ -56,7 +57,7 @@ def match(model: nn.Module, config: PeftConfig) -> Plan:
     plan, faults = Plan(), list(_parallel_faults(model))
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
-        config.resolve_targets(getattr(getattr(model, "config", None), "model_type", None))
+        config.resolve_targets(architecture.model_type(architecture.config_of(model)))
         chosen = config.target_modules
         if chosen is None:
             config.target_modules = adapter_type(config).usual_targets(modules)
@@ -113,14 +114,15 @@ def check_task(model: Any, config: PeftConfig) -> None:
     """Refuse a task that the model cannot do, before anything is built."""
     task: Any = config.task_type
     name = type(model).__name__
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
-    if task == TaskType.SEQ_2_SEQ_LM and encoder_decoder is False:
+    base = architecture.config_of(model)
+    encoder_decoder = architecture.is_encoder_decoder(base)
+    if task == TaskType.SEQ_2_SEQ_LM and architecture.is_decoder_only(base):
         raise ConfigError(f"task_type=SEQ_2_SEQ_LM needs an encoder-decoder, {name} has none; use CAUSAL_LM")
     if task == TaskType.CAUSAL_LM and encoder_decoder and hasattr(model, "get_encoder"):
         raise ConfigError(f"task_type=CAUSAL_LM needs a decoder-only model, {name} has an encoder; use SEQ_2_SEQ_LM")
-    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and hasattr(model, "config") and not hasattr(model, "generate"):
+    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and base is not None and not hasattr(model, "generate"):
         raise ConfigError(f"task_type={task.value} needs a model that generates, {name} does not; load it with its LM head")
-    if task in _HEADS and getattr(model, "get_output_embeddings", lambda: None)() is not None:
+    if task in _HEADS and architecture.output_head(model) is not None:
         raise ConfigError(
             f"task_type={task.value} needs a model with a task head, {name} has a language model's; load it with {_HEADS[task]}"
         )

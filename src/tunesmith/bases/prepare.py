@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from . import architecture
 
 WIDENED = "_widened_for_training"  # attribute of a model: `{parameter: type before}`
 
@@ -51,13 +52,11 @@ def prepare_model_for_kbit_training(
                 parameter.data = parameter.data.float()
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
-    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    if quantised and use_gradient_checkpointing:
+    if architecture.is_quantised(model) and use_gradient_checkpointing:
         kwargs = gradient_checkpointing_kwargs or {}
         if kwargs.get("use_reentrant", True):  # which needs an input with a gradient, and the base has none that trains
             model.enable_input_require_grads()
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(kwargs)
+        architecture.enable_recomputing(model, kwargs)
     return model
 
 

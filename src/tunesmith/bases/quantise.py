@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..bases.architecture import is_stored_quantised
 from ..errors import UsageError
 from ..storage.folder import write_folder
 from .stored_base import weight_files
@@ -101,7 +102,7 @@ def _quantised_modules(source: Path, settings: BitsAndBytesConfig) -> tuple[Any,
         raise UsageError(
             f"{source} is no causal language model that transformers knows: {str(error).splitlines()[0]}"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
+    if is_stored_quantised(config):
         raise UsageError(f"{source} is quantised already")
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     dense = {

@@ -333,14 +333,3 @@ def dense_copy(module: nn.Module) -> nn.Module:
             return dense
         copied.set_submodule(path, dense)
     return copied
-
-
-def drop_marks(model: Any) -> None:
-    """Take away what says that `model` is quantised, once nothing of it is."""
-    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
-        model.__dict__.pop(name, None)
-    model.__dict__.pop("is_quantized", None)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    for config in configs.values():
-        config.__dict__.pop("quantization_config", None)
-        config.__dict__.pop("_is_quantized", None)

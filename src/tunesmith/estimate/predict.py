@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bases import architecture
 from ..bases.stored_bytes import stored_bytes
 from ..config import PeftConfig
 from ..data.packing import PackedCollator
@@ -104,11 +105,11 @@ def predict(
     ledger = Ledger()
     model = skeleton(config, storage.dtype)
     dense = ledger.hold([*model.parameters(), *model.buffers()])
-    with _tiles_of(device), _explained(config.model_type):
+    with _tiles_of(device), _explained(str(architecture.model_type(config))):
         with ledger:
             handle = get_peft_model(model, _without_tokenizer(peft_config)).train()
         if gradient_checkpointing:
-            handle.gradient_checkpointing_enable()
+            architecture.enable_recomputing(handle)
         trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
         adapter = sum(parameter.numel() * parameter.element_size() for parameter in handle.adapters.parameters())
         count = sum(parameter.numel() for parameter in trained)
@@ -176,15 +177,15 @@ def _step(ledger: Ledger, handle: PeftModel, loss_of: CountedLoss, inputs: dict[
 def _collated(handle: PeftModel, packing: bool | None, batch: Sequence[Example]) -> dict[str, Any]:
     """A batch as a job makes it; encoder-decoders and speech have two texts a row."""
     config: Any = handle.base_model.config
-    if not getattr(config, "is_encoder_decoder", False):
+    if not architecture.is_encoder_decoder(config):
         collator = batching(handle, packing, 0)[1]
         assert isinstance(collator, (PackedCollator, PadRight))
         return dict(collator(batch))
     rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in batch]
     inputs = {name: value for name, value in PadRight(0)(rows).items() if name != "labels"}
     labels = PadRight(IGNORED)([{"input_ids": row["labels"]} for row in batch])["input_ids"]
-    if config.model_type == "whisper":
-        sound = torch.empty(len(batch), config.num_mel_bins, 2 * config.max_source_positions, device="meta")
+    if architecture.hears(config):
+        sound = torch.empty(len(batch), *architecture.sound_shape(config), device="meta")
         return {"input_features": sound.to(handle.base_model.dtype), "labels": labels}
     return {**inputs, "labels": labels}
 
@@ -198,7 +199,7 @@ def _stored(model: Any, dense: int, storage: Storage) -> tuple[int, int]:
     """`(bytes of the base as it is stored, bytes of the largest weight while it is decoded)`."""
     if storage.bits == 16:
         return dense, 0
-    head = model.get_output_embeddings()
+    head = architecture.output_head(model)
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     form = "int8" if storage.bits == 8 else "nf4 nested" if storage.double_quantisation else "nf4"
     stored = sum(stored_bytes(form, *weight.shape) for weight in linear)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..assets import resolve
+from ..bases import architecture
 from ..errors import UsageError, did_you_mean
 
 KNOWN = Path(__file__).with_name("models.json")
@@ -72,11 +73,10 @@ def skeleton(config: Any, dtype: Any) -> Any:
     import torch
     import transformers
 
-    kinds = {"whisper": "AutoModelForSpeechSeq2Seq"}
-    usual = "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "AutoModelForCausalLM"
-    auto = getattr(transformers, kinds.get(config.model_type, usual))
+    auto = getattr(transformers, architecture.auto_class(config))
     try:
         with torch.device("meta"):
             return auto.from_config(config, dtype=dtype)
     except ValueError as error:
-        raise UsageError(f"models of type {config.model_type} are no language models; nothing is planned for them") from error
+        kind = architecture.model_type(config)
+        raise UsageError(f"models of type {kind} are no language models; nothing is planned for them") from error

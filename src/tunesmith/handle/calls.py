@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bases.architecture import RECOMPUTES_BY
 from ..errors import UsageError
 from ..runtime import call_inputs
 from ..runtime.frame import BOUNDARIES, Frame, entered
@@ -70,9 +71,9 @@ class Calls(Frames):
     def _carry_frames(self) -> None:
         """Let layers that gradient checkpointing recomputes see the frame of their forward pass."""
         for module in self.checkpointing_modules:
-            function = getattr(module, "_gradient_checkpointing_func", None)
+            function = vars(module).get(RECOMPUTES_BY)
             if function is not None and not isinstance(function, CarriesFrame):
-                module._gradient_checkpointing_func = CarriesFrame(function)
+                setattr(module, RECOMPUTES_BY, CarriesFrame(function))
 
     def prepare(self, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the base's forward takes for these inputs of the handle's; to be called inside the frame."""

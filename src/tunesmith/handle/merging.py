@@ -11,7 +11,7 @@ from torch import nn
 
 from ..attach.conflicts import conflict
 from ..attach.tree import AdapterTree
-from ..bases import quantised
+from ..bases import architecture, quantised
 from ..errors import UsageError
 from ..merge.dense import changed, into_dense
 from ..merge.weights import Originals, check, check_order, into_weights, plain_copy, restore
@@ -178,9 +178,9 @@ class Merging(Switching):
         if leave(self, self.shared_base):
             for module in base.modules():
                 site.remove(module)
-                function = module.__dict__.get("_gradient_checkpointing_func")
+                function = vars(module).get(architecture.RECOMPUTES_BY)
                 if isinstance(function, CarriesFrame):
-                    module._gradient_checkpointing_func = function.checkpoint
+                    setattr(module, architecture.RECOMPUTES_BY, function.checkpoint)
             quantised.release(base)
             self.shared_base.thaw(base)
         return cast(nn.Module, base)

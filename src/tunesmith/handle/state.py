@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..attach.tree import AdapterTree
+from ..bases import architecture
 from ..config import PeftConfig
 from ..errors import AdapterNameError, did_you_mean
 from ..merge.weights import Originals
@@ -63,7 +64,7 @@ class HandleState(nn.Module):
         self.find_checkpointing_modules()
 
     def find_checkpointing_modules(self) -> None:
-        self.checkpointing_modules = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.checkpointing_modules = architecture.may_recompute(self.base_model)
 
     @property
     def base_model(self) -> Any:

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from ..tested import TORCH, TRANSFORMERS
+
 PACKAGES = ("tunesmith", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub")
 OPTIONAL = {
     "bitsandbytes": "4-bit and 8-bit bases",
@@ -23,7 +25,7 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: a fact, or one that makes things good or slow."""
+    """One line: a fact, or one that makes things good or slow (or doubtful)."""
 
     kind: Literal["fact", "good", "slow"]
     topic: str
@@ -34,6 +36,7 @@ def findings() -> Iterator[Finding]:
     """Everything there is to say, in the order in which it is shown."""
     yield Finding("fact", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("fact", "versions", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    yield from _tested()
     for name, use in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
             yield Finding("fact", name, f"not installed: no {use} (pip install {name})")
@@ -42,6 +45,15 @@ def findings() -> Iterator[Finding]:
     yield from _processor()
     yield from _accelerator()
     yield from _surroundings()
+
+
+def _tested() -> Iterator[Finding]:
+    """Which releases of the packages underneath are tested, and whether those installed are among them."""
+    yield Finding("fact", "tested with", f"{TRANSFORMERS}; {TORCH}")
+    installed = _version("transformers")
+    fault = TRANSFORMERS.fault(installed) if installed[0].isdigit() else None
+    if fault:
+        yield Finding("slow", "transformers", fault)
 
 
 def _version(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..bases import architecture
 from ..bases.precision import dtype_named
 from ..config import TaskType
 from ..errors import ConfigError, TunesmithError
@@ -79,7 +80,7 @@ def plan_training(settings: Settings, rows: Rows | None = None, device: str | No
     config = config_of(settings.base)
     config.use_cache = False
     peft_config = settings.peft_config(settings.base)
-    if getattr(config, "is_encoder_decoder", False):
+    if architecture.is_encoder_decoder(config):
         peft_config = dataclasses.replace(peft_config, task_type=TaskType.SEQ_2_SEQ_LM)
         held_out: list[Example] = []
     else:
@@ -100,7 +101,7 @@ def storage_of(settings: Settings, config: Any, device: str) -> Storage:
     """In what types a job's values lie."""
     dtype = dtype_named(settings.dtype) if settings.dtype != "auto" or device == "cpu" else torch.bfloat16
     return Storage(
-        dtype=dtype or getattr(config, "dtype", None) or torch.float32,
+        dtype=dtype or architecture.stored_dtype(config) or torch.float32,
         bits=settings.bits,
         double_quantisation=settings.bnb_4bit_use_double_quant,
         bytes_of_moments=2 if "8bit" in settings.optim else 8,
@@ -158,10 +159,11 @@ def needs_checkpointing(settings: Settings, base: Any) -> bool:
 
 def _most_transient(settings: Settings, base: Any) -> int:
     """Bytes that activations and logits of a batch surely do not exceed."""
-    config = base.config.get_text_config()
+    config = base.config
     tokens = settings.per_device_train_batch_size * settings.max_length
-    kept: int = config.num_hidden_layers * config.hidden_size * VALUES_PER_LAYER * base.dtype.itemsize
-    return tokens * (kept + 8 * config.vocab_size)
+    layers, width = architecture.layers_in(config) or 0, architecture.hidden_size(config)
+    kept: int = layers * width * VALUES_PER_LAYER * base.dtype.itemsize
+    return tokens * (kept + 8 * architecture.vocabulary(config))
 
 
 def advice(settings: Settings) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..auto import load_base, load_tokenizer
+from ..bases.architecture import longest_input
 from ..bases.loading import stored_in
 from ..config import read_config
 from ..data.encode import encode_text
@@ -98,4 +99,4 @@ class Generator:
     @property
     def room(self) -> int | None:
         """How many tokens the base can read; None where it does not say."""
-        return getattr(self.base.config, "max_position_embeddings", None)
+        return longest_input(self.base.config)

@@ -16,8 +16,9 @@ from torch import nn
 
 from ..adapter import Adapter, LinearAdapter, ModuleCopy
 from ..attach.tree import AdapterTree
+from ..bases.architecture import drop_quantised_marks
 from ..bases.prepare import WIDENED, narrowed
-from ..bases.quantised import dense_module, drop_marks, quantised_views
+from ..bases.quantised import dense_module, quantised_views
 from ..errors import UsageError
 from .weights import into_weights
 
@@ -68,7 +69,7 @@ def into_dense(base: Any, trees: list[AdapterTree], safe: bool, dtype: torch.dty
             base.set_submodule(path, module)
         raise
     narrowed(base)
-    drop_marks(base)
+    drop_quantised_marks(base)
 
 
 def _round(module: nn.Module, path: str, dtype: torch.dtype, safe: bool) -> None:

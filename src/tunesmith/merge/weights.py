@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter
 from ..attach.tree import AdapterTree
+from ..bases import architecture
 from ..bases.quantised import QuantisedView, view_if_quantised
 from ..bases.view import BaseView, view_of
 from ..errors import UsageError
@@ -133,7 +134,7 @@ def restore(base: Any, originals: Originals) -> None:
         if quantised is not None:
             quantised.adopt()
     if hasattr(base, "config") and base.__dict__.pop("_untied_by_tunesmith", False):
-        base.config.tie_word_embeddings = True
+        architecture.tie_embeddings(base.config, True)
 
 
 def plain_copy(base: nn.Module) -> nn.Module:
@@ -214,8 +215,8 @@ def _owner(base: nn.Module, path: str, name: str) -> tuple[Any, str]:
 def _untie(base: nn.Module, old: Tensor, changed: int) -> None:
     """When more modules share `old` than change: say so in the config, or it reloads wrongly."""
     shared = [name for name, p in base.named_parameters(remove_duplicate=False) if p is old]
-    config: Any = getattr(base, "config", None)
-    if len(shared) > changed and getattr(config, "tie_word_embeddings", False):
+    config = architecture.config_of(base)
+    if len(shared) > changed and architecture.ties_embeddings(config):
         logger.warning("merging unties %s; config.tie_word_embeddings is now False", " and ".join(shared))
-        config.tie_word_embeddings = False
+        architecture.tie_embeddings(config, False)
         base.__dict__["_untied_by_tunesmith"] = True

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import SublayerAdapter
+from ..bases.architecture import hidden_size
 from ..config import PeftConfig, TargetedConfig, config_class
 from ..errors import ConfigError
 from ..registry import register
@@ -89,8 +90,8 @@ class AdaptionPrompt(SublayerAdapter):
 
     def __init__(self, module: nn.Module, config: AdaptionPromptConfig, settings: dict[str, Any]) -> None:
         super().__init__(module, config, settings)
-        base: Any = module.config
-        self.adaption_prompt = nn.Parameter(torch.empty(1, config.adapter_len or 0, base.hidden_size))
+        width = hidden_size(module.config)
+        self.adaption_prompt = nn.Parameter(torch.empty(1, config.adapter_len or 0, width))
         self.adaption_gate = nn.Parameter(torch.zeros(1))
 
     def reset_parameters(self, base: Any) -> None:

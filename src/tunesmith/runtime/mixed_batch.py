@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, SublayerAdapter
 from ..bases.view import plain_forward, view_type
 from ..errors import UsageError
+from .cache import is_cache
 from .fold import fold
 from .frame import Around, Mixture, entered
 
@@ -47,7 +48,7 @@ def run_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Any, .
         return first.by_rows(around, mixture, call, *args, **kwargs)
     if view_type(module) is None and all(isinstance(adapter, SublayerAdapter) for group in adapters for adapter in group):
         return _change_by_rows(module, mixture, adapters, args, kwargs)
-    if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+    if any(is_cache(value) for value in (*args, *kwargs.values())):
         raise UsageError(
             f"a {type(module).__name__} keeps a cache of all rows, so no private copy of it can run for some of them"
         )

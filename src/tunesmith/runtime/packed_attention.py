@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..bases.architecture import register_attention
 from ..kernels import short_attention
 from .frame import Segments, current_frame
 
@@ -63,7 +63,7 @@ def attend(
     return torch.cat([text.transpose(1, 2) for text in texts], dim=1), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+register_attention(ATTENTION, attend)
 
 
 def _seen_by_texts(tensor: Tensor, segments: Segments) -> list[Tensor]:

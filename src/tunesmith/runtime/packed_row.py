@@ -13,20 +13,18 @@ recomputed in a backward pass find the frame again.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..adapter import ModuleCopy
+from ..bases import architecture
 from ..bases.view import module_view
 from ..errors import UsageError
 from ..labels import IGNORED
-from . import site
+from . import cache, site
 from .frame import BOUNDARIES, PACKED_KEYS, Frame, Replacement, Segments
 from .packed_attention import ATTENTION
 
@@ -36,7 +34,6 @@ PROVED = frozenset({
     "gpt_bigcode", "gpt_neox", "granite", "helium", "llama", "mistral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3",
     "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
 })  # fmt: skip
-ROPES_BY_LENGTH = ("dynamic", "longrope")  # the longest text of a call decides how positions of all are turned
 
 
 class OtherConfig(Replacement):
@@ -81,8 +78,9 @@ def packed(
         inputs, segments = _behind(virtual, inputs, segments, base.get_input_embeddings())
     if even > 1:
         inputs, segments = _evened(inputs, segments, even)
-    modules: list[Any] = [module for _, module in _attending(base)]
-    twins = {id(module.config): OtherConfig(_packed_config(module.config)) for module in modules}  # mostly one for all
+    modules: list[Any] = [module for _, module in architecture.attending(base)]
+    configs = {id(module.config): module.config for module in modules}  # mostly one for all
+    twins = {of: OtherConfig(architecture.with_attention(config, ATTENTION)) for of, config in configs.items()}
     frame = frame.packed(segments, {site.install(module): twins[id(module.config)] for module in modules})
     return frame, {**inputs, "use_cache": False}
 
@@ -134,48 +132,34 @@ def cut(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 def fault(base: Any, frame: Frame) -> str | None:
     """Why texts of one row cannot be kept apart on this base with the frame's adapters; None where they can."""
-    config, name = getattr(base, "config", None), type(base).__name__
-    kind = getattr(config, "model_type", None)
-    if kind not in PROVED:
+    config, name = architecture.config_of(base), type(base).__name__
+    kind = architecture.model_type(config)
+    if kind is None or kind not in PROVED:
         return f"no test proves that {name} keeps them apart"
-    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] not in (cls.__name__ for cls in type(base).__mro__):
+    if not architecture.is_causal_lm(base, kind):
         return f"{name} is no causal language model"
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
+    if architecture.attends_both_ways(config):
         return f"this {name} attends in both directions"
-    if getattr(config, "add_cross_attention", False):
+    if architecture.attends_elsewhere(config):
         return f"this {name} attends to another text, too"
-    if any(rope in str(getattr(config, "rope_parameters", None)) for rope in ROPES_BY_LENGTH):
+    if architecture.turns_by_length(config):
         return f"this {name} turns the positions of all texts by the length of the longest one"
+    attention_fault = architecture.attention_fault(base)
+    if attention_fault:
+        return attention_fault
     if frame.mixture is not None:
         return "adapter_names tells rows apart and not texts"
-    for path, module in _attending(base):
+    for path, module in architecture.attending(base):
         if site.fault(module):
             return f"{path}: {site.fault(module)}"
     copied = [at.module() for at, adapters in frame.adapters.items() if any(isinstance(a, ModuleCopy) for a in adapters)]
-    if any(_attends(inner) for module in copied if module is not None for inner in module.modules()):
+    if any(architecture.attends(inner) for module in copied if module is not None for inner in module.modules()):
         return f"{', '.join(frame.names)} has a private copy of an attention (modules_to_save)"
     return None
 
 
-def _attends(module: nn.Module) -> bool:
-    """Whether a module is an attention of the kind that all architectures in `PROVED` have."""
-    return hasattr(module, "is_causal") and hasattr(module, "config")
-
-
-def _attending(base: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Paths and modules of the attentions, and of the stacks around them, which make masks."""
-    inner = [(path, module) for path, module in base.named_modules() if path]
-    return [(path, module) for path, module in inner if _attends(module) or isinstance(module, PreTrainedModel)]
-
-
-def _packed_config(config: Any) -> Any:
-    other = copy.copy(config)
-    other._attn_implementation = ATTENTION
-    return other
-
-
 def _check(tokens: Tensor, segments: Segments, inputs: dict[str, Any]) -> None:
-    given = [name for name in ("attention_mask", "past_key_values") if inputs.get(name) is not None]
+    given = [name for name in ("attention_mask", *cache.NAMES) if inputs.get(name) is not None]
     if given:
         raise UsageError(f"a packed row has {BOUNDARIES} in place of {' and '.join(given)}; leave {given[0]} out")
     if inputs.get("output_attentions"):

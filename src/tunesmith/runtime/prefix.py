@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from ..adapter import PromptAdapter
+from ..bases import architecture
 from ..bases.view import execution_device
 from ..config import PromptConfig
 from ..errors import ConfigError, UsageError
-from . import site
+from . import cache, site
+from .cache import cache_name
 from .frame import Around, Mixture, current_frame
 from .virtual_tokens import InputSpec, check_length, check_positions, counted_positions, counts, input_spec_of, prepend
-
-CACHE_NAMES = ("past_key_values", "layer_past")  # what attentions call the cache
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, `(B, heads, n, head_dim)` or without B
 
@@ -53,43 +52,35 @@ def find_stack(model: Any) -> Stack:
     Raises:
         ConfigError: it has no layers that do, or not all of them alike.
     """
-    name, config = type(model).__name__, getattr(model, "config", None)
+    name = type(model).__name__
     modules = dict(model.named_modules())
-    inside = set(model.get_decoder().modules()) if getattr(config, "is_encoder_decoder", False) else set(modules.values())
+    has_encoder = architecture.is_encoder_decoder(architecture.config_of(model))
+    inside = set(model.get_decoder().modules()) if has_encoder else set(modules.values())
     attentions: dict[int, str] = {}
     for path, module in modules.items():
-        index = getattr(module, "layer_idx", None)
-        if module in inside and isinstance(index, int) and cache_name(module) and not _holds_attention(module):
+        index = architecture.layer_index(module)
+        if module in inside and index is not None and cache_name(module) and not _holds_attention(module):
             attentions.setdefault(index, path)  # a decoder's cross-attention has its layer's index, too, but comes second
     stacks = {_stack_of(path, modules) for path in attentions.values()}
     if len(stacks) != 1 or None in stacks:
         raise ConfigError(f"prefix tuning needs layers that take past keys and values, {name} has none; use prompt tuning")
     stack = stacks.pop()
     assert stack is not None
-    text = modules[stack].config.get_text_config(decoder=True)
-    layers = DynamicCache(config=text).layers
-    if sorted(attentions) != list(range(len(layers))) or not all(isinstance(layer, DynamicLayer) for layer in layers):
+    config = modules[stack].config
+    layers = cache.layer_count(config)
+    if layers is None or sorted(attentions) != list(range(layers)):
         raise ConfigError(f"prefix tuning needs keys and values in every layer, {name} lacks them in some; use prompt tuning")
-    if getattr(text, "kv_lora_rank", None):
+    if architecture.compresses_keys(config):
         raise ConfigError(f"prefix tuning needs keys and values of one size, those of {name} differ; use prompt tuning")
-    shapes = {_key_shape(text.per_layer_config[index]) for index in range(len(layers))}
-    if len(shapes) > 1 or getattr(text, "num_kv_shared_layers", None):
+    shapes = architecture.key_shapes(config, layers)
+    if len(shapes) > 1 or architecture.shares_keys(config):
         raise ConfigError(f"prefix tuning needs layers of one shape, {name} has several; use prompt tuning")
     for path in (stack, *attentions.values()):
         reason = site.fault(modules[path])
         if reason:
             raise ConfigError(f"{path or name}: {reason}")
     heads, head_dim = shapes.pop()
-    return Stack(stack, tuple(attentions[index] for index in range(len(layers))), heads, head_dim)
-
-
-def _key_shape(config: Any) -> tuple[int, int]:
-    """Heads and width of a layer's keys."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1, head_dim
-    return getattr(config, "num_key_value_heads", None) or heads, head_dim
+    return Stack(stack, tuple(attentions[index] for index in range(layers)), heads, head_dim)
 
 
 def fill_in(config: PromptConfig, model: nn.Module) -> None:
@@ -110,7 +101,7 @@ def fill_in(config: PromptConfig, model: nn.Module) -> None:
             raise ConfigError(f"{field}={given}, but the keys of {type(model).__name__} have {size}; leave it out")
         setattr(config, field, size)
     if config.num_transformer_submodules is None:
-        config.num_transformer_submodules = 2 if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else 1
+        config.num_transformer_submodules = 2 if architecture.is_encoder_decoder(architecture.config_of(model)) else 1
 
 
 def places(prompt: PromptAdapter, model: nn.Module) -> Iterator[tuple[str, Around]]:
@@ -169,25 +160,12 @@ class PrefixedAttention(Around):
     def _given_back(self, args: tuple, kwargs: dict[str, Any], layer_for: Callable[[int], Tensor]) -> dict[str, Any]:
         """The inputs, with a cache that holds the layer's keys and values where there is none."""
         inputs = {**dict(zip(self.names, args)), **kwargs}
-        if inputs.get(self.cache_name) is None:
-            hidden = inputs[self.names[0]]  # (B, T, dim)
-            rows = hidden.shape[0]
-            one = PrefixLayer(*_for_rows(layer_for(rows).to(hidden.device, hidden.dtype), rows))
-            inputs[self.cache_name] = Cache(layers=[one] * (self.layer + 1))
-        return inputs
-
-
-class PrefixLayer(DynamicLayer):
-    """One layer's cache that holds a prefix and never anything more."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        if cache.given(inputs) is not None:
+            return inputs
+        hidden = inputs[self.names[0]]  # (B, T, dim)
+        rows = hidden.shape[0]
+        keys, values = _for_rows(layer_for(rows).to(hidden.device, hidden.dtype), rows)
+        return cache.with_cache(inputs, self.cache_name, cache.holding_one(keys, values, self.layer))
 
 
 def extend(
@@ -212,9 +190,10 @@ def extend(
         packed = None if frame is None else frame.segments
         check_length(length if packed is None else packed.longest, n, entrance)
         expanded = [_for_rows(layer, rows) for layer in layers]
-        inputs["past_key_values"] = _filled(inputs.get("past_key_values"), expanded, stack, _stores(inputs, stack))
+        filled = _filled(cache.given(inputs), expanded, stack, _stores(inputs, stack))
+        inputs = cache.with_cache(inputs, cache_name(stack) or "", filled)
     else:
-        seen = inputs["past_key_values"].get_seq_length() - n
+        seen = cache.length(cache.given(inputs)) - n
     check_positions(real, entrance)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
@@ -243,30 +222,24 @@ def is_first_step(inputs: dict[str, Any]) -> bool:
     Raises:
         UsageError: the cache is of a fixed size, which has no room for a prefix.
     """
-    cache = inputs.get("past_key_values")
-    if cache is None:
+    found = cache.given(inputs)
+    if found is None:
         return True
-    if getattr(cache, "is_compileable", False):
+    if cache.is_fixed(found):
         raise UsageError("prefix tuning needs a cache that can grow; leave out cache_implementation, or take a DynamicCache")
-    return cache.get_seq_length() == 0
-
-
-def cache_name(module: nn.Module) -> str | None:
-    """What the module's forward calls the cache; None where it takes none."""
-    parameters = inspect.signature(type(module).forward).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
+    return cache.length(found) == 0
 
 
 def _holds_attention(module: nn.Module) -> bool:
     """Whether another attention is inside (some layers bear their index, too)."""
-    return any(isinstance(getattr(m, "layer_idx", None), int) and cache_name(m) for m in module.modules() if m is not module)
+    return any(architecture.layer_index(m) is not None and cache_name(m) for m in module.modules() if m is not module)
 
 
 def _stack_of(path: str, modules: dict[str, nn.Module]) -> str | None:
     """The nearest module around an attention that takes a whole text and a cache."""
     while path:
         path = path.rpartition(".")[0]
-        if {"inputs_embeds", "past_key_values"} <= set(inspect.signature(type(modules[path]).forward).parameters):
+        if "inputs_embeds" in inspect.signature(type(modules[path]).forward).parameters and cache_name(modules[path]):
             return path
     return None
 
@@ -280,24 +253,16 @@ def _for_rows(layer: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def _stores(inputs: dict[str, Any], stack: Any) -> bool:
     """Whether the cache is to take up the tokens' keys and values, too: not where layers may be recomputed."""
     wanted = inputs.get("use_cache")
-    wanted = getattr(stack.config, "use_cache", False) if wanted is None else wanted
+    wanted = architecture.stores_by_default(stack.config) if wanted is None else wanted
     if not wanted or not stack.training:
         return bool(wanted)
-    return not any(getattr(module, "gradient_checkpointing", False) for module in stack.modules())
+    return not any(architecture.recomputes(module) for module in stack.modules())
 
 
-def _filled(given: Any, layers: Layers, stack: Any, stores: bool) -> Cache:
+def _filled(given: Any, layers: Layers, stack: Any, stores: bool) -> Any:
     """The (empty) cache that was given, or a new one, with the prefix in it."""
-    config = stack.config.get_text_config(decoder=True)
-    crossed = bool(getattr(config, "is_encoder_decoder", False))
     if not stores and given is None:
-        prefix = Cache(layers=[PrefixLayer(keys, values) for keys, values in layers])
-        return EncoderDecoderCache(prefix, DynamicCache(config=config)) if crossed else prefix
-    cache = given
-    if cache is None:
-        cache = DynamicCache(config=config)
-        cache = EncoderDecoderCache(cache, DynamicCache(config=config)) if crossed else cache
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    for index, (keys, values) in enumerate(layers):
-        own.update(keys, values, index)
-    return cache
+        return cache.holding(layers, stack.config)
+    filled = cache.empty(stack.config) if given is None else given
+    cache.append(filled, layers)
+    return filled

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import architecture
 from ..config import PromptConfig, TaskType
 from ..errors import ConfigError, UsageError
+from ..labels import IGNORED
+from . import cache
 from .frame import Frame, Mixture
-
-IGNORED = -100  # the label that no loss counts
 
 
 @dataclass(frozen=True)
@@ -127,43 +128,37 @@ def extend(
 
 def input_spec_of(model: nn.Module, accepts: frozenset[str], *, labels_per_token: bool, classifies: bool) -> InputSpec:
     """Read an `InputSpec` off a base model and its config."""
-    config = getattr(model, "config", None)
-    table = _position_table(model)
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    config = architecture.config_of(model)
+    table = architecture.position_table(model)
+    encoder_decoder = architecture.is_encoder_decoder(config)
+    last = architecture.reads_last_token(model)
     return InputSpec(
         accepts=accepts,
         encoder_decoder=encoder_decoder,
         labels_per_token=labels_per_token and not encoder_decoder,
-        last_token_decides=classifies and hasattr(model, "score"),
-        first_token_decides=classifies and not hasattr(model, "score"),
-        reads_first_token=not classifies and getattr(model, "pooler", None) is not None,
-        positions=getattr(config, "max_position_embeddings", None) if table is not None else None,
+        last_token_decides=classifies and last,
+        first_token_decides=classifies and not last,
+        reads_first_token=not classifies and architecture.pools_first_token(model),
+        positions=architecture.longest_input(config) if table is not None else None,
         mask_positions="position_ids" in accepts
         and not encoder_decoder
-        and (table is None or getattr(table, "padding_idx", None) is None),
+        and (table is None or not architecture.positions_behind_padding(table)),
     )
 
 
 def fill_in(config: PromptConfig, model: Any) -> None:
     """Fill the fields of a prompt config that follow from the base, as the ecosystem's files hold them."""
-    table = model.get_input_embeddings()
-    dim = getattr(table, "embedding_dim", None) or table.weight.shape[1]
+    dim = architecture.embedding_width(model)
     if config.token_dim not in (None, dim):
         raise ConfigError(f"token_dim={config.token_dim}, but {type(model).__name__} embeds tokens in {dim} dimensions")
     config.token_dim = dim
-    base: Any = getattr(model, "config", None)
-    base = base.get_text_config() if hasattr(base, "get_text_config") else base
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
-    for field_name, names in _CONFIG_NAMES.items():
-        if getattr(config, field_name) is None:
-            setattr(config, field_name, next((v for name in names if (v := getattr(base, name, None)) is not None), None))
-
-
-_CONFIG_NAMES = {
-    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
-}
+    base = architecture.config_of(model)
+    if config.num_layers is None:
+        config.num_layers = architecture.layers_in(base)
+    if config.num_attention_heads is None:
+        config.num_attention_heads = architecture.heads_in(base)
 
 
 def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +170,7 @@ def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) ->
     """
     kwargs = dict(kwargs)
     settings = kwargs.get("generation_config") or model.generation_config
-    decoder_only = not model.config.is_encoder_decoder
+    decoder_only = not architecture.is_encoder_decoder(model.config)
     if ids is None:
         return kwargs
     if decoder_only:
@@ -195,17 +190,9 @@ def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) ->
     return kwargs
 
 
-def _position_table(model: nn.Module) -> nn.Embedding | None:
-    """The learned table of absolute positions, found by the names architectures give it."""
-    names = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
-    tables = (m for path, m in model.named_modules() if isinstance(m, nn.Embedding) and path.endswith(names))
-    return next(tables, None)
-
-
 def is_continuation(inputs: dict[str, Any]) -> bool:
     """Whether a call goes on from a cache that holds something."""
-    cache = inputs.get("past_key_values")
-    return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
+    return cache.length(cache.given(inputs)) > 0
 
 
 def continued(inputs: dict[str, Any], n: int, entrance: InputSpec, real: Tensor | None = None) -> dict[str, Any]:
@@ -216,7 +203,7 @@ def continued(inputs: dict[str, Any], n: int, entrance: InputSpec, real: Tensor 
     inputs = dict(inputs)
     mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
-    expected = inputs["past_key_values"].get_seq_length() + tokens.shape[1]
+    expected = cache.length(cache.given(inputs)) + tokens.shape[1]
     if mask is None and real is not None:
         mask = torch.ones((tokens.shape[0], expected - n), dtype=torch.long, device=tokens.device)
     if mask is not None and mask.dim() == 2 and mask.shape[1] == expected - n:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import architecture
 from ..errors import UsageError
 from ..kernels.activations import one_kernel
 from ..kernels.linear_cross_entropy import linear_cross_entropy
@@ -26,8 +27,6 @@ from . import shared_virtual_tokens
 logger = logging.getLogger(__name__)
 
 EVEN = 8  # tokens of a packed row are a multiple of it: products of odd numbers of rows take up to a fifth longer
-# What configs call a cap or a scale of logits; small logits show too little of it to be found out.
-CHANGE_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 ENOUGH = 16  # columns before the first label, and from it on, that tell whether two losses are the same
 
 
@@ -64,8 +63,8 @@ class LiveLoss:
     def __init__(self, handle: PeftModel) -> None:
         self.handle = handle
         self.base: Any = handle.base_model
-        self.head: Any = getattr(self.base, "get_output_embeddings", lambda: None)()
-        self.encoder_decoder = bool(getattr(self.base.config, "is_encoder_decoder", False)) if self.head is not None else False
+        self.head: Any = architecture.output_head(self.base)
+        self.encoder_decoder = architecture.is_encoder_decoder(architecture.config_of(self.base))
         self._same: bool | None = None
         self._shares: bool | None = None  # the same, where virtual tokens are computed once for all rows
         found = ((module, one_kernel(module)) for module in self.base.modules() if not site.fault(module))
@@ -97,8 +96,7 @@ class LiveLoss:
         """Whether the head is plain, frozen and without adapters, and the batch is of the usual kind."""
         if type(self.head) is not nn.Linear or self.head.weight.requires_grad or not self.head.weight.is_floating_point():
             return False
-        shifts = hasattr(self.base, "prepare_decoder_input_ids_from_labels")  # Whisper does it inside its forward
-        if self.encoder_decoder and not shifts and inputs.get("decoder_input_ids") is None:
+        if self.encoder_decoder and not architecture.shifts_labels(self.base) and inputs.get("decoder_input_ids") is None:
             return False
         frame, at = self.handle.frame, site.site_of(self.head)
         hooked = self.head._forward_hooks or self.head._forward_pre_hooks or hasattr(self.head, "_hf_hook")
@@ -111,8 +109,8 @@ class LiveLoss:
 
         Where rows share virtual tokens, it is two rows (of a packed batch, which is one, its first columns).
         """
-        if any(getattr(self.base.config, name, None) not in (None, 1.0) for name in CHANGE_LOGITS):
-            return False
+        if architecture.changes_logits(self.base.config):
+            return False  # small logits show too little of it to be found out
         labels = inputs["labels"]
         live = (labels[:, 1:] if not self.encoder_decoder else labels) != IGNORED
         if labels.dim() != 2 or not bool(live.any()):

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..bases import architecture
 from ..errors import UsageError
 from ..model import PeftModel
-from ..runtime import packed_row
+from ..runtime import cache, packed_row
 from ..runtime.frame import BOUNDARIES, Frame, Segments
 from ..runtime.virtual_tokens import check_length, prepend, virtual_counts, virtual_tokens
 
-UNUSUAL = {"inputs_embeds", "past_key_values", "token_type_ids", "task_ids"}
+UNUSUAL = {"inputs_embeds", *cache.NAMES, "token_type_ids", "task_ids"}
 
 PASS = 32  # tokens that cost as much as reading all weights once more
 WORTH = 64  # tokens that must be saved beyond that
@@ -35,11 +35,11 @@ def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
         and virtual_counts(frame) > 0
         and not frame.prompts[0][0].by_task
         and entrance.labels_per_token
-        and "past_key_values" in entrance.accepts
+        and cache.cache_name(handle.base_model) is not None
         and not UNUSUAL & inputs.keys()
         and (boundaries is not None or "position_ids" not in inputs)
         and _saved(texts, virtual_counts(frame)) >= WORTH
-        and not any(module.gradient_checkpointing for module in handle.checkpointing_modules)
+        and not any(architecture.recomputes(module) for module in handle.checkpointing_modules)
         and (mask is None or (mask.dim() == 2 and bool(mask[:, 0].all())))
     )
 
@@ -65,7 +65,7 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
     """
     base, packed = handle.base_model, inputs.get(BOUNDARIES) is not None
     embed, (rows, length) = base.get_input_embeddings(), inputs["input_ids"].shape
-    cache = DynamicCache(config=base.config)
+    name, kept = cache.cache_name(base) or "", cache.empty(base.config)
     with handle.entered(frame):
         virtual = virtual_tokens(frame, None)  # (n, dim)
     check_length(Segments.of(inputs).longest if packed else length, len(virtual), handle.input_spec)
@@ -74,13 +74,10 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
         alone = {**first, BOUNDARIES: inputs[BOUNDARIES].new_tensor([0, len(virtual)])}
         of_virtual, first = packed_row.packed(base, frame, alone)
     with handle.entered(of_virtual):
-        base(**{**first, "past_key_values": cache, "use_cache": True})
+        base(**cache.with_cache({**first, "use_cache": True}, name, kept))
     last = tap.hidden[:, -1:]  # (1, 1, dim)
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-            raise UsageError(f"{type(base).__name__} does not keep keys and values of every layer")
-        layer.keys, layer.values = layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)
+    if not cache.expand(kept, rows):
+        raise UsageError(f"{type(base).__name__} does not keep keys and values of every layer")
     before = torch.arange(length, device=last.device)  # of each token, where the one before it is behind `last`
     if packed:
         before[inputs[BOUNDARIES][:-1].long()] = 0
@@ -89,6 +86,6 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
     elif inputs.get("attention_mask") is not None:
         inputs = {**inputs, "attention_mask": prepend(inputs["attention_mask"], len(virtual), 1)}
     with handle.entered(frame):
-        base(**{**inputs, "past_key_values": cache, "use_cache": True})
+        base(**cache.with_cache({**inputs, "use_cache": True}, name, kept))
     hidden = torch.cat([last.expand(rows, -1, -1), tap.hidden], dim=1)
     return hidden[:, before] if packed else hidden[:, :-1]
