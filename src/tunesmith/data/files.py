@@ -1,4 +1,4 @@
-"""Rows of csv, json, jsonl, parquet and txt files and of hub data sets, with faults that name the file and the line."""
+"""Rows of csv, json, jsonl, parquet and txt files and of Hub data sets; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def raise_faults(faults: list[str], rows: int, advice: str = "") -> None:
     """One error for all faulty rows; nothing where there are none.
 
     Args:
-        advice: what can be done beside mending them, where some rows are good.
+        advice: what else can be done, if some rows are good.
 
     Raises:
         DataError: the first 20 faults, and how many more there are.
@@ -55,7 +55,7 @@ def raise_faults(faults: list[str], rows: int, advice: str = "") -> None:
 
 
 def read_table(path: str | Path) -> Table:
-    """All rows of a data file (UTF-8), or of a data set on the hub (`owner/name`, its train split).
+    """All rows of a data file (UTF-8), or of a data set on the Hub (`owner/name`, its train split).
 
     Raises:
         DataError: the file is missing, of an unknown kind, empty, not UTF-8 or broken as a whole.
@@ -97,7 +97,7 @@ def column_of(table: Table, column: str | None = None) -> tuple[list[tuple[str, 
     columns = table.columns
     if column is None and len(columns) > 1:
         raise DataError(
-            f"{table.path} has the columns {', '.join(columns)}; say which one holds the text: --text-column {columns[0]}"
+            f"{table.path} has the columns {', '.join(columns)}; choose the one that holds the text: --text-column {columns[0]}"
         )
     column = column or (columns[0] if columns else "text")
     if table.records and column not in columns:
@@ -115,13 +115,13 @@ def column_of(table: Table, column: str | None = None) -> tuple[list[tuple[str, 
 
 
 def check_new_folder(folder: Path) -> None:
-    """`check_folder` for a result that is never mixed with what is there.
+    """`check_folder` for a result that is never mixed with older files.
 
     Raises:
-        ConfigError: it holds something, is a file, or may not be written to.
+        ConfigError: it is not empty, is a file, or cannot be written to.
     """
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already; give a new --output-dir")
+        raise ConfigError(f"{folder} already exists; choose another --output-dir")
     check_folder(folder)
 
 
@@ -129,7 +129,7 @@ def check_folder(folder: Path) -> None:
     """Make sure that results can be written into `folder`, before any work is done.
 
     Raises:
-        ConfigError: it is a file, or may not be written to.
+        ConfigError: it is a file, or cannot be written to.
     """
     made = not folder.exists()
     try:
@@ -140,7 +140,7 @@ def check_folder(folder: Path) -> None:
         if made:
             folder.rmdir()
     except OSError as error:
-        raise ConfigError(f"cannot write into {folder} ({error.strerror}); give another --output-dir") from error
+        raise ConfigError(f"cannot write to {folder} ({error.strerror}); choose another --output-dir") from error
 
 
 def no_column(where: object, column: str, columns: Any) -> str:
@@ -166,7 +166,7 @@ def _records(path: Path, table: Table) -> Iterator[Record]:
         raise DataError(f"{path}: no such file")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f'{path}: unknown kind of file "{path.suffix}"; use {", ".join(_READERS)}')
+        raise DataError(f'{path}: unsupported file type "{path.suffix}"; use {", ".join(_READERS)}')
     return reader(path, table)
 
 
@@ -187,7 +187,7 @@ def _first_bad_byte(data: bytes) -> int:
 
 
 def _read_csv(path: Path, table: Table) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # the usual limit refuses texts of 128 KB
+    csv.field_size_limit(2**31 - 1)  # the default limit refuses texts of 128 KB
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, delimiter=_delimiter(file), strict=True)
         header: list[str] | None = None
@@ -209,7 +209,7 @@ def _read_csv(path: Path, table: Table) -> Iterator[Record]:
 
 
 def _delimiter(file: TextIO) -> str:
-    """What stands between columns: a comma; a semicolon or a tab where the first line has that and no comma."""
+    """The separator of columns: a comma, or a semicolon or tab if the first line has one and no comma."""
     first = next((line for line in file if line.strip()), "")
     file.seek(0)
     return next((mark for mark in ",;\t" if mark in first), ",")
@@ -218,7 +218,7 @@ def _delimiter(file: TextIO) -> str:
 def _check_header(path: Path, header: list[str]) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise DataError(f'{path}:1: the column "{twice[0]}" comes twice; give each column its own name')
+        raise DataError(f'{path}:1: column "{twice[0]}" appears twice; give each column its own name')
 
 
 def _read_json(path: Path, table: Table) -> Iterator[Record]:
@@ -241,11 +241,11 @@ def _read_json(path: Path, table: Table) -> Iterator[Record]:
             if text[position : position + 1] == "]":
                 raise DataError(_malformed(path, json.JSONDecodeError("comma after the last row", text, position)))
         elif text[position : position + 1] != "]":
-            raise DataError(_malformed(path, json.JSONDecodeError("expected a comma or the list's end", text, position)))
+            raise DataError(_malformed(path, json.JSONDecodeError("expected a comma or the end of the list", text, position)))
 
 
 def _skip(text: str, position: int) -> int:
-    """The position of the next character that is no white space."""
+    """The position of the next character that is not white space."""
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
@@ -273,7 +273,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _DuplicateKey(f'the key "{twice}" comes twice in one row; keep one')
+        raise _DuplicateKey(f'key "{twice}" appears twice in one row; keep one')
     return values
 
 
@@ -314,7 +314,7 @@ def _read_parquet(path: Path, table: Table) -> Iterator[Record]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise DataError(f"{path} is damaged or no parquet file ({reason}); write it again") from error
+        raise DataError(f"{path} is damaged or not a parquet file ({reason}); create it again") from error
     for number, row in enumerate(rows, 1):
         yield Record(f"{path}: row {number}", row)
 
@@ -323,12 +323,12 @@ def _read_hub(name: str) -> Iterator[Record]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{name}: no such file; as a data set of the hub it needs: pip install 'tunesmith[data]'") from error
+        raise DataError(f"{name}: no such file; to load it as a Hub data set: pip install 'tunesmith[data]'") from error
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise DataError(f"{name}: no such file here, and no data set of the hub can be had ({reason})") from error
+        raise DataError(f"{name}: no such file, and the Hub data set cannot be loaded ({reason})") from error
     for number, row in enumerate(rows, 1):
         yield Record(f"{name}: row {number}", row)
 
