@@ -98,7 +98,7 @@ class Template:
         """The text of an example in pieces; each answer of the assistant is a trained one.
 
         Raises:
-            DataError: the template refuses the conversation, or writes its beginning differently as it goes on.
+            DataError: the template refuses the conversation, or renders its start differently once it continues.
         """
         try:
             whole = self.write(example.messages, tokenizer)
