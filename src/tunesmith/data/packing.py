@@ -38,7 +38,7 @@ class PackedCollator:
         for text, own in zip(texts, labels):
             if len(text) != len(own) or not len(text):
                 raise UsageError(
-                    f"an example has {len(text)} input_ids and {len(own)} labels; expected the same number of both, at least one"
+                    f"an example has {len(text)} input_ids and {len(own)} labels; expected equally many, at least one"
                 )
             if not self.first_tokens:
                 own[0] = IGNORED
