@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, did_you_mean
-from .files import Record, Row, Table, column_of, no_column, raise_faults, read_table, shortened
+from .files import column_of, no_column, raise_faults, read_table
+from .rows import Record, Row, Table, shortened
 
 Message = dict[str, str]
 
