@@ -1,4 +1,4 @@
-"""Measure the exported sprout and write its model card, every figure generated.
+"""Measure the exported sprout and write its model card; every figure is generated.
 
 python tools/evaluate_sprout.py measure     # bits per byte and samples -> evaluation.json, about 2 minutes
 python tools/evaluate_sprout.py card        # README.md and ATTRIBUTION.md from evaluation.json
@@ -45,7 +45,7 @@ PROMPTS = (
 def bits_per_byte(model, tokenizer, docs: list[str], stride: int = 256) -> float:
     """Sum of -log2 p(token | context) over all tokens of all documents, divided by their UTF-8 bytes.
 
-    Each document stands alone behind one <|endoftext|>, which is not scored. Windows of CONTEXT tokens
+    Each document stands alone after one <|endoftext|>, which is not scored. Windows of CONTEXT tokens
     move on by `stride`, so every token past the first window has CONTEXT - stride to CONTEXT tokens of context.
     """
     inputs, targets = [], []
@@ -68,7 +68,7 @@ def bits_per_byte(model, tokenizer, docs: list[str], stride: int = 256) -> float
 
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, seed: int = 0) -> str:
-    """At most 100 tokens behind the prompt, with the sampling settings that the card states."""
+    """At most 100 tokens after the prompt, with the sampling settings that the card states."""
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=100, **SAMPLING)
@@ -76,7 +76,7 @@ def sample(model, tokenizer, prompt: str, seed: int = 0) -> str:
 
 
 def measure(args) -> None:
-    """Measure the exported weights (computing in float32) and write all that the card needs to evaluation.json."""
+    """Measure the exported weights (computing in float32) and write what the card needs to evaluation.json."""
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
@@ -113,7 +113,7 @@ def sources(folder: Path) -> list[dict[str, str]]:
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    """A Markdown table, numbers to the right."""
+    """A Markdown table, numbers aligned to the right."""
     marks = ["---:" if isinstance(cell, int | float) else "---" for cell in rows[0]]
     cells = [[f"{c:,}" if isinstance(c, int) else f"{c:.3f}" if isinstance(c, float) else c for c in r] for r in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, marks, *cells])
@@ -122,44 +122,32 @@ def table(head: list[str], rows: list[list]) -> str:
 def card(args) -> None:
     """README.md and ATTRIBUTION.md beside the model: prose from tools/sprout_card/, figures from evaluation.json."""
     facts = json.loads((args.out / "evaluation.json").read_text())
-    run, classes, rows = facts["training"], facts["classes"], sources(args.corpus)
-    trained = {name: c for name, c in classes.items() if name not in NEVER_TRAINED}
-    licences = {name: [r["licence"] for r in rows if r["file"] == f"{name}.txt.gz"] for name in trained}
-    texts = {
-        "data": table(
-            ["class", "documents", "bytes", "tokens", "licences of the sources"],
-            [
-                [n, c["train_documents"], c["train_bytes"], c["train_tokens"], "; ".join(dict.fromkeys(licences[n]))]
-                for n, c in trained.items()
-            ],
-        ),
-        "bits": table(
-            ["class", "class in training data", "held-out documents", "held-out bytes", "bits per byte"],
-            [
-                [n, "yes" if n in trained else "no", c["held_out_documents"], c["held_out_bytes"], c["bits_per_byte"]]
-                for n, c in sorted(classes.items(), key=lambda item: item[0] in NEVER_TRAINED)
-            ],
-        ),
-        "samples": "\n\n".join(
-            f"{json.dumps(s['prompt'])}\n\n```text\n{s['prompt']}{s['text'].rstrip()}\n```" for s in facts["samples"]
-        ),
-        "sources": table(
-            ["class", "source", "commit", "licence"],
-            [[r["file"].removesuffix(".txt.gz"), r["source (project, commit below)"], r["commit"], r["licence"]] for r in rows],
-        ),
-        "notices": provenance(args.corpus, "Attribution and notices"),
-        "changes": provenance(args.corpus, "What was changed"),
-        "licence_texts": (args.corpus / "LICENSES.txt").read_text(),
-    }
-    numbers = {
+    values = numbers(facts) | tables(facts, args.corpus)
+
+    def write(folder):
+        for name in ("README.md", "ATTRIBUTION.md"):
+            template = string.Template((Path(__file__).parent / "sprout_card" / name).read_text())
+            (folder / name).write_text(template.substitute(values))
+
+    replace_into(args.out, write)
+
+
+def trained_classes(facts: dict) -> dict[str, dict]:
+    return {name: figures for name, figures in facts["classes"].items() if name not in NEVER_TRAINED}
+
+
+def numbers(facts: dict) -> dict[str, object]:
+    """The figures that stand in the prose."""
+    run, trained = facts["training"], trained_classes(facts).values()
+    return {
         "parameters": f"{facts['parameters']:,}",
         "model_bytes": f"{facts['model_bytes']:,}",
         "steps": f"{run['steps']:,}",
         "plain_steps": run["steps"],
         "tokens": f"{run['tokens'] / 1e6:.1f}",
-        "epochs": f"{run['tokens'] / sum(c['train_tokens'] for c in trained.values()):.2f}",
+        "epochs": f"{run['tokens'] / sum(c['train_tokens'] for c in trained):.2f}",
         "minutes": f"{run['seconds'] / 60:.0f}",
-        "train_bytes": f"{sum(c['train_bytes'] for c in trained.values()) / 1e6:.1f}",
+        "train_bytes": f"{sum(c['train_bytes'] for c in trained) / 1e6:.1f}",
         "final_loss": run["final_loss"],
         "machine": run["machine"],
         "resumed_at": ", ".join(f"{step:,}" for step in run["resumed_at"]) or "none",
@@ -170,12 +158,41 @@ def card(args) -> None:
         "decay": f"{DECAY:.0%}",
     }
 
-    def write(folder):
-        for name in ("README.md", "ATTRIBUTION.md"):
-            template = string.Template((Path(__file__).parent / "sprout_card" / name).read_text())
-            (folder / name).write_text(template.substitute(numbers | texts))
 
-    replace_into(args.out, write)
+def tables(facts: dict, folder: Path) -> dict[str, str]:
+    """The tables, samples and licence texts; sources and licences are those of the corpus in `folder`."""
+    rows = sources(folder)
+    return {
+        "data": training_text(facts, rows),
+        "bits": held_out_text(facts),
+        "samples": "\n\n".join(
+            f"{json.dumps(s['prompt'])}\n\n```text\n{s['prompt']}{s['text'].rstrip()}\n```" for s in facts["samples"]
+        ),
+        "sources": table(
+            ["class", "source", "commit", "licence"],
+            [[r["file"].removesuffix(".txt.gz"), r["source (project, commit below)"], r["commit"], r["licence"]] for r in rows],
+        ),
+        "notices": provenance(folder, "Attribution and notices"),
+        "changes": provenance(folder, "What was changed"),
+        "licence_texts": (folder / "LICENSES.txt").read_text(),
+    }
+
+
+def training_text(facts: dict, rows: list[dict[str, str]]) -> str:
+    lines = []
+    for name, c in trained_classes(facts).items():
+        licences = dict.fromkeys(r["licence"] for r in rows if r["file"] == f"{name}.txt.gz")
+        lines.append([name, c["train_documents"], c["train_bytes"], c["train_tokens"], "; ".join(licences)])
+    return table(["class", "documents", "bytes", "tokens", "licences of the sources"], lines)
+
+
+def held_out_text(facts: dict) -> str:
+    lines = [
+        [name, "no" if name in NEVER_TRAINED else "yes", c["held_out_documents"], c["held_out_bytes"], c["bits_per_byte"]]
+        for name, c in sorted(facts["classes"].items(), key=lambda item: item[0] in NEVER_TRAINED)
+    ]
+    head = ["class", "class in training data", "held-out documents", "held-out bytes", "bits per byte"]
+    return table(head, lines)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Kill a training at random moments, go on, and compare: the final adapter must be the uninterrupted run's, bit for bit.
+"""Kill a training run at random moments, resume it, and compare: the final adapter must match an uninterrupted run's, bit for
+bit.
 
     python tools/kill_nine.py --kills 20 --method lora
 
-Each kill is SIGKILL up to two seconds after a step drawn from those that are left, the start-up (step 0) and the writing of
-the end included. A killed run is gone on with, and may be killed again, until it ends; then another begins.
+Each kill is a SIGKILL up to two seconds after a random one of the remaining steps, start-up (step 0) and the final writing
+included. A killed run is resumed, and may be killed again, until it ends; then another begins.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill a training at random moments and compare what comes of it.")
+    parser = argparse.ArgumentParser(description="Kill training runs at random moments, resume them, compare the adapters.")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--method", default="lora")
     parser.add_argument("--seed", type=int, default=0)
@@ -60,9 +61,9 @@ def compare(place: Path, kills: int, method: str, chance: random.Random) -> int:
             done, own = done + 1, own + 1
             print(f"kill {done:2}: {state(folder)}", flush=True)
         same = (folder / WEIGHTS).read_bytes() == expected
-        print(f"run {number}: ended after {own} kills, {'the same bits' if same else 'ANOTHER ADAPTER'}", flush=True)
+        print(f"run {number}: ended after {own} kills, {'the same bits' if same else 'A DIFFERENT ADAPTER'}", flush=True)
         wrong, number = wrong + (not same), number + 1
-    print(f"{done} kills, {number} runs, {wrong} differ from the uninterrupted one", flush=True)
+    print(f"{done} kills, {number} runs, {wrong} differ from the uninterrupted run", flush=True)
     return wrong
 
 
@@ -73,7 +74,7 @@ def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def wait(process: subprocess.Popen[bytes], moment: tuple[int, float] | None, folder: Path | None = None) -> bool:
-    """Whether the process ended by itself before its moment: so many steps, and seconds after them."""
+    """Whether the process ended by itself before its moment: `(steps, seconds after them)`."""
     while process.poll() is None and (moment is None or folder is None or last_step(folder) < moment[0]):
         time.sleep(0.01)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -92,7 +93,7 @@ def last_step(folder: Path) -> int:
 
 
 def state(folder: Path) -> str:
-    """How far a killed run had come."""
+    """How far a killed run had got."""
     if not folder.is_dir():
         return "nothing written yet"
     found = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name[11:]))

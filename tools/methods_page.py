@@ -1,4 +1,4 @@
-"""Write docs/methods.md: every method, and what it can do, found out by trying it (tests/parity/capabilities.py)."""
+"""Write docs/methods.md: every method and what it can do, found by trying (tests/parity/capabilities.py)."""
 
 from __future__ import annotations
 

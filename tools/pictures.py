@@ -1,4 +1,4 @@
-"""Draw docs/images/*.svg: what commands print, run here and now.
+"""Draw docs/images/*.svg: the output of commands, run now.
 
 python tools/pictures.py            all of them, a few minutes
 python tools/pictures.py tutorial   one
@@ -24,11 +24,11 @@ IMAGES = ROOT / "docs" / "images"
 WIDTH = 108
 NOISE = re.compile(r"^(Loading weights|Writing model shards|Failed to load CPU gemm|loss curves|.*\bstep \d+/\d+)")
 
-BAR = re.compile(r"━.* \S*\d+/\d+\S* ")  # a bar is drawn again and again; its last state stays
+BAR = re.compile(r"━.* \S*\d+/\d+\S* ")  # a bar is drawn many times; the last one is kept
 
 
 def printed(command: str, folder: str) -> str:
-    """What a command prints on a terminal of this width, colours included."""
+    """What a command prints on a terminal of this width, with colours."""
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "PYTHONPATH": str(ROOT / "src")}
     words = [sys.executable, "-c", "from tunesmith.cli import main; main()", *shlex.split(command)[1:]]
     done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True)

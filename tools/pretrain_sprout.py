@@ -1,7 +1,7 @@
 """Train sprout, the small Llama that Tunesmith ships, from plain text on a CPU.
 
     python tools/pretrain_sprout.py tokenizer   # byte-level BPE and token files, about 2 minutes
-    python tools/pretrain_sprout.py train       # --resume goes on from the last checkpoint
+    python tools/pretrain_sprout.py train       # --resume starts from the last checkpoint
     python tools/pretrain_sprout.py export      # weights, tokenizer and configs to the assets folder
 
 Then tools/evaluate_sprout.py measures it and writes its card.
@@ -329,10 +329,10 @@ def main() -> None:
     commands = {"tokenizer": make_tokenizer, "train": train, "export": export}
     parser.add_argument("command", choices=commands)
     add_folders(parser)
-    parser.add_argument("--steps", type=int, default=2500, help="all steps, the decay included")
+    parser.add_argument("--steps", type=int, default=2500, help="all steps, decay included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=180, help="seconds between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt")
+    parser.add_argument("--resume", action="store_true", help="resume from checkpoint.pt")
     args = parser.parse_args()
     commands[args.command](args)
 

@@ -27,7 +27,7 @@ class AdapterFileError(TunesmithError, ValueError):
 
 
 class UsageError(TunesmithError, RuntimeError):
-    """A call that cannot be served in the present state."""
+    """A call that is not possible in the present state."""
 
 
 class DataError(TunesmithError, ValueError):
@@ -35,17 +35,17 @@ class DataError(TunesmithError, ValueError):
 
 
 class DivergedError(TunesmithError, RuntimeError):
-    """A training whose loss is no number or runs away; `good_step` is the last step whose weights were good."""
+    """A training run whose loss is not finite or runs away; `good_step` is the last step with good weights."""
 
     good_step: int | None = None
 
 
 class OutOfMemoryError(TunesmithError, RuntimeError):
-    """The machine's memory does not suffice for a training."""
+    """A training run does not fit in memory."""
 
 
 class InterruptedRun(TunesmithError, RuntimeError):
-    """A training that a signal ended, with a checkpoint to go on from."""
+    """A training run that a signal ended, with a checkpoint to resume from."""
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
@@ -54,13 +54,13 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """`; did you mean "x" or "y"?`, or nothing where no option is near."""
+    """`; did you mean 'x' or 'y'?`, or nothing if no option is close."""
     found = nearest(name, options)
     return f"; did you mean {' or '.join(repr(option) for option in found)}?" if found else ""
 
 
 def bullet_list(lines: Iterable[str], limit: int = 20) -> str:
-    """The lines as a bulleted block, cut with a count after `limit`."""
+    """The lines as a bulleted block; after `limit` lines only a count."""
     lines = list(lines)
     shown = [f"  - {line}" for line in lines[:limit]]
     if len(lines) > limit:

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from tunesmith.cli.app import main
-from tunesmith.cli.train import read_options
 from tunesmith.jobs import job
+from tunesmith.jobs.recipe import resolve
 
 TEXTS = [f"I want you to act as a gardener of plot {n}. Tell me what grows there and keep it short." for n in range(20)]
 
@@ -138,7 +138,8 @@ def test_every_method_is_a_choice_of_train_and_in_the_list(method, capsys):
 
 
 def test_options_are_fields_of_the_config_and_win():
-    assert read_options(["r=3", "init_lora_weights=gaussian", 'target-modules=["q_proj"]']) == {
+    flags = {"options": ["r=3", "init_lora_weights=gaussian", 'target-modules=["q_proj"]']}
+    assert resolve(None, {}, flags).values["options"] == {
         "r": 3,
         "init_lora_weights": "gaussian",
         "target_modules": ["q_proj"],

@@ -149,7 +149,7 @@ def test_eval_measures_base_and_adapter(adapter, data_file, tmp_path, capsys):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["rows"] == 24 and scores["loss"]["adapter"] < scores["loss"]["base"] - 0.5
     printed = capsys.readouterr().out
-    assert f"{math.exp(scores['loss']['base']):.2f}" in printed and "wanted: Plant 0" in printed
+    assert f"{math.exp(scores['loss']['base']):.2f}" in printed and "expected: Plant 0" in printed
 
 
 def test_generate_and_chat_write_the_form_that_was_trained(adapter, monkeypatch, capsys):
@@ -165,14 +165,14 @@ def test_generate_and_chat_write_the_form_that_was_trained(adapter, monkeypatch,
     assert run("chat", "--adapter", adapter, "--max-new-tokens", 12, "--temperature", 0, "--repetition-penalty", 1.3) == 0
     lines = capsys.readouterr().out
     assert lines.startswith(expected.strip()) and lines.count(expected.strip()) == 1
-    assert "the bare base" in lines and "no command /nothing" in lines and "never read" not in lines
+    assert "base alone" in lines and "unknown command /nothing" in lines and "never read" not in lines
 
 
 def test_a_long_conversation_forgets_its_beginning(adapter, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("Name plant 3 and tell me where it grows best.\n" * 8))
     assert run("chat", "--adapter", adapter, "--max-new-tokens", 440, "--temperature", 0) == 0
     printed = capsys.readouterr()
-    assert "is left out" in printed.out and "Traceback" not in printed.err
+    assert "were dropped" in printed.out and "Traceback" not in printed.err
 
 
 def test_merge_gives_a_plain_model(adapter, tmp_path, capsys):
@@ -187,7 +187,7 @@ def test_merge_gives_a_plain_model(adapter, tmp_path, capsys):
     wide = handle(ids).logits.float()
     assert (plain(ids).logits.float() - wide).abs().max() < 0.05 * wide.abs().max()
     assert run("merge", "--adapter", adapter, "--output-dir", folder) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_inspect_shows_an_adapter_without_its_base(adapter, capsys):

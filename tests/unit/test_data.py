@@ -42,7 +42,7 @@ def test_reads_every_kind_of_file(name, content, column, tmp_path):
         ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', ["a.jsonl:2", 'no column "text"']),
         ("a.jsonl", b'{"text": "one"}\n{"text": null}\n', ["a.jsonl:2", "None"]),
         ("a.jsonl", b"3\n", ["a.jsonl:1", "expected an object"]),
-        ("a.xml", b"<a/>", ["unknown kind", ".csv"]),
+        ("a.xml", b"<a/>", ["unsupported file type", ".csv"]),
     ],
 )
 def test_bad_files_say_what_and_where(name, content, words, tmp_path):

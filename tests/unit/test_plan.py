@@ -163,7 +163,7 @@ def test_the_verb_proposes_what_fits(tmp_path, capsys):
     assert run(*arguments, "--budget", "1.5GB") == 0
     printed = capsys.readouterr().out
     assert "20 rows, counted as 256 tokens each" in printed and "124,439,808 parameters in bfloat16" in printed
-    assert "does not fit into 1.5GB" in printed and "GB with --per-device-train-batch-size" in printed
+    assert "does not fit in 1.5GB" in printed and "GB with --per-device-train-batch-size" in printed
     assert run("plan", "--budget", "1 gallon") == 2
     assert run("plan", "--base", "Llama-2-7Z") == 1
     assert "'Llama-2-7B'" in capsys.readouterr().err

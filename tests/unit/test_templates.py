@@ -197,7 +197,7 @@ def test_a_template_of_ones_own(tokenizer, tmp_path):
     path.write_text("Question: {{ question }}")
     with pytest.raises(ConfigError, match="does not mention `messages`"):
         chosen(str(path), "alpaca", tokenizer)
-    with pytest.raises(ConfigError, match=r"neither a name .* nor a file; did you mean 'instruction'"):
+    with pytest.raises(ConfigError, match=r"neither built in .* nor a file; did you mean 'instruction'"):
         chosen("instructin", "alpaca", tokenizer)
 
 
@@ -205,7 +205,7 @@ def test_a_template_is_kept_beside_its_adapter(tmp_path):
     Template("mine", CHATML).save(tmp_path)
     assert Template.of_adapter(str(tmp_path)) == Template("mine", CHATML)
     (tmp_path / TEMPLATE_FILE).write_text('{"name": "mine"}')
-    with pytest.raises(AdapterFileError, match="is no template"):
+    with pytest.raises(AdapterFileError, match="is not a valid template"):
         Template.of_adapter(str(tmp_path))
     (tmp_path / TEMPLATE_FILE).unlink()
     assert Template.of_adapter(str(tmp_path)) is None

@@ -76,16 +76,16 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
 ) -> None:
     pass
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 data, 4 memory,
+    """Run the command line. Exit codes: 0 success, 1 failure, 2 usage or configuration, 3 data, 4 out of memory,
     5 diverged, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells when imported of a kernel it could have
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs missing kernels when it is imported
     try:
         app([_with_dashes(argument) for argument in arguments])
     except TunesmithError as error:

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
-from .generate import Adapter, Base, LoadIn4bit, MaxNewTokens, RepetitionPenalty, Seed, Temperature, TemplateName, TopP
+from .options import (
+    Adapter,
+    Base,
+    LoadIn4bit,
+    MaxNewTokens,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TemplateName,
+    TopP,
+    load_generator,
+)
+from .output import console
 
-KEYS = "/base without the adapter, /adapter with it, /new forgets what was said, /quit (or Ctrl-D)"
+if TYPE_CHECKING:
+    from ..jobs.generator import Generator, Sampling
+
+COMMANDS = "/base: without the adapter, /adapter: with it, /new: new conversation, /quit or Ctrl-D: leave"
 
 
 def chat(
@@ -20,51 +37,72 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.1,
     seed: Seed = 0,
 ) -> None:
-    """Talk with the model, in the form that the adapter was trained on.
+    """Chat with a base model and an adapter. The template is the one that the adapter was trained with.
 
     \b
     Examples:
       tunesmith chat --adapter my-adapter
       echo "Name three tips." | tunesmith chat --adapter my-adapter --temperature 0
     """
-    from rich.console import Console
-
     from ..jobs import quiet
-    from ..jobs.generator import Generator, Sampling
+    from ..jobs.generator import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     quiet.hush()
-    console = Console(highlight=False, soft_wrap=True)
-    speaker = Generator(str(adapter) if adapter else None, base, template, bits=4 if load_in_4bit else 16)
+    out = console()
+    generator = load_generator(adapter, base, template, load_in_4bit)
+    conversation = Conversation(generator, sampling)
     at_a_terminal = sys.stdin.isatty()
     if at_a_terminal:
-        console.print(f"{adapter or speaker.base_name}, template {speaker.template.name}. {KEYS}")
-    messages: list[dict[str, str]] = []
-    with_adapter = True
+        out.print(f"{adapter or generator.base_name}, template {generator.template.name}. {COMMANDS}")
     while True:
         if at_a_terminal:
-            console.print("[bold]> [/bold]", end="")
+            out.print("[bold]> [/bold]", end="")
         line = sys.stdin.readline()
-        said = line.strip()
-        if not line or said == "/quit":
+        text = line.strip()
+        if not line or text == "/quit":
             return
-        if said in ("/base", "/adapter"):
-            with_adapter = said == "/adapter"
-            console.print("the adapter acts" if with_adapter else "the bare base")
-        elif said == "/new":
-            messages = []
-            console.print("a new conversation")
-        elif said.startswith("/"):
-            console.print(f"no command {said}; there are: {KEYS}")
-        elif said:
-            messages.append({"role": "user", "content": said})
-            while speaker.room and len(messages) > 1 and speaker.length(messages) + max_new_tokens > speaker.room:
-                del messages[:2]  # the oldest question with its answer
-                console.print("[dim](the beginning of the conversation no longer fits and is left out)[/dim]")
-            if with_adapter:
-                answer = speaker.answer(messages, sampling)
-            else:
-                with speaker.bare():
-                    answer = speaker.answer(messages, sampling)
-            messages.append({"role": "assistant", "content": answer})
-            console.print(answer.strip(), markup=False)
+        if text.startswith("/"):
+            out.print(conversation.command(text))
+        elif text:
+            answer, dropped = conversation.ask(text)
+            for _ in range(dropped):
+                out.print("[dim](the conversation no longer fits; its oldest question and answer were dropped)[/dim]")
+            out.print(answer, markup=False)
+
+
+class Conversation:
+    """What was said so far, and whether the adapter answers."""
+
+    def __init__(self, generator: Generator, sampling: Sampling) -> None:
+        self.generator = generator
+        self.sampling = sampling
+        self.messages: list[dict[str, str]] = []
+        self.with_adapter = True
+
+    def command(self, text: str) -> str:
+        """Carry out one of `COMMANDS`; returns what to tell."""
+        if text == "/new":
+            self.messages = []
+            return "new conversation"
+        if text not in ("/base", "/adapter"):
+            return f"unknown command {text}; commands are {COMMANDS}"
+        self.with_adapter = text == "/adapter"
+        return "answering with the adapter" if self.with_adapter else "answering with the base alone"
+
+    def ask(self, text: str) -> tuple[str, int]:
+        """`(answer, number of old questions that were dropped with their answers to make room)`."""
+        generator = self.generator
+        self.messages.append({"role": "user", "content": text})
+        dropped = 0
+        while generator.room and len(self.messages) > 1 and self._tokens() > generator.room:
+            del self.messages[:2]
+            dropped += 1
+        with nullcontext() if self.with_adapter else generator.bare():
+            answer = generator.answer(self.messages, self.sampling)
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer.strip(), dropped
+
+    def _tokens(self) -> int:
+        """Tokens of the conversation, the longest possible answer included."""
+        return self.generator.length(self.messages) + self.sampling.max_new_tokens

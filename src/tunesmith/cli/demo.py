@@ -10,13 +10,15 @@ import typer
 
 def demo(
     method: Annotated[str, typer.Option(help="prompt-tuning or lora.")] = "prompt-tuning",
-    output_dir: Annotated[Path, typer.Option(help="Where adapters and the picture go.")] = Path("demo-out"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for the adapters and the plot.")] = Path("demo-out"),
     num_train_epochs: Annotated[float, typer.Option("--num-train-epochs", "--epochs", help="Passes over the data.")] = 6,
-    seed: Annotated[int, typer.Option(help="Decides the held-out rows, start values and order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed: held-out rows, initial values, row order.")] = 0,
 ) -> None:
-    """Adapt the embedded base model into a prompt writer and a quote writer, side by side.
+    """Train two adapters on the built-in base, and compare them. One writes prompts, the other quotes.
 
-    Example: tunesmith demo --method lora
+    \b
+    Example:
+      tunesmith demo --method lora
     """
     from ..jobs import demo as story
 

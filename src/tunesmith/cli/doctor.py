@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from .output import console
+
 
 def doctor() -> None:
-    """Say what this machine has, which versions are installed, and what will be fast or slow and why.
+    """Report what runs fast or slow on this machine, and why. Lists its hardware and the installed versions.
 
     \b
     Example:
       tunesmith doctor
     """
-    from rich.console import Console
-
     from ..jobs import diagnosis
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    out = console(markup=False)
     marks = {"good": "+", "slow": "-", "fact": " "}
     for finding in diagnosis.findings():
-        console.print(f"{marks[finding.kind]} {finding.topic:<14}{finding.text}")
+        out.print(f"{marks[finding.kind]} {finding.topic:<14}{finding.text}")

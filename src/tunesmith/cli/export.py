@@ -8,27 +8,27 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError, did_you_mean
-from .generate import Base
+from .merged import write_merged
+from .options import DTYPES, Base
 
-FORMS = {"peft": "a folder that peft and the servers which read its files take", "merged": "a plain model, as tunesmith merge"}
-DTYPES = ("float32", "bfloat16", "float16")
+FORMS = ("peft", "merged")
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder or hub id.")],
-    output_dir: Annotated[Path, typer.Option(help="A new folder.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder or Hub id.")],
+    output_dir: Annotated[Path, typer.Option(help="New folder for the files.")],
     to: Annotated[str, typer.Option(help="peft: adapter files. merged: a plain model.")] = "peft",
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: as it is.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: unchanged.", show_default=False)] = None,
     base: Base = None,
 ) -> None:
-    """Write an adapter as other tools read it: in one number type, or merged into its base.
+    """Export an adapter for other tools. Writes files that PEFT reads, in a dtype of your choice, or a merged model.
 
     \b
     Examples:
       tunesmith export my-adapter --output-dir for-peft --dtype float16
       tunesmith export my-adapter --output-dir plain-model --to merged
 
-    Tokenizer, template and records of the run stay behind; old .bin files become safetensors.
+    Tokenizer, template and run records are not exported; old .bin files become safetensors.
     """
     if to not in FORMS:
         raise ConfigError(f'--to "{to}" is unknown{did_you_mean(to, FORMS)}; use {" or ".join(FORMS)}')
@@ -36,13 +36,11 @@ def export(
         raise ConfigError(f'dtype "{dtype}" is unknown{did_you_mean(dtype, DTYPES)}; use {", ".join(DTYPES)}')
     if to == "merged":
         if dtype is not None:
-            raise ConfigError("a merged model keeps its base's number type; leave --dtype out")
-        from .merge import merge
-
-        merge(adapter, output_dir, base)
+            raise ConfigError("a merged model keeps its base's dtype; leave --dtype out")
+        write_merged(adapter, output_dir, base)
         return
     if base is not None:
-        raise ConfigError("--base is for --to merged; adapter files name their base themselves")
+        raise ConfigError("--base applies only to --to merged; adapter files name their base themselves")
     from ..data.files import check_new_folder
 
     check_new_folder(output_dir)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import AdapterFileError
+from .output import console, counted, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id, ours or others'.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as json.")] = False,
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or Hub id, from Tunesmith or PEFT.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show an adapter's method, base, targets, ranks, norms, sizes and faults, without loading its base.
+    """Show what is in an adapter, without loading its base.
 
     \b
     Examples:
       tunesmith inspect my-adapter
       tunesmith inspect my-adapter --json
 
-    Exit code 1 when it has faults.
+    Shows its method, base, targets, ranks, norms, sizes and faults. The exit code is 1 if it has faults.
     """
     from ..checkpoint.summary import summarize
 
@@ -37,19 +38,17 @@ def inspect(
     else:
         _show(found)
     if found.faults:
-        raise AdapterFileError(f"{adapter} has {len(found.faults)} fault(s): " + "; ".join(found.faults))
+        raise AdapterFileError(f"{adapter} has {counted(len(found.faults), 'fault')}: " + "; ".join(found.faults))
 
 
 def _show(found: AdapterSummary) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    out = console(markup=False)
     for title, text in _facts(found).items():
-        console.print(f"{title:<11}{text}")
+        out.print(f"{title:<11}{text}")
     for name, (size, digest) in found.files.items():
-        console.print(f"{'file':<11}{name}  {size:,} bytes  sha256 {digest[:16]}")
+        out.print(f"{'file':<11}{name}  {size:,} bytes  sha256 {digest[:16]}")
     if found.layers:
-        console.print(_bars(found))
+        out.print(_bars(found))
 
 
 def _facts(found: AdapterSummary) -> dict[str, str]:
@@ -60,20 +59,18 @@ def _facts(found: AdapterSummary) -> dict[str, str]:
         facts |= {"task": getattr(config.task_type, "value", config.task_type)}
         targets = getattr(config, "target_modules", None)
         facts["targets"] = targets if isinstance(targets, str) else ", ".join(sorted(targets)) if targets else None
-        numbers = {"r": "r", "lora_alpha": "lora_alpha", "num_virtual_tokens": "num_virtual_tokens"}
+        numbers = ("r", "lora_alpha", "num_virtual_tokens")
         facts["settings"] = ", ".join(f"{name}={getattr(config, name)}" for name in numbers if getattr(config, name, None))
     if found.ranks:
         facts["ranks"] = ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(found.ranks.items()))
     if found.tensors:
         types = ", ".join(f"{count} {kind}" for kind, count in found.types.items())
-        facts["holds"] = f"{found.parameters:,} parameters in {found.tensors} tensors ({types})"
+        facts["contains"] = f"{found.parameters:,} parameters in {found.tensors} tensors ({types})"
     return {name: str(value) for name, value in facts.items() if value}
 
 
 def _bars(found: AdapterSummary) -> Table:
     """One line per layer and one column per module; bars are relative to the largest norm."""
-    from rich.table import Table
-
     kinds = list(found.modules)[:6]
     norms = [norm for layer in found.layers.values() for norm in layer.values()]
     largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0) or 1.0
@@ -83,15 +80,14 @@ def _bars(found: AdapterSummary) -> Table:
             return ""
         return f"{'█' * round(8 * norm / largest) if math.isfinite(norm) else '?':<8} {norm:.3g}"
 
-    table = Table(box=None, pad_edge=False, title="Norm of the change, by layer", title_justify="left")
-    table.add_column("layer", justify="right")
-    for kind in kinds:
-        table.add_column(kind, no_wrap=True)
+    shown = table("layer", *kinds, numbers=("layer",), title="Norm of the weight change, by layer")
+    for column in shown.columns[1:]:
+        column.no_wrap = True
     for layer, by_kind in sorted(found.layers.items()):
-        table.add_row("-" if layer < 0 else str(layer), *[cell(by_kind.get(kind)) for kind in kinds])
+        shown.add_row("-" if layer < 0 else str(layer), *[cell(by_kind.get(kind)) for kind in kinds])
     if len(found.modules) > len(kinds):
-        table.caption = f"and {len(found.modules) - len(kinds)} more kinds of modules (--json lists them)"
-    return table
+        shown.caption = f"and {len(found.modules) - len(kinds)} more kinds of modules (--json lists them)"
+    return shown
 
 
 def _plain(found: AdapterSummary) -> dict[str, Any]:

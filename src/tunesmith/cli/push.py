@@ -1,39 +1,37 @@
-"""`tunesmith push`: an adapter to the hub."""
+"""`tunesmith push`: an adapter to the Hub."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..data.files import HUB_NAME
 from ..errors import AdapterFileError, ConfigError
 
 
 def push(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    repo_id: Annotated[str, typer.Argument(help="owner/name on the hub.")],
-    private: Annotated[bool, typer.Option(help="Only you can see it.")] = False,
-    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Default: the one you logged in with.")] = None,
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
+    private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Default: the one you are logged in with.")] = None,
 ) -> None:
-    """Upload an adapter, its model card and its template, once it is found to be sound.
+    """Upload an adapter to the Hub. Its model card and template go with it; an adapter with faults is refused.
 
     \b
     Example:
       tunesmith push my-adapter me/my-adapter --private
     """
-    from ..data.files import HUB_NAME
-
     if not HUB_NAME.fullmatch(repo_id):
-        raise ConfigError(f'"{repo_id}" is no name on the hub; write it as owner/name')
-    import shutil
-
+        raise ConfigError(f'"{repo_id}" is not the name of a Hub repository; write it as owner/name')
     from ..checkpoint.summary import summarize
     from ..storage.hub import push_folder
 
     found = summarize(str(adapter))
     if found.faults:
-        raise AdapterFileError(f"{adapter} is not uploaded: " + "; ".join(found.faults))
+        raise AdapterFileError(f"{adapter} was not uploaded: " + "; ".join(found.faults))
 
     def save(folder: str) -> None:
         for name in found.files:

@@ -8,21 +8,26 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
+from .options import DTYPES
+
+QUANT_TYPES = ("nf4", "fp4")
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help='"sprout", a folder written by save_pretrained, or a hub id.')],
-    output: Annotated[Path, typer.Argument(help="The folder to write; must be new or empty.")],
+    model: Annotated[str, typer.Argument(help='"sprout", a folder written by save_pretrained, or a Hub id.')],
+    output: Annotated[Path, typer.Argument(help="New or empty folder for the 4-bit model.")],
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
-    double_quant: Annotated[bool, typer.Option(help="Quantise the scales, too.")] = True,
-    compute_dtype: Annotated[str, typer.Option(help="The type that loaded modules compute in.")] = "bfloat16",
+    double_quant: Annotated[bool, typer.Option(help="Also quantise the scales.")] = True,
+    compute_dtype: Annotated[str, typer.Option(help="The dtype that the loaded model computes in.")] = "bfloat16",
 ) -> None:
-    """Write a base model in 4 bits, shard by shard: it may be larger than memory.
+    """Convert a base model to 4 bits. It is read shard by shard, so it may be larger than memory.
 
-    Example: tunesmith quantize sprout sprout-4bit
+    \b
+    Example:
+      tunesmith quantize sprout sprout-4bit
     """
-    if quant_type not in ("nf4", "fp4") or compute_dtype not in ("bfloat16", "float16", "float32"):
-        raise ConfigError("--quant-type is nf4 or fp4, --compute-dtype bfloat16, float16 or float32")
+    if quant_type not in QUANT_TYPES or compute_dtype not in DTYPES:
+        raise ConfigError(f"--quant-type must be {' or '.join(QUANT_TYPES)}, and --compute-dtype one of {', '.join(DTYPES)}")
     from ..auto import base_folder
     from ..bases.quantise import quantise_folder
 

@@ -15,10 +15,10 @@ class Encoded:
     """Token ids and labels of a data set.
 
     Args:
-        examples: `input_ids` and `labels` of each row that has something to train.
-        lengths: tokens of each row before it was cut.
-        cut: how many rows were cut to fit.
-        empty: how many rows were left out because nothing trained was left of them.
+        examples: `input_ids` and `labels` of each row with something to train on.
+        lengths: tokens of each row before truncation.
+        cut: how many rows were truncated.
+        empty: how many rows were skipped because no trained tokens were left.
     """
 
     examples: list[dict[str, list[int]]] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Encoded:
 
 
 def encode(rows: Sequence[Sequence[Piece]], tokenizer: Any, max_length: int) -> Encoded:
-    """Ids and labels of rows; longer ones are cut to `max_length` tokens, ends of text included."""
+    """Ids and labels of rows; longer ones are truncated to `max_length` tokens, end of text included."""
     result = Encoded()
     for pieces in rows:
         ids, labels = encode_row(pieces, tokenizer)
@@ -49,8 +49,8 @@ def encode(rows: Sequence[Sequence[Piece]], tokenizer: Any, max_length: int) -> 
 def encode_row(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[int]]:
     """`(ids, labels)` of one row: trained tokens are their own labels, and the end of text is always trained.
 
-    The whole text is tokenized at once where a question alone has the same tokens that it has with its answer. Else, as
-    when a space at its end would melt into the answer's first word, each piece is tokenized alone: generation starts
+    The whole text is tokenized at once if the question has the same tokens alone as with its answer. Otherwise, as when a
+    space at its end would merge with the answer's first word, each piece is tokenized alone, because generation starts
     from the question's own tokens.
     """
     ids = encode_text("".join(piece.text for piece in pieces), tokenizer)
@@ -65,7 +65,7 @@ def encode_row(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list
         labels += ids[len(labels) : len(part)] if piece.trained else [IGNORED] * (len(part) - len(labels))
     end = tokenizer.eos_token_id
     trained = [label for label in labels if label != IGNORED]
-    if end is not None and end not in trained[-2:]:  # a template may write a line break behind its end-of-turn mark
+    if end is not None and end not in trained[-2:]:  # a template may write a line break after its end-of-turn mark
         ids, labels = [*ids, end], [*labels, end]
     return ids, labels
 
@@ -81,7 +81,7 @@ def _piece_by_piece(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int],
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """Ids of a text as the model is to read it: with the beginning-of-text token where the tokenizer puts one, once."""
+    """Ids of a text as the model reads it: with one beginning-of-text token if the tokenizer adds it."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     begin = getattr(tokenizer, "bos_token_id", None)
     if begin is not None and ids[:1] != [begin] and tokenizer("x")["input_ids"][:1] == [begin]:

@@ -1,48 +1,24 @@
-"""Rows of csv, json, jsonl, parquet and txt files and of hub data sets, with faults that name the file and the line."""
+"""Rows of csv, json, jsonl, parquet and txt files and of Hub data sets; errors name the file and the line."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..errors import ConfigError, DataError, bullet_list, did_you_mean
+from .readers import READERS, read_hub
+from .rows import Record, Table, shortened
 
-Row = dict[str, Any]
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row and where it stands, as errors name it: `prompts.csv:12`."""
-
-    where: str
-    row: Row
-
-
-@dataclass
-class Table:
-    """What a data file holds: the rows that could be read, and a sentence for each that could not."""
-
-    path: str
-    records: list[Record] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-
-    @property
-    def columns(self) -> list[str]:
-        """Every column that any row has, in the order in which they first appear."""
-        return list(dict.fromkeys(name for record in self.records for name in record.row))
 
 
 def raise_faults(faults: list[str], rows: int, advice: str = "") -> None:
     """One error for all faulty rows; nothing where there are none.
 
     Args:
-        advice: what can be done beside mending them, where some rows are good.
+        advice: what else can be done, if some rows are good.
 
     Raises:
         DataError: the first 20 faults, and how many more there are.
@@ -55,7 +31,7 @@ def raise_faults(faults: list[str], rows: int, advice: str = "") -> None:
 
 
 def read_table(path: str | Path) -> Table:
-    """All rows of a data file (UTF-8), or of a data set on the hub (`owner/name`, its train split).
+    """All rows of a data file (UTF-8), or of a data set on the Hub (`owner/name`, its train split).
 
     Raises:
         DataError: the file is missing, of an unknown kind, empty, not UTF-8 or broken as a whole.
@@ -97,7 +73,7 @@ def column_of(table: Table, column: str | None = None) -> tuple[list[tuple[str, 
     columns = table.columns
     if column is None and len(columns) > 1:
         raise DataError(
-            f"{table.path} has the columns {', '.join(columns)}; say which one holds the text: --text-column {columns[0]}"
+            f"{table.path} has the columns {', '.join(columns)}; choose the one that holds the text: --text-column {columns[0]}"
         )
     column = column or (columns[0] if columns else "text")
     if table.records and column not in columns:
@@ -115,13 +91,13 @@ def column_of(table: Table, column: str | None = None) -> tuple[list[tuple[str, 
 
 
 def check_new_folder(folder: Path) -> None:
-    """`check_folder` for a result that is never mixed with what is there.
+    """`check_folder` for a result that is never mixed with older files.
 
     Raises:
-        ConfigError: it holds something, is a file, or may not be written to.
+        ConfigError: it is not empty, is a file, or cannot be written to.
     """
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already; give a new --output-dir")
+        raise ConfigError(f"{folder} already exists; choose another --output-dir")
     check_folder(folder)
 
 
@@ -129,7 +105,7 @@ def check_folder(folder: Path) -> None:
     """Make sure that results can be written into `folder`, before any work is done.
 
     Raises:
-        ConfigError: it is a file, or may not be written to.
+        ConfigError: it is a file, or cannot be written to.
     """
     made = not folder.exists()
     try:
@@ -140,7 +116,7 @@ def check_folder(folder: Path) -> None:
         if made:
             folder.rmdir()
     except OSError as error:
-        raise ConfigError(f"cannot write into {folder} ({error.strerror}); give another --output-dir") from error
+        raise ConfigError(f"cannot write to {folder} ({error.strerror}); choose another --output-dir") from error
 
 
 def no_column(where: object, column: str, columns: Any) -> str:
@@ -148,25 +124,16 @@ def no_column(where: object, column: str, columns: Any) -> str:
     return f'{where}: no column "{column}"; columns: {", ".join(map(str, columns))}{did_you_mean(column, columns)}'
 
 
-def shortened(value: object, length: int = 60) -> str:
-    """A value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
-
-
-# --- one reader for each kind of file -----------------------------------------------------------------------------------
-
-
 def _records(path: Path, table: Table) -> Iterator[Record]:
     if not path.is_file():
         if path.exists():
             raise DataError(f"{path} is a folder; give a data file")
-        if HUB_NAME.fullmatch(str(path)) and path.suffix.lower() not in _READERS:
-            return _read_hub(str(path))
+        if HUB_NAME.fullmatch(str(path)) and path.suffix.lower() not in READERS:
+            return read_hub(str(path))
         raise DataError(f"{path}: no such file")
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f'{path}: unknown kind of file "{path.suffix}"; use {", ".join(_READERS)}')
+        raise DataError(f'{path}: unsupported file type "{path.suffix}"; use {", ".join(READERS)}')
     return reader(path, table)
 
 
@@ -184,168 +151,3 @@ def _first_bad_byte(data: bytes) -> int:
     except UnicodeDecodeError as error:
         return error.start
     return len(data)
-
-
-def _read_csv(path: Path, table: Table) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # the usual limit refuses texts of 128 KB
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, delimiter=_delimiter(file), strict=True)
-        header: list[str] | None = None
-        line = 1
-        try:
-            for cells in reader:
-                start, line = line, reader.line_num + 1
-                if not cells:
-                    continue
-                if header is None:
-                    header = cells
-                    _check_header(path, header)
-                elif len(cells) != len(header):
-                    table.faults.append(f"{path}:{start}: expected {len(header)} columns, found {len(cells)}")
-                else:
-                    yield Record(f"{path}:{start}", dict(zip(header, cells)))
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: malformed csv ({error})") from error
-
-
-def _delimiter(file: TextIO) -> str:
-    """What stands between columns: a comma; a semicolon or a tab where the first line has that and no comma."""
-    first = next((line for line in file if line.strip()), "")
-    file.seek(0)
-    return next((mark for mark in ",;\t" if mark in first), ",")
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f'{path}:1: the column "{twice[0]}" comes twice; give each column its own name')
-
-
-def _read_json(path: Path, table: Table) -> Iterator[Record]:
-    text = path.read_text(encoding="utf-8-sig")
-    position = _skip(text, 0)
-    if text[position : position + 1] != "[":
-        kind = type(_decoded(text, position, path)[0]).__name__ if text.strip() else "nothing"
-        raise DataError(f"{path} holds {kind}, expected a list of objects: [{{...}}, {{...}}]")
-    position = _skip(text, position + 1)
-    line, counted = 1, 0
-    while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        value, position = _decoded(text, position, path)
-        record = _record(value, f"{path}:{line}", table)
-        if record is not None:
-            yield record
-        position = _skip(text, position)
-        if text[position : position + 1] == ",":
-            position = _skip(text, position + 1)
-            if text[position : position + 1] == "]":
-                raise DataError(_malformed(path, json.JSONDecodeError("comma after the last row", text, position)))
-        elif text[position : position + 1] != "]":
-            raise DataError(_malformed(path, json.JSONDecodeError("expected a comma or the list's end", text, position)))
-
-
-def _skip(text: str, position: int) -> int:
-    """The position of the next character that is no white space."""
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _decoded(text: str, position: int, path: Path) -> tuple[Any, int]:
-    try:
-        return _DECODER.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        raise DataError(_malformed(path, error)) from error
-    except (RecursionError, _DuplicateKey) as error:
-        raise DataError(f"{path}:{text.count(chr(10), 0, position) + 1}: {error}") from error
-
-
-def _malformed(path: Path, error: json.JSONDecodeError) -> str:
-    return f"{path}:{error.lineno}: malformed json ({error.msg}, column {error.colno})"
-
-
-class _DuplicateKey(ValueError):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _DuplicateKey(f'the key "{twice}" comes twice in one row; keep one')
-    return values
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _read_jsonl(path: Path, table: Table) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = _record(_DECODER.decode(line), where, table)
-            except json.JSONDecodeError as error:
-                table.faults.append(f"{where}: malformed json ({error.msg}, column {error.colno})")
-            except (RecursionError, _DuplicateKey) as error:
-                table.faults.append(f"{where}: {error}")
-            else:
-                if record is not None:
-                    yield record
-
-
-def _read_txt(path: Path, table: Table) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield Record(f"{path}:{number}", {"text": line.rstrip("\r\n")})
-
-
-def _read_parquet(path: Path, table: Table) -> Iterator[Record]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow: pip install 'tunesmith[data]'") from error
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{path} is damaged or no parquet file ({reason}); write it again") from error
-    for number, row in enumerate(rows, 1):
-        yield Record(f"{path}: row {number}", row)
-
-
-def _read_hub(name: str) -> Iterator[Record]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{name}: no such file; as a data set of the hub it needs: pip install 'tunesmith[data]'") from error
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{name}: no such file here, and no data set of the hub can be had ({reason})") from error
-    for number, row in enumerate(rows, 1):
-        yield Record(f"{name}: row {number}", row)
-
-
-def _record(value: Any, where: str, table: Table) -> Record | None:
-    if isinstance(value, str):
-        return Record(where, {"text": value})
-    if isinstance(value, dict) and value:
-        return Record(where, value)
-    table.faults.append(f'{where} holds {shortened(value)}, expected an object such as {{"text": ...}}')
-    return None
-
-
-_READERS: dict[str, Callable[[Path, Table], Iterator[Record]]] = {
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-}

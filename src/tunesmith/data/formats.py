@@ -1,4 +1,4 @@
-"""Which form a data set has, and its rows as conversations: lists of `{"role": ..., "content": ...}`.
+"""Recognises a data set's format and turns its rows into conversations: lists of `{"role": ..., "content": ...}`.
 
 messages            {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 sharegpt            {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, did_you_mean
-from .files import Record, Row, Table, column_of, no_column, raise_faults, read_table, shortened
+from .files import column_of, no_column, raise_faults, read_table
+from .rows import Record, Row, Table, shortened
 
 Message = dict[str, str]
 
@@ -28,7 +29,7 @@ PAIRS = [("prompt", "completion"), ("prompt", "response"), ("question", "answer"
 
 @dataclass(frozen=True)
 class Example:
-    """One row as a conversation, and where it stands in its file."""
+    """One row as a conversation, and its place in its file."""
 
     where: str
     messages: list[Message]
@@ -36,7 +37,7 @@ class Example:
 
 @dataclass
 class Examples:
-    """A data set in one form.
+    """A data set in one format.
 
     Args:
         format: which of `FORMATS`.
@@ -62,29 +63,29 @@ def good_examples(
     format: str | None = None,
     skip_bad_rows: bool = False,
 ) -> Examples:
-    """`read_examples`, and one error for all faulty rows, unless they are to be left out and others are good.
+    """`read_examples`, and one error for all faulty rows, unless they are to be skipped and others are good.
 
     Raises:
         DataError, ConfigError: as there, or rows are faulty.
     """
     found = read_examples(path, text_column=text_column, columns=columns, format=format)
     if not skip_bad_rows or not found.examples:
-        raise_faults(found.faults, found.total, "mend or remove them, or leave them out: --skip-bad-rows")
+        raise_faults(found.faults, found.total, "fix or remove them, or skip them with --skip-bad-rows")
     return found
 
 
 def read_examples(
     path: str | Path, *, text_column: str | None = None, columns: dict[str, str] | None = None, format: str | None = None
 ) -> Examples:
-    """The rows of a data file as conversations; faulty rows are told, not raised.
+    """The rows of a data file as conversations; faulty rows are returned, not raised.
 
     Args:
         text_column: train on this column as plain text.
-        columns: `{name here: name in the file}`, for files that call their columns otherwise.
-        format: which of `FORMATS`; None looks at the columns.
+        columns: `{name here: name in the file}`, for files whose columns have other names.
+        format: which of `FORMATS`; None infers it from the columns.
 
     Raises:
-        DataError: the file cannot be read at all, or its form is not recognised.
+        DataError: the file cannot be read at all, or its format is not recognised.
         ConfigError: `format` is unknown.
     """
     if format is not None and format not in FORMATS:
@@ -110,14 +111,14 @@ def read_examples(
 
 
 def recognise(table: Table) -> str:
-    """The form of a data set, by its columns.
+    """The format of a data set, by its columns.
 
     Raises:
-        DataError: no form has such columns.
+        DataError: no format has such columns.
     """
     names = set(table.columns)
     if {"chosen", "rejected"} <= names:
-        raise DataError(f"{table.path} holds preferences (chosen, rejected); this trains on answers: give rows with one answer")
+        raise DataError(f"{table.path} holds preferences (chosen, rejected); training needs rows with one answer each")
     if "messages" in names:
         return "messages"
     if "conversations" in names:
@@ -130,8 +131,8 @@ def recognise(table: Table) -> str:
         return "text"
     first = table.columns[0]
     raise DataError(
-        f"{table.path} has the columns {', '.join(table.columns)}, which are no known form; say which one holds the text "
-        f"(--text-column {first}), or what they are (--columns instruction={first},output=...)"
+        f"{table.path} has the columns {', '.join(table.columns)}, which match no known format; choose the text "
+        f"column (--text-column {first}), or say what each one is (--columns instruction={first},output=...)"
     )
 
 
@@ -149,7 +150,7 @@ def _renamed(table: Table, columns: dict[str, str]) -> Table:
     return Table(table.path, [Record(record.where, row(record)) for record in table.records], table.faults)
 
 
-# --- rows of each form ----------------------------------------------------------------------------------------------------
+# --- rows of each format ----------------------------------------------------------------------------------------------------
 
 
 class RowFault(ValueError):
@@ -197,7 +198,7 @@ def _sharegpt(row: Row) -> list[Message]:
 
 def _conversation(turns: Any, role_key: str, content_key: str) -> list[Message]:
     if not isinstance(turns, list) or not turns:
-        raise RowFault(f"holds {shortened(turns)} in place of a list of messages")
+        raise RowFault(f"holds {shortened(turns)} instead of a list of messages")
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
@@ -210,7 +211,7 @@ def _conversation(turns: Any, role_key: str, content_key: str) -> list[Message]:
         except RowFault as fault:
             raise RowFault(f"message {number}: {fault}") from fault
     if messages[-1]["role"] != "assistant":
-        raise RowFault(f"ends with a message of the {messages[-1]['role']}; the last one must be the assistant's answer")
+        raise RowFault(f"ends with a {messages[-1]['role']} message; the last one must be the assistant's answer")
     return messages
 
 

@@ -1,4 +1,5 @@
-"""Batches without padding: texts one after another in one row (`PackedCollator`), or rows of like lengths (`LengthBuckets`)."""
+"""Batches with little padding: texts one after another in one row (`PackedCollator`), or rows of similar lengths
+(`LengthBuckets`)."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ from torch.utils.data import Sampler
 from ..errors import UsageError
 from ..labels import IGNORED
 
-POOL = 16  # batches whose rows are sorted together: enough to be of like lengths, and few enough to stay mixed
+POOL = 16  # batches whose rows are sorted together: enough for similar lengths, few enough to stay mixed
 
 
 class PackedCollator:
     """Collator: all examples of a batch in one row, for a handle's forward, with what keeps them apart.
 
     Nothing is predicted from the end of the text before: the label of each first token is `IGNORED`. The other labels are
-    the examples' own (`labels`, where they have some), so a batch has as many live labels as it has with padding.
+    the examples' own (`labels`, if they have them), so a batch has as many labels as it has with padding.
 
     Args:
         first_tokens: keep the labels of first tokens, for a handle that puts virtual tokens in front of each text; it
@@ -36,7 +37,9 @@ class PackedCollator:
         labels = [_ids(example.get("labels", example["input_ids"])).clone() for example in examples]
         for text, own in zip(texts, labels):
             if len(text) != len(own) or not len(text):
-                raise UsageError(f"an example has {len(text)} input_ids and {len(own)} labels; expected as many, at least one")
+                raise UsageError(
+                    f"an example has {len(text)} input_ids and {len(own)} labels; expected equally many, at least one"
+                )
             if not self.first_tokens:
                 own[0] = IGNORED
         lengths = torch.tensor([len(text) for text in texts])
@@ -50,7 +53,7 @@ class PackedCollator:
             "cu_seq_lens_k": boundaries,
             "max_length_q": longest,
             "max_length_k": longest,
-            "use_cache": False,  # with a cache transformers makes no block mask, should this reach a bare base
+            "use_cache": False,  # with a cache, transformers makes no block mask should this reach a bare base
         }
 
 
@@ -59,10 +62,10 @@ def _ids(values: Any) -> Tensor:
 
 
 class LengthBuckets(Sampler[int]):
-    """Sampler: a random order in which the rows of a batch are of like lengths, so that little is padded.
+    """Sampler: a random order in which the rows of a batch have similar lengths, so that little is padded.
 
     Rows are shuffled, sorted by length within pools of `POOL` batches, cut into batches, and the batches shuffled. A last,
-    smaller batch holds rows of any length: of like ones it would give the longest rows more weight in every epoch.
+    smaller batch holds rows of any length; sorted, it would give the longest rows more weight in every epoch.
 
     Args:
         lengths: tokens of each row.

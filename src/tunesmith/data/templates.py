@@ -1,7 +1,7 @@
 """Templates: conversations to text, and which part of the text is trained.
 
 A template is written as tokenizers' chat templates are: Jinja over `messages` and `add_generation_prompt`. It is kept
-beside the adapter (`tunesmith_template.json`), so that what is generated meets the form that was trained.
+beside the adapter (`tunesmith_template.json`), so that generation uses the template of the training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HUMAN_ASSISTANT = (
 
 
 def _tasks(heading: str, asked: str, task: str, given: str, answer: str) -> str:
-    """The form of instructions for code: a sentence, the task, its input, the answer."""
+    """A template for programming tasks: a sentence, the task, its input, the answer."""
     return (
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% elif m.role == 'user' %}"
         f"{{{{ '### {heading}:\\n{asked}\\n\\n### {task}:\\n' + (m.instruction or m.content)"
@@ -74,10 +74,10 @@ class Template:
     source: str = NONE
 
     def write(self, messages: Sequence[Message], tokenizer: Any, answer_next: bool = False) -> str:
-        """The text of a conversation; with `answer_next` up to where the assistant goes on.
+        """The text of a conversation; with `answer_next` up to where the assistant continues.
 
         Raises:
-            ConfigError: the template is no Jinja.
+            ConfigError: the template is not valid Jinja.
             DataError: the template refuses the conversation.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
@@ -91,14 +91,14 @@ class Template:
         except TemplateSyntaxError as error:
             raise ConfigError(f'template "{self.name}", line {error.lineno}: {error.message}') from error
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f'template "{self.name}" cannot write this conversation: {error}') from error
+            raise DataError(f'template "{self.name}" cannot render this conversation: {error}') from error
         return str(text)
 
     def pieces(self, example: Example, tokenizer: Any, completion_only: bool = True) -> list[Piece]:
         """The text of an example in pieces; each answer of the assistant is a trained one.
 
         Raises:
-            DataError: the template refuses the conversation, or writes its beginning differently as it goes on.
+            DataError: the template refuses the conversation, or renders its start differently once it continues.
         """
         try:
             whole = self.write(example.messages, tokenizer)
@@ -120,11 +120,11 @@ class Template:
         """Where an answer starts and ends in the whole text, its end-of-turn mark included."""
         if not whole.startswith(before):
             raise DataError(
-                f'template "{self.name}" writes the beginning of a conversation differently once it is answered, so '
-                "the answer cannot be told from the question; train on everything (--no-completion-only-loss) or give another "
-                "--template"
+                f'template "{self.name}" renders the start of a conversation differently once it is answered, so '
+                "the answer cannot be separated from the question; train on the whole text (--no-completion-only-loss) or use "
+                "another --template"
             )
-        # Between turns a template may write what it leaves out at the end; what both share is the answer's.
+        # Between turns a template may write what it omits at the end; what both share belongs to the answer.
         shared = next((i for i, (a, b) in enumerate(zip(whole, after)) if a != b), min(len(whole), len(after)))
         end = max(shared, len(before) + len(message["content"].strip()))
         return len(before), min(end, len(whole))
@@ -148,14 +148,16 @@ class Template:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(str(values["name"]), str(values["source"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AdapterFileError(f"{path} is no template ({error!r}); save the adapter again, or delete the file") from error
+            raise AdapterFileError(
+                f"{path} is not a valid template ({error!r}); save the adapter again, or delete the file"
+            ) from error
 
 
 def chosen(wanted: str | None, format: str, tokenizer: Any) -> Template:
     """The template of a training job.
 
     Args:
-        wanted: a name of `BUILT_IN`, "chat", the path of a Jinja file; None takes what suits the data's form.
+        wanted: a name of `BUILT_IN`, "chat", the path of a Jinja file; None takes what suits the format of the data.
 
     Raises:
         ConfigError: there is no such template, or the tokenizer has none of its own.
@@ -173,7 +175,9 @@ def chosen(wanted: str | None, format: str, tokenizer: Any) -> Template:
     path = Path(wanted)
     if not path.is_file():
         names = ["chat", *BUILT_IN]
-        raise ConfigError(f'template "{wanted}" is neither a name ({", ".join(names)}) nor a file{did_you_mean(wanted, names)}')
+        raise ConfigError(
+            f'template "{wanted}" is neither built in ({", ".join(names)}) nor a file{did_you_mean(wanted, names)}'
+        )
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

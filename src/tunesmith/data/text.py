@@ -26,7 +26,7 @@ def split(texts: Sequence[R], held_out: float, seed: int) -> tuple[list[R], list
 class PadRight:
     """Collator: rows of one length, labels the examples' own or else the ids, padding masked and `IGNORED`.
 
-    Padding is told by position, never by id: where pad and end-of-text are one token, the real end is still learned.
+    Padding is recognised by position, never by id: where pad and end-of-text are one token, the real end is still learned.
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -47,11 +47,11 @@ class PadRight:
 
 
 def pad_id_of(tokenizer: Any) -> int:
-    """The padding token's id; any id will do where there is none, since padding is masked."""
+    """The padding token's id; without one any id will do, since padding is masked."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 
-LOGITS_AT_A_TIME = 2**24  # values; an evaluation should not need more memory than the training
+LOGITS_AT_A_TIME = 2**24  # values, so that evaluation needs no more memory than training
 
 
 def batches(examples: Sequence[Example], size: int, pad_id: int, words: int = 1) -> Iterator[dict[str, Tensor]]:
@@ -64,7 +64,7 @@ def batches(examples: Sequence[Example], size: int, pad_id: int, words: int = 1)
 
 
 def perplexity(loss: float) -> float:
-    """`exp(loss)`, of losses beyond what a float holds the largest power."""
+    """`exp(loss)`, capped where a float would overflow."""
     return math.exp(min(loss, 700))
 
 
