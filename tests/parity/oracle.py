@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ def theirs_on(base: nn.Module, kind: str, task: str | None, **options: Any) -> p
     _, config, defaults = CONFIGS[kind]
     with quiet():
         model = peft.get_peft_model(copy.deepcopy(base), config(task_type=task, **{**defaults, **options}))
-    return scrambled(model).eval()
+    return told_of_the_cache(scrambled(model).eval())
 
 
 def read_by_peft(base: nn.Module, folder: Path, **kwargs: Any) -> peft.PeftModel:
@@ -49,7 +51,34 @@ def read_by_peft(base: nn.Module, folder: Path, **kwargs: Any) -> peft.PeftModel
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
-        return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder), **kwargs).eval()
+        return told_of_the_cache(peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder), **kwargs).eval())
+
+
+def told_of_the_cache(model: Any) -> Any:
+    """peft 0.21.2 looks for the cache under the name it had before transformers 5.24; here it finds it there.
+
+    By itself, it puts its virtual tokens in at each step of `generate`, and refuses prefixes of classifiers.
+    """
+    for module in (model.get_base_model(), *model.get_base_model().children()):
+        if "cache" in inspect.signature(module.forward).parameters:
+            module.forward = _under_the_old_name(module.forward)
+    prepare = getattr(model, "base_model_prepare_inputs_for_generation", None)
+    if prepare is not None:
+        model.base_model_prepare_inputs_for_generation = lambda *args, **kwargs: {
+            "past_key_values" if name == "cache" else name: value for name, value in prepare(*args, **kwargs).items()
+        }
+    return model
+
+
+def _under_the_old_name(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    parameters = inspect.signature(forward).parameters.values()
+    renamed = [p.replace(name="past_key_values") if p.name == "cache" else p for p in parameters]
+    wrapped.__signature__ = inspect.Signature(renamed)  # type: ignore[attr-defined]
+    return wrapped
 
 
 def written_by_peft(model: peft.PeftModel, folder: Path, **kwargs: Any) -> Path:
