@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import tiny
 from tests.contract.handles import lora, out
-from tests.contract.test_methods import COMBINATIONS, LAYERS, METHODS, make_config
+from tests.methods.test_contract import COMBINATIONS, LAYERS, METHODS, make_config
 from tunesmith import (
     AdapterNameError,
     AdaptionPromptConfig,

@@ -12,7 +12,7 @@ import transformers as tf
 import tunesmith
 from tests import tiny
 from tests.contract import handles
-from tests.contract.test_methods import METHODS, make_config
+from tests.methods.test_contract import METHODS, make_config
 from tunesmith import (
     AdaptionPromptConfig,
     LoraConfig,

@@ -9,8 +9,8 @@ from torch import nn
 
 from tests import quantised
 from tests.contract.handles import out
-from tests.contract.test_methods import MERGEABLE, make_config
-from tests.contract.test_quantised import INPUTS, LABELLED, ON_LINEAR, acting, each_form
+from tests.methods.test_contract import MERGEABLE, make_config
+from tests.methods.test_contract_quantised import INPUTS, LABELLED, ON_LINEAR, acting, each_form
 from tests.unit.bases.test_quantised import linear4bit
 from tunesmith import LoraConfig, UsageError, get_peft_model, prepare_model_for_kbit_training
 from tunesmith.bases.quantised import quantised_views

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests import quantised, tiny
 from tests.contract.handles import out
-from tests.contract.test_methods import METHODS, make_config
+from tests.methods.test_contract import METHODS, make_config
 from tests.quantised import FORMS
 from tunesmith import (
     IA3Config,
