@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.bases.test_quantised import SHAPES, linear4bit, linear8bit
+from tests.bases.test_quantised import SHAPES, linear4bit, linear8bit
 from tunesmith.bases.stored_bytes import FORMS, stored_bytes
 
 each_shape = pytest.mark.parametrize("shape", [*SHAPES, (300, 200), (512, 1024)], ids=str)

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from tests.unit.bases.test_quantised import FLOATS, linear4bit
+from tests.bases.test_quantised import FLOATS, linear4bit
 from tunesmith.bases import scratch
 from tunesmith.bases.view import view_of
 from tunesmith.kernels.decoded_linear import decoded_linear
