@@ -229,7 +229,7 @@ def test_saving_reads_nothing_lazily_from_the_file_it_replaces(tmp_path):
 REAL = """
 import os, random, signal, sys, time
 from pathlib import Path
-from tests.unit.test_atomic_save import adapter, value_in, NAMES
+from tests.storage.test_folder import adapter, value_in, NAMES
 
 folder, random = Path(sys.argv[1]), random.Random(0)
 handles = [adapter(value) for value in (1, 2, 3)]
