@@ -115,7 +115,7 @@ from pathlib import Path
 import transformers
 from transformers.utils import is_peft_available
 assert not is_peft_available()
-from tests.e2e.test_trainer import CONFIGS, make_trainer
+from tests.train.test_trainer import CONFIGS, make_trainer
 make_trainer(transformers.Trainer, Path({str(tmp_path)!r}), CONFIGS["lora"](), max_steps=2).train()
 names = {{path.name for path in Path({str(tmp_path)!r}, "checkpoint-2").iterdir()}}
 assert "adapter_model.safetensors" in names and "model.safetensors" not in names, names
