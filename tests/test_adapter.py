@@ -9,7 +9,7 @@ import transformers as tf
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import assert_same_state, out, state
+from tests.handles import assert_same_state, out, state
 from tests.parity.oracle import read_by_peft, tensors
 from tunesmith import AdapterFileError, ConfigError, LoraConfig, PeftModel, UsageError, get_peft_model
 

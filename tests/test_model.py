@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.contract.handles import assert_same_state, lora, out, state
+from tests.handles import assert_same_state, lora, out, state
 from tunesmith import (
     AdapterNameError,
     BitFitConfig,

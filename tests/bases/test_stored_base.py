@@ -10,7 +10,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from tests import quantised, tiny
-from tests.contract.handles import out
+from tests.handles import out
 from tunesmith import AutoPeftModelForCausalLM, LoraConfig, UsageError, get_peft_model, load_base, resolve
 from tunesmith.bases.quantise import quantise_folder
 from tunesmith.cli.app import main

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.contract.handles import lora, prefixed, prompted
+from tests.handles import lora, prefixed, prompted
 from tunesmith import ConfigError, UsageError
 from tunesmith.data.packing import POOL, LengthBuckets, PackedCollator
 from tunesmith.jobs import job

@@ -14,7 +14,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.generic import find_labels
 
 from tests import tiny
-from tests.contract.handles import lora, out, prompted
+from tests.handles import lora, out, prompted
 from tunesmith import LoraConfig, PeftModel, UsageError, get_peft_model
 from tunesmith.runtime.frame import current_frame
 

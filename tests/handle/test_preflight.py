@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import lora, out, prompted
+from tests.handles import lora, out, prompted
 from tunesmith import AdapterNameError, LoraConfig, TargetError, UsageError, get_peft_model
 from tunesmith.handle.preflight import is_due
 from tunesmith.runtime.site import site_of

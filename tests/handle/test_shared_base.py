@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import MAKERS, assert_same_state, lora, out, prompted, state
+from tests.handles import MAKERS, assert_same_state, lora, out, prompted, state
 from tunesmith import LoraConfig, TargetError, get_peft_model
 from tunesmith.runtime.frame import current_frame
 from tunesmith.runtime.site import site_of

@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 from tests import quantised
-from tests.contract.handles import out
+from tests.handles import out
 from tests.methods.test_contract import MERGEABLE, make_config
 from tests.methods.test_contract_quantised import INPUTS, LABELLED, ON_LINEAR, acting, each_form
 from tests.bases.test_quantised import linear4bit

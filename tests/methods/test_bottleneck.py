@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import out
+from tests.handles import out
 from tunesmith import AdapterFileError, BottleneckConfig, ConfigError, LoraConfig, PeftModel, TargetError, get_peft_model
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import quantised, tiny
-from tests.contract.handles import out
+from tests.handles import out
 from tests.methods.test_contract import METHODS, make_config
 from tests.quantised import FORMS
 from tunesmith import (

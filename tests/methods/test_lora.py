@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
-from tests.contract.handles import assert_same_gradients, gradients, lora
+from tests.handles import assert_same_gradients, gradients, lora
 from tunesmith.bases.view import view_of
 from tunesmith.methods import lora as method
 

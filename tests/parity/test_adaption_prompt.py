@@ -10,7 +10,7 @@ import transformers as tf
 
 import tunesmith as ts
 from tests import tiny
-from tests.contract.handles import assert_same_gradients, gradients
+from tests.handles import assert_same_gradients, gradients
 from tests.parity.oracle import agree, ours_on, output, own_names, read_by_peft, tensors, theirs_on, written_by_peft
 from tests.parity.test_files import with_labels
 from tests.parity.test_generation import NEW, WAYS, both, prompt_of, uneven

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests import tiny
-from tests.contract.handles import lora, out, prefixed, prompted
+from tests.handles import lora, out, prefixed, prompted
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import gradients, lora, prefixed, prompted
+from tests.handles import gradients, lora, prefixed, prompted
 from tunesmith import LoraConfig, PeftModel, PromptEncoderConfig, UsageError, get_peft_model
 
 WORLD = 2

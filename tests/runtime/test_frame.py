@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
-from tests.contract.handles import assert_same_state, lora, out, prompted, state
+from tests.handles import assert_same_state, lora, out, prompted, state
 from tunesmith import LoraConfig, UsageError, get_peft_model
 from tunesmith.runtime.frame import Frame, current_frame, entered
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import lora, out
+from tests.handles import lora, out
 from tests.methods.test_contract import COMBINATIONS, LAYERS, METHODS, make_config
 from tunesmith import (
     AdapterNameError,

@@ -11,7 +11,7 @@ import transformers as tf
 
 import tunesmith
 from tests import tiny
-from tests.contract import handles
+from tests import handles
 from tests.methods.test_contract import METHODS, make_config
 from tunesmith import (
     AdaptionPromptConfig,

@@ -10,8 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
-from tests.contract.handles import MAKERS as HANDLES
-from tests.contract.handles import assert_same_gradients, gradients, lora, prefixed
+from tests.handles import MAKERS as HANDLES
+from tests.handles import assert_same_gradients, gradients, lora, prefixed
 from tunesmith.runtime.frame import current_frame
 
 MODELS = {

@@ -18,7 +18,7 @@ from accelerate.hooks import (
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import assert_same_gradients, gradients, lora, out
+from tests.handles import assert_same_gradients, gradients, lora, out
 from tunesmith import TargetError, UsageError
 from tunesmith.runtime.site import site_of
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.contract.handles import assert_same_state, out, prefixed, state
+from tests.handles import assert_same_state, out, prefixed, state
 from tunesmith import AdaptionPromptConfig, LoraConfig, PeftModel, PrefixTuningConfig, UsageError, get_peft_model
 from tunesmith.config import PromptConfig
 from tunesmith.registry import all_methods

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from tests import tiny
-from tests.contract.handles import lora, prompted
+from tests.handles import lora, prompted
 from tunesmith import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, Trainer, get_peft_model
 from tunesmith.data.packing import PackedCollator
 from tunesmith.train import fused_loss, shared_virtual_tokens
