@@ -10,8 +10,7 @@ import torch
 import transformers as tf
 
 import tunesmith
-from tests import tiny
-from tests import handles
+from tests import handles, tiny
 from tests.methods.test_contract import METHODS, make_config
 from tunesmith import (
     AdaptionPromptConfig,
