@@ -24,3 +24,13 @@ def llama():
 @pytest.fixture
 def llama_inputs():
     return tiny.inputs_for("llama")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a good LoRA adapter for the tiny Llama."""
+    from tests.parity.oracle import ours_on
+
+    folder = tmp_path / "adapter"
+    ours_on(tiny.make("llama"), "lora", "CAUSAL_LM").save_pretrained(folder)
+    return folder

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.bad_input import INPUTS, one_error
 from tests.handles import assert_same_state, lora, out, state
+from tests.parity.oracle import ours_on, output
 from tunesmith import (
     AdapterNameError,
     BitFitConfig,
@@ -128,6 +130,23 @@ def test_an_error_about_names_stays_short(handle):
     with pytest.raises(AdapterNameError, match="and 12 more") as caught:
         handle.set_adapter("zz")
     assert len(str(caught.value)) < 300
+
+
+def test_taken_adapter_name(llama):
+    handle = ours_on(llama, "lora", "CAUSAL_LM")
+    adapted = output(handle, INPUTS)
+    with one_error(AdapterNameError, '"default" is taken', "names in use: default"):
+        handle.add_adapter("default", LoraConfig(r=2))
+    assert handle.peft_config["default"].r == 4
+    assert torch.equal(output(handle, INPUTS), adapted)
+
+
+@pytest.mark.parametrize("call", ["set_adapter", "delete_adapter"])
+def test_unknown_adapter_name(call, llama):
+    handle = ours_on(llama, "lora", "CAUSAL_LM")
+    with one_error(AdapterNameError, 'no adapter "defualt"', "did you mean 'default'", 'adapters here: "default"'):
+        getattr(handle, call)("defualt")
+    assert handle.active_adapters == ["default"]
 
 
 # --- adapters that would hide each other ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tensors that all modules of one adapter use: made once, in the tree, and still one after copying, pickling and casting."""
+"""Trees of adapters: tensors that all modules of one adapter share, modules and adapters with awkward names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 import tunesmith as ts
 from tests import tiny
+from tests.bad_input import INPUTS, Snapshot, one_error
 from tests.parity.oracle import output
+from tunesmith import AdapterNameError, LoraConfig
+
+# --- tensors that are shared: made once, and still one after copying, pickling and casting ----------------------------
 
 
 @pytest.fixture
@@ -41,3 +46,80 @@ def test_shared_tensors_are_cast_and_moved_with_the_handle(handle):
 
 def test_shared_tensors_are_no_parameters(handle):
     assert {name.rpartition(".")[2] for name, _ in handle.adapters.named_parameters()} == {"vera_lambda_b", "vera_lambda_d"}
+
+
+# --- names of modules -------------------------------------------------------------------------------------------------
+
+
+def test_module_names_that_are_words_of_pythons_own_are_no_obstacle(tmp_path):
+    """Trees mirror the base's names, whatever they are."""
+
+    def make():
+        torch.manual_seed(0)
+        base = nn.Module()
+        for name in ("items", "add", "prompt", "node", "keys"):
+            setattr(base, name, nn.Linear(4, 4))
+        base.forward = None
+        del base.forward
+        return base
+
+    base = make()
+    handle = ts.get_peft_model(
+        base, LoraConfig(target_modules=["items", "add", "prompt", "node", "keys"], init_lora_weights=False)
+    )
+    handle.save_pretrained(tmp_path)
+    again = ts.PeftModel.from_pretrained(make(), tmp_path)
+    assert handle.get_nb_trainable_parameters()[0] == 5 * 64
+    for mine, loaded in zip(handle.adapters.parameters(), again.adapters.parameters()):
+        assert torch.equal(mine, loaded)
+
+
+# --- names of adapters -------------------------------------------------------------------------------------------------
+
+UNSAFE = [
+    "",
+    "../x",
+    "a/b",
+    "a\\b",
+    "..",
+    ".",
+    ".hidden",
+    "a.b",
+    "x\n",
+    "a\0b",
+    "-x",
+    " x",
+    "x" * 129,
+    "~",
+    "C:x",
+    "*",
+    None,
+    3,
+]
+RESERVED = ["keys", "items", "values", "pop", "training", "forward", "parameters", "_modules", "to"]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_unsafe_adapter_name(name, llama):
+    before = Snapshot(llama)
+    with one_error(AdapterNameError, "is not usable", "use letters, digits"):
+        ts.get_peft_model(llama, LoraConfig(), adapter_name=name)
+    before.check()
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_adapter_name_that_pytorch_uses(name, llama):
+    before = Snapshot(llama)
+    with one_error(AdapterNameError, f'"{name}" is a word of PyTorch', "take another"):
+        ts.get_peft_model(llama, LoraConfig(), adapter_name=name)
+    before.check()
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_A", "base_model", "adapters", "über 2", "a-b_c 3", "0", "_x", "x" * 128])
+def test_usable_adapter_name_survives_saving_and_loading(name, llama, tmp_path):
+    """Also names like parts of tensor names, which the reference reloads untrained."""
+    handle = ts.get_peft_model(llama, LoraConfig(r=2, init_lora_weights=False), adapter_name=name).eval()
+    handle.save_pretrained(tmp_path)
+    again = ts.PeftModel.from_pretrained(llama, tmp_path / name, adapter_name=name).eval()
+    assert torch.equal(output(again, INPUTS), output(handle, INPUTS))
+    assert not torch.equal(output(again, INPUTS), output(llama, INPUTS))
