@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import tiny
-from tests.handles import lora, prefixed, prompted
-from tunesmith import ConfigError, UsageError
+from tunesmith import UsageError
 from tunesmith.data.packing import POOL, LengthBuckets, PackedCollator
-from tunesmith.jobs import job
-from tunesmith.train.batching import BucketTrainer
 
 
 def test_texts_follow_each_other_and_nothing_is_predicted_across():
@@ -83,62 +79,6 @@ def test_buckets_come_in_no_order_of_length_and_the_smaller_batch_holds_any():
     assert POOL * 8 < 296, "with all rows in one pool this test says less"
 
 
-@pytest.mark.parametrize(
-    ("make", "packing", "trainer", "collator"),
-    [
-        (lora, None, "Trainer", "PackedCollator"),
-        (lora, True, "Trainer", "PackedCollator"),
-        (lora, False, "Trainer", "PadRight"),
-        (prompted, None, "Trainer", "PackedCollator"),
-        (prefixed, None, "Trainer", "PackedCollator"),
-        (prompted, False, "Trainer", "PadRight"),
-    ],
-)
-def test_a_job_packs_where_it_can(make, packing, trainer, collator):
-    kind, found = job.batching(make(tiny.make("llama")), packing, pad_id=0)
-    assert (kind.__name__, type(found).__name__) == (trainer, collator)
-    if isinstance(found, PackedCollator):
-        assert found.first_tokens == (make is prompted), "only virtual tokens in front of a text predict its first one"
-
-
-def test_a_job_takes_buckets_where_it_cannot_pack():
-    kind, found = job.batching(prompted(tiny.make("bloom")), None, pad_id=0)
-    assert (kind.__name__, type(found).__name__) == ("BucketTrainer", "PadRight")
-
-
-def test_a_job_told_to_pack_says_why_it_cannot():
-    with pytest.raises(ConfigError, match=r"BloomForCausalLM.* --packing"):
-        job.batching(lora(tiny.make("bloom")), True, pad_id=0)
-
-
 def test_first_tokens_keep_their_labels_where_virtual_tokens_predict_them():
     examples = [{"input_ids": [4, 5]}, {"input_ids": [7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
     assert PackedCollator(first_tokens=True)(examples)["labels"].tolist() == [[4, 5, 7, -100, 9]]
-
-
-def test_the_trainer_of_buckets_reads_them(tmp_path):
-    import transformers
-
-    from tunesmith.data.text import PadRight
-
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=8, num_train_epochs=2, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="no", data_seed=4,
-    )  # fmt: skip
-    rows = [{"input_ids": [3] * (length // 4 + 2)} for length in LENGTHS]
-    shapes = []
-
-    class Watched(BucketTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            shapes.append(tuple(inputs["input_ids"].shape))
-            return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
-
-    Watched(model=lora(tiny.make("llama")), args=arguments, train_dataset=rows, data_collator=PadRight(0)).train()
-    expected = []
-    for epoch in range(2):
-        sampler = LengthBuckets([len(row["input_ids"]) for row in rows], 8, seed=4)
-        sampler.set_epoch(epoch)
-        order = list(sampler)
-        batches = [order[i : i + 8] for i in range(0, 301, 8)]
-        expected += [(len(batch), max(len(rows[row]["input_ids"]) for row in batch)) for batch in batches]
-    assert shapes == expected

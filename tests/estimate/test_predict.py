@@ -14,11 +14,8 @@ import torch
 import transformers as tf
 
 from tests import tiny
-from tests.e2e.test_cli import run
-from tunesmith import LoraConfig, get_peft_model, load_base, plan_training
-from tunesmith.errors import ConfigError, UsageError
+from tunesmith import LoraConfig, get_peft_model, plan_training
 from tunesmith.estimate import skeleton
-from tunesmith.estimate.ledger import Ledger
 from tunesmith.estimate.predict import Storage, predict
 from tunesmith.jobs import fit
 from tunesmith.jobs.settings import Settings
@@ -29,26 +26,6 @@ LLAMA = {"vocab_size": 20_000, "hidden_size": 512, "num_hidden_layers": 6, "num_
 
 def example(length: int = 64) -> dict[str, list[int]]:
     return {"input_ids": list(range(2, 2 + length)), "labels": list(range(2, 2 + length))}
-
-
-def test_a_ledger_counts_what_lives():
-    x = torch.empty(1000, 100, device="meta")
-    with Ledger() as ledger:
-        with ledger.phase("two"):
-            y = x + 1
-            z = (y @ y.T).sum()
-        assert ledger.live == 400_000 + 4, "x was there before"
-        assert ledger.peaks["two"] == 400_000 + 4_000_000 + 4
-        del y
-        assert ledger.live == 4 and z.is_meta
-    assert ledger.flops == 2 * 1000 * 1000 * 100
-
-
-def test_gaps_are_counted_between_small_blocks_alone():
-    with Ledger() as ledger, ledger.phase("made"):
-        ledger.slack = 0.5
-        kept = torch.empty(100, device="meta"), torch.empty(10**8, device="meta")
-    assert ledger.peaks["made"] == 600 + 4 * 10**8 and len(kept) == 2
 
 
 def test_values_that_decide_are_real():
@@ -78,38 +55,6 @@ def test_methods_are_planned_on_any_known_base(method):
     assert plan_training(settings, fit.Rows(3)).peak > 500e6
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
-        ("Llama-2-13B", 13_015_864_320),
-        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
-        ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
-        ("Qwen2.5-7B", 7_615_616_512),
-        ("bigscience/bloomz-560m", 559_214_592),
-        ("bloom-1b4-zh", 1_303_111_680),
-        ("bigscience/mt0-large", 973_466_624),
-        ("facebook/opt-6.7b", 6_658_473_984),
-        ("openai/whisper-large", 1_543_304_960),
-        ("gpt2", 124_439_808),
-        ("Mistral-7B-v0.1", 7_241_732_096),
-    ],
-)
-def test_known_models_have_the_published_sizes(name, parameters):
-    model = skeleton.skeleton(skeleton.config_of(name), torch.bfloat16)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-
-
-def test_every_known_model_can_be_named():
-    for name in skeleton.known_models():
-        assert skeleton.config_of(f"someone/{name}").model_type == skeleton.known_models()[name]["model_type"]
-
-
-def test_an_unknown_base_is_one_sentence():
-    with pytest.raises(UsageError, match=r"hub does not give it.*no model known by name; did you mean 'Llama-2-7B'"):
-        skeleton.config_of("Llama-2-7Z")
-
-
 def test_checkpointing_quantising_and_smaller_batches_take_less():
     settings = Settings("lora", base="Qwen2.5-0.5B", max_length=128, held_out=0.0)
     rows = fit.Rows(8)
@@ -122,53 +67,6 @@ def test_checkpointing_quantising_and_smaller_batches_take_less():
     four = predict(config, lora, [rows.batch(1, 32)], Storage(bits=4))
     linear = 24 * (896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864)
     assert four.base == pytest.approx(asked.base - 2 * linear + linear * (0.5 + 1 / 64 + 4 / 64 / 256), rel=1e-3)
-
-
-def test_settings_that_fit_are_found_and_can_be_pasted():
-    settings = Settings("lora", base="Qwen2.5-0.5B", max_length=128, held_out=0.0)
-    asked = plan_training(settings, fit.Rows(100), "cpu").peak
-    other, plan = fit.fitting(settings, int(0.8 * asked), fit.Rows(100), "cpu")
-    assert plan.peak <= 0.8 * asked and other.per_device_train_batch_size < 8
-    size = other.per_device_train_batch_size
-    assert fit.flags(other, settings) == f"--per-device-train-batch-size {size} --gradient-accumulation-steps {8 // size}"
-    assert fit.fitting(settings, 10**6, fit.Rows(100), "cpu") is None
-
-
-def test_activations_are_computed_twice_where_they_do_not_fit(monkeypatch):
-    settings, base = Settings("lora"), load_base("sprout")
-    asked = plan_training(settings)
-    needed = asked.peak - asked.program - asked.base
-    for free, expected in ((needed - 1, True), (needed + 1, False), (None, False)):
-        monkeypatch.setattr(fit, "memory", lambda device, free=free: free)
-        assert fit.needs_checkpointing(settings, base) is expected
-    monkeypatch.setattr(fit, "memory", lambda device: 16 * 10**9)
-    monkeypatch.setattr(fit, "plan_training", lambda settings: pytest.fail("planned, although there is plenty of memory"))
-    assert not fit.needs_checkpointing(settings, base)
-
-
-@pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("16 GiB", 16 * 2**30), ("512mb", 512e6), ("1.5TB", 1.5e12)])
-def test_sizes(text, size):
-    assert fit.bytes_of(text) == int(size)
-
-
-@pytest.mark.parametrize("text", ["", "GB", "many", "-1GB", "nanGB", "24 gallons"])
-def test_no_sizes(text):
-    with pytest.raises(ConfigError, match="write 24GB"):
-        fit.bytes_of(text)
-
-
-def test_the_verb_proposes_what_fits(tmp_path, capsys):
-    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "Name a plant.", "output": "A rose. " * 60}] * 20))
-    arguments = ["plan", "--data", tmp_path / "rows.json", "--base", "gpt2", "--method", "lora", "--dtype", "bfloat16"]
-    assert run(*arguments, "--budget", "1.5GB") == 0
-    printed = capsys.readouterr().out
-    assert "20 rows, counted as 256 tokens each" in printed and "124,439,808 parameters in bfloat16" in printed
-    assert "does not fit into 1.5GB" in printed and "GB with --per-device-train-batch-size" in printed
-    assert run("plan", "--budget", "1 gallon") == 2
-    assert run("plan", "--base", "Llama-2-7Z") == 1
-    assert "'Llama-2-7B'" in capsys.readouterr().err
-    assert run("plan", "--models") == 0
-    assert "whisper-large" in capsys.readouterr().out
 
 
 STEPS = """

@@ -1,4 +1,4 @@
-"""Methods that train private copies of the base's own parameters: LN tuning and BitFit."""
+"""BitFit: private copies of the base's own biases."""
 
 from __future__ import annotations
 
@@ -63,19 +63,6 @@ def test_base_without_biases_is_refused_by_name():
         ts.get_peft_model(tiny.make("llama"), ts.BitFitConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ts.TargetError, match=r"q_proj: it is a Linear without a bias; leave it out"):
         ts.get_peft_model(tiny.make("llama"), ts.BitFitConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-
-
-def test_ln_tuning_finds_the_norms_of_an_architecture_without_usual_ones():
-    base = tiny.make("opt")
-    handle = ts.get_peft_model(base, ts.LNTuningConfig(task_type="CAUSAL_LM"))
-    norms = [path for path, module in base.named_modules() if isinstance(module, torch.nn.LayerNorm)]
-    assert sorted(path for path, _ in handle.tree("default").items()) == sorted(norms) and len(norms) == 5
-
-
-def test_ln_tuning_refuses_what_is_no_norm():
-    for targets, message in ((["q_proj"], "it is a Linear, not a norm"), (["mlp"], "LlamaMLP without parameters of its own")):
-        with pytest.raises(ts.TargetError, match=message):
-            ts.get_peft_model(tiny.make("llama"), ts.LNTuningConfig(task_type="CAUSAL_LM", target_modules=targets))
 
 
 @pytest.mark.parametrize("order", [["bias", "factors"], ["factors", "bias"]], ids="-".join)
