@@ -5,24 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import tiny
 from tests.bad_input import INPUTS, one_error
 from tests.handles import assert_same_state, lora, out, state
 from tests.parity.oracle import ours_on, output
 from tunesmith import (
     AdapterNameError,
-    BitFitConfig,
-    BottleneckConfig,
-    LNTuningConfig,
     LoraConfig,
-    OFTConfig,
     PeftModel,
-    TrainableTokensConfig,
     UsageError,
-    get_peft_model,
 )
-from tunesmith.adapter import LinearAdapter
-from tunesmith.bases.view import view_of
 
 
 @pytest.fixture
@@ -147,97 +138,3 @@ def test_unknown_adapter_name(call, llama):
     with one_error(AdapterNameError, 'no adapter "defualt"', "did you mean 'default'", 'adapters here: "default"'):
         getattr(handle, call)("defualt")
     assert handle.active_adapters == ["default"]
-
-
-# --- adapters that would hide each other ------------------------------------------------------------------------------
-
-CLASSIFIER = {"task_type": "SEQ_CLS", "init_lora_weights": False}
-CONFLICTS = {
-    "two heads": ("bert-classifier", LoraConfig(**CLASSIFIER), LoraConfig(**CLASSIFIER), r"trains classifier whole"),
-    "a copy of what another adapts": (
-        "llama",
-        LoraConfig(modules_to_save=["mlp"]),
-        LoraConfig(target_modules=["down_proj"]),
-        r'"a" trains model\.layers\.0\.mlp whole.*"b" has at model\.layers\.0\.mlp\.down_proj',
-    ),
-    "a block beside a copy of it": (
-        "llama",
-        BottleneckConfig(target_modules=["mlp"]),
-        LoraConfig(modules_to_save=["mlp"]),
-        r'"b" trains model\.layers\.0\.mlp whole.*"a" has',
-    ),
-    "the same norms": ("llama", LNTuningConfig(), LNTuningConfig(), r'"a" and "b" both train .*weight'),
-    "the same biases": ("gpt2", LoraConfig(bias="all"), BitFitConfig(), r'"a" and "b" both train .*bias'),
-    "the same tokens": (
-        "llama",
-        LoraConfig(trainable_token_indices=[3, 4]),
-        TrainableTokensConfig(token_indices=[4, 5]),
-        r"both train model\.embed_tokens\.weight\[4\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("pair", CONFLICTS)
-def test_adapters_that_would_hide_each_other_are_refused_by_name(pair):
-    """Whether one of them is merged or both are active; alone, and in rows of one batch, each of them acts."""
-    name, first, second, message = CONFLICTS[pair]
-    handle, inputs = get_peft_model(tiny.make(name), first, "a").eval(), tiny.inputs_for(name)
-    handle.add_adapter("b", second)
-    alone = out(handle, inputs)
-    handle.set_adapter(["a", "b"])
-    for _ in range(2):
-        with pytest.raises(UsageError, match=message):
-            handle(**inputs)
-    if hasattr(handle.base_model, "generate"):
-        with pytest.raises(UsageError, match=message):
-            handle.generate(**inputs, max_new_tokens=2)
-    if not isinstance(first, BottleneckConfig):
-        with pytest.raises(UsageError, match=message):
-            handle.merge_adapter()
-        handle.merge_adapter(["a"])
-        with pytest.raises(UsageError, match=message):
-            handle(**inputs)
-        handle.unmerge_adapter()
-    assert handle(**inputs, adapter_names=["a", "b"])
-    handle.set_adapter("a")
-    assert torch.equal(out(handle, inputs), alone)
-
-
-def test_trained_tokens_and_biases_that_do_not_meet_act_together(llama, llama_inputs):
-    handle = get_peft_model(llama, TrainableTokensConfig(token_indices=[3]), "a").eval()
-    handle.add_adapter("b", TrainableTokensConfig(token_indices=[4]))
-    handle.set_adapter(["a", "b"])
-    assert out(handle, llama_inputs).isfinite().all()
-
-
-def test_a_parameter_under_a_rotation_is_merged_first(llama, llama_inputs):
-    """Merged the other way round, the change of the parameter would not be rotated."""
-    handle = get_peft_model(
-        llama, OFTConfig(oft_block_size=8, init_weights=False, target_modules=["q_proj"]), "rotation"
-    ).eval()
-    handle.add_adapter("change", LoraConfig(target_parameters=["q_proj.weight"], init_lora_weights=False, lora_alpha=64))
-    handle.set_adapter(["rotation", "change"])
-    expected = out(handle, llama_inputs)
-    with pytest.raises(UsageError, match=r'"change" replaces .*merge it before the others: "change", "rotation"'):
-        handle.merge_adapter()
-    handle.merge_adapter(["change", "rotation"])
-    torch.testing.assert_close(out(handle, llama_inputs), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_bias_that_has_no_place_in_the_module_is_not_lost_in_merging(llama, llama_inputs):
-    class Shifted(LinearAdapter):
-        def forward(self, x, base, *args, **kwargs):
-            return base(x, *args, **kwargs) + 1
-
-        def merge(self, weight, bias, base):
-            return weight, torch.ones(len(weight), dtype=weight.dtype) if bias is None else bias + 1
-
-    handle = lora(llama).eval()
-    path, module = "model.layers.1.self_attn.v_proj", llama.model.layers[1].self_attn.v_proj
-    handle.tree("default").node(path)._modules["_adapter"] = Shifted(view_of(module), None, {})
-    handle._forget()
-    before, expected = state(llama), out(handle, llama_inputs)
-    with pytest.raises(UsageError, match="Shifted gives a bias to a Linear that has none"):
-        handle.merge_adapter()
-    assert_same_state(before, state(llama))
-    assert torch.equal(out(handle, llama_inputs), expected)
