@@ -9,8 +9,10 @@ from torch import nn
 import tunesmith as ts
 from tests import tiny
 from tests.bad_input import INPUTS, Snapshot, one_error, sites
+from tests.handles import lora
 from tests.parity.oracle import ours_on, output
-from tunesmith import ConfigError, LoraConfig, PromptTuningConfig, TargetError, UsageError
+from tunesmith import ConfigError, LoraConfig, PromptTuningConfig, TargetError, UsageError, get_peft_model
+from tunesmith.runtime.site import site_of
 
 UNFIT = {
     "unknown target": (
@@ -142,3 +144,15 @@ def test_rank_that_groups_do_not_divide():
     with one_error(TargetError, "r=3 is not a multiple of its 2 groups"):
         ts.get_peft_model(base, LoraConfig(r=3, target_modules=["0"]))
     assert sites(base) == 0
+
+
+def test_data_parallel_and_wrapped_bases_are_refused(llama):
+    with pytest.raises(TargetError, match="DataParallel"):
+        get_peft_model(nn.DataParallel(llama), LoraConfig(target_modules=["q_proj"]))
+
+
+def test_tensor_parallel_bases_are_refused(llama):
+    llama._tp_size = 2
+    with pytest.raises(TargetError, match="tensor parallelism"):
+        lora(llama)
+    assert not any(site_of(module) for module in llama.modules())

@@ -12,8 +12,10 @@ from torch import nn
 import tunesmith as ts
 from tests import tiny
 from tests.bad_input import INPUTS, Snapshot, one_error
+from tests.handles import lora
 from tests.parity.oracle import output
 from tunesmith import AdapterNameError, LoraConfig
+from tunesmith.runtime.site import site_of
 
 # --- tensors that are shared: made once, and still one after copying, pickling and casting ----------------------------
 
@@ -123,3 +125,10 @@ def test_usable_adapter_name_survives_saving_and_loading(name, llama, tmp_path):
     again = ts.PeftModel.from_pretrained(llama, tmp_path / name, adapter_name=name).eval()
     assert torch.equal(output(again, INPUTS), output(handle, INPUTS))
     assert not torch.equal(output(again, INPUTS), output(llama, INPUTS))
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "a\\b", "-", ".", " a", "x" * 200, "a\n", None, 3])
+def test_unsafe_adapter_names_are_refused(llama, name):
+    with pytest.raises(AdapterNameError):
+        lora(llama, adapter_name=name)
+    assert not any(site_of(module) for module in llama.modules())

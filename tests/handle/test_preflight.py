@@ -11,9 +11,8 @@ from torch import nn
 
 from tests import tiny
 from tests.handles import lora, out, prompted
-from tunesmith import AdapterNameError, LoraConfig, TargetError, UsageError, get_peft_model
+from tunesmith import LoraConfig, TargetError, UsageError
 from tunesmith.handle.preflight import is_due
-from tunesmith.runtime.site import site_of
 
 
 class ReadsWeight(nn.Module):
@@ -167,25 +166,6 @@ def test_the_fused_inference_path_of_torchs_encoder_layer_cannot_pass_adapters_b
 
 
 # --- what a plan refuses -----------------------------------------------------------------------------------------
-
-
-def test_data_parallel_and_wrapped_bases_are_refused(llama):
-    with pytest.raises(TargetError, match="DataParallel"):
-        get_peft_model(nn.DataParallel(llama), LoraConfig(target_modules=["q_proj"]))
-
-
-def test_tensor_parallel_bases_are_refused(llama):
-    llama._tp_size = 2
-    with pytest.raises(TargetError, match="tensor parallelism"):
-        lora(llama)
-    assert not any(site_of(module) for module in llama.modules())
-
-
-@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "a\\b", "-", ".", " a", "x" * 200, "a\n", None, 3])
-def test_unsafe_adapter_names_are_refused(llama, name):
-    with pytest.raises(AdapterNameError):
-        lora(llama, adapter_name=name)
-    assert not any(site_of(module) for module in llama.modules())
 
 
 def test_resizing_the_vocabulary_under_an_adapter_on_it_is_refused(llama, llama_inputs):
