@@ -1,4 +1,4 @@
-"""No adapter is passed by in silence: the check of the first step (rule 5), and what plans refuse (rules 11 and 12)."""
+"""No adapter is passed by in silence: the check of the first step (rule 5), and resizing under adapters (rule 12)."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_the_fused_inference_path_of_torchs_encoder_layer_cannot_pass_adapters_b
         torch.backends.mha.set_fastpath_enabled(True)
 
 
-# --- what a plan refuses -----------------------------------------------------------------------------------------
+# --- resizing under adapters -----------------------------------------------------------------------------------
 
 
 def test_resizing_the_vocabulary_under_an_adapter_on_it_is_refused(llama, llama_inputs):

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
 from tests.handles import assert_same_state, lora, out, prompted, state
-from tests.runtime.test_frame import EXACT, KINDS, _double, _several
 from tunesmith import (
     LoraConfig,
     OFTConfig,
@@ -20,6 +20,42 @@ from tunesmith import (
 )
 from tunesmith.adapter import LinearAdapter
 from tunesmith.bases.view import view_of
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+KINDS = {
+    "linear": lambda: (nn.Linear(6, 5), torch.randn(3, 4, 6)),
+    "linear without bias": lambda: (nn.Linear(6, 5, bias=False), torch.randn(3, 6)),
+    "conv1d": lambda: (Conv1D(5, 6), torch.randn(3, 4, 6)),
+    "embedding": lambda: (nn.Embedding(9, 5, padding_idx=0), torch.randint(0, 9, (3, 4))),
+    "conv2d": lambda: (nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=1), torch.randn(2, 4, 8, 8)),
+    "conv2d padded": lambda: (nn.Conv2d(4, 6, (3, 5), padding=2, padding_mode="reflect", bias=False), torch.randn(2, 4, 8, 8)),
+}
+
+
+def _double(kind):
+    torch.manual_seed(0)
+    module, x = KINDS[kind]()
+    return nn.Sequential(module).double(), x.double() if x.is_floating_point() else x
+
+
+def _several(base, count=3, **fields):
+    """A handle with `count` active adapters of ranks 1, 2, ..."""
+    handle = lora(base, 1, "a0", target_modules=["0"], r=1, **fields)
+    for i in range(1, count):
+        torch.manual_seed(10 + i)
+        handle.add_adapter(f"a{i}", LoraConfig(target_modules=["0"], r=i + 1, init_lora_weights=False, **fields))
+    handle.set_adapter([f"a{i}" for i in range(count)])
+    return handle
+
+
+def test_several_active_adapters_add_up():
+    base, x = _double("linear")
+    handle, plain = _several(base), base(x)
+    together, alone = handle(x), []
+    for name in ("a0", "a1", "a2"):
+        handle.set_adapter(name)
+        alone.append(handle(x) - plain)
+    torch.testing.assert_close(together, plain + sum(alone), **EXACT)
 
 
 def test_a_parameter_under_a_rotation_is_merged_first(llama, llama_inputs):
