@@ -6,12 +6,17 @@ METHOD ?= prompt-tuning
 
 CASES ?= startup lora_step packing speed qlora learning
 
-.PHONY: demo test check bench docs format clean
+.PHONY: demo test test-all check bench docs format clean
 
 demo: .venv/runtime.stamp
 	$(BIN)/tunesmith demo --method $(METHOD)
 
 test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing and not matrix"
+	$(BIN)/python -m pytest -m timing
+
+# Every method on every model, which takes twice as long.
+test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
 	$(BIN)/python -m pytest -m timing
 

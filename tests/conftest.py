@@ -8,7 +8,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests import tiny
+from tests import matrix, tiny
+
+
+@pytest.hookimpl(tryfirst=True)  # before cases are left out by -m
+def pytest_collection_modifyitems(items):
+    matrix.mark(items)
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,7 @@ def trained(base: nn.Module, name: str, which: str) -> PeftModel:
     return handle.eval()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(("name", "which"), CASES)
 def test_new_tokens_are_trained_saved_and_loaded_on_a_base_resized_anew(name, which, tmp_path):
     base = resized(name)
@@ -79,6 +80,7 @@ def test_new_tokens_are_trained_saved_and_loaded_on_a_base_resized_anew(name, wh
         assert torch.equal(out(again, inputs), out(resized(name), inputs))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("copied", [False, True], ids=["in place", "into a copy"])
 @pytest.mark.parametrize(("name", "which"), CASES)
 def test_merged_and_saved_whole_it_is_the_same_model_after_reloading(name, which, copied, tmp_path):

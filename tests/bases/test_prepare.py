@@ -19,6 +19,7 @@ def types(model):
     return {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
 
 
+@pytest.mark.each_value_once
 @each_form
 @pytest.mark.parametrize("kwargs", [{}, {"use_gradient_checkpointing": False},
                                     {"gradient_checkpointing_kwargs": {"use_reentrant": False}}], ids=str)  # fmt: skip
@@ -40,6 +41,7 @@ def test_a_dense_base_is_widened_and_frozen_but_not_checkpointed():
     assert set(types(base).values()) == {(torch.float32, False)} and not base.is_gradient_checkpointing
 
 
+@pytest.mark.each_value_once
 @each_form
 @pytest.mark.parametrize("reentrant", [True, False, None])
 def test_the_usual_recipe_trains_every_adapter(form, reentrant, tmp_path):

@@ -20,6 +20,7 @@ def by_transformers(source, quant_type="nf4", nested=True, **kwargs):
     return tf.AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **kwargs)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])

@@ -221,6 +221,7 @@ def test_encoder_decoder_generation_acts_on_the_encoder(name):
     assert not torch.allclose(found.logits[0], plain.logits[0], atol=1e-3)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=["greedy", "beams", "sample"])
 @pytest.mark.parametrize("name", tiny.GENERATING)
 def test_generation_equals_that_of_the_merged_model(name, how):

@@ -19,6 +19,7 @@ from tunesmith.bases.view import view_of
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
 
+@pytest.mark.each_value_once
 @each_form
 @pytest.mark.parametrize("method", [name for name in ON_LINEAR if name in MERGEABLE])
 def test_merged_into_a_dense_model_computes_the_same(method, form, tmp_path):

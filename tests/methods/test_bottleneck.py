@@ -65,6 +65,7 @@ def by_hooks(twin: nn.Module, handle: PeftModel, config: BottleneckConfig) -> No
         )
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5"])
 def test_outputs_and_gradients_are_the_equations(name, case):

@@ -81,6 +81,7 @@ each = pytest.mark.parametrize(("method", "layer"), COMBINATIONS)
 each_mergeable = pytest.mark.parametrize(("method", "layer"), [pair for pair in COMBINATIONS if pair[0] in MERGEABLE])
 
 
+@pytest.mark.each_value_once
 @each
 def test_starts_as_the_base(method, layer):
     name = LAYERS[layer][0]
@@ -94,6 +95,7 @@ def test_starts_as_the_base(method, layer):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.each_value_once
 @each
 def test_changes_the_output_and_can_be_switched_off_exactly(method, layer):
     handle, twin, inputs = handle_on(method, layer)
@@ -103,6 +105,7 @@ def test_changes_the_output_and_can_be_switched_off_exactly(method, layer):
         assert torch.equal(handle(**inputs).logits, expected)
 
 
+@pytest.mark.each_value_once
 @each_mergeable
 def test_merged_equals_unmerged_and_unmerging_is_bit_exact(method, layer):
     handle, twin, inputs = handle_on(method, layer)
@@ -114,6 +117,7 @@ def test_merged_equals_unmerged_and_unmerging_is_bit_exact(method, layer):
     assert torch.equal(handle(**inputs).logits, expected)
 
 
+@pytest.mark.each_value_once
 @each
 def test_saved_and_loaded_bit_exact(method, layer, tmp_path):
     handle, twin, inputs = handle_on(method, layer, torch.float32)
@@ -121,6 +125,7 @@ def test_saved_and_loaded_bit_exact(method, layer, tmp_path):
     assert torch.equal(PeftModel.from_pretrained(twin, tmp_path).eval()(**inputs).logits, handle(**inputs).logits)
 
 
+@pytest.mark.each_value_once
 @each
 def test_fp32_masters_compute_in_the_type_of_a_16_bit_base(method, layer):
     """The error is that of a few tens of bf16 roundings (2^-9 each), in the sense of the norm."""
@@ -139,6 +144,7 @@ def test_fp32_masters_compute_in_the_type_of_a_16_bit_base(method, layer):
     assert (handle(**inputs).logits - expected).norm() < 50 * 2**-9 * expected.norm()
 
 
+@pytest.mark.each_value_once
 @each
 def test_only_the_adapter_gets_gradients_and_all_of_it_does(method, layer):
     handle, _, inputs = handle_on(method, layer)
@@ -147,6 +153,7 @@ def test_only_the_adapter_gets_gradients_and_all_of_it_does(method, layer):
     assert not missing and all(p.grad is None for p in handle.base_model.parameters())
 
 
+@pytest.mark.each_value_once
 @each_mergeable
 def test_gradients_equal_those_through_the_merged_weights(method, layer):
     handle, twin, inputs = handle_on(method, layer)
@@ -166,7 +173,9 @@ def test_gradients_equal_those_through_the_merged_weights(method, layer):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.matrix if name in VARIANTS else ()) for name in METHODS]
+)
 def test_compiles_into_one_graph_with_the_same_gradients(method):
     layer = "conv1d" if (method, "linear") in WITHOUT_BIASES else "linear"
     handle, _, inputs = handle_on(method, layer, torch.float32)
@@ -187,6 +196,7 @@ REPLACES = [name for name in METHODS if issubclass(all_methods()[METHODS[name].m
 TOGETHER = [(first, second) for first in ON_LINEAR for second in ON_LINEAR if not (first == second and first in REPLACES)]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(("first", "second"), TOGETHER)
 def test_two_methods_active_at_once_fold_and_merge_alike(first, second):
     """Those on blocks stay beside the base while the others are merged into it."""

@@ -67,6 +67,7 @@ def assert_equal_steps(found, expected) -> None:
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
+@pytest.mark.each_value_once
 @each_form
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_loss_and_gradients_equal_those_on_the_dense_base(method, form, tmp_path):
@@ -81,6 +82,7 @@ def test_loss_and_gradients_equal_those_on_the_dense_base(method, form, tmp_path
     quantised.assert_same_stored(quantised.stored(base), before)
 
 
+@pytest.mark.each_value_once
 @each_form
 @pytest.mark.parametrize("method", PROMPTS)
 def test_virtual_tokens_on_a_quantised_base(method, form, tmp_path):
@@ -167,6 +169,7 @@ def test_adapter_files_are_those_of_a_dense_base(form, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.each_value_once
 @each_form
 @pytest.mark.parametrize("name", ["lm_head", "q_proj", "layers.1.mlp"])
 def test_modules_saved_whole_are_dense_copies(name, form, tmp_path):

@@ -84,6 +84,7 @@ def test_what_does_not_fit_is_refused_by_name_and_leaves_the_base_alone(method, 
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
+@pytest.mark.each_value_once
 @each
 def test_acts_and_can_be_switched_off_saved_and_loaded_exactly(method, name, tmp_path):
     handle, inputs = handle_on(method, name), inputs_for(method, name)
@@ -99,6 +100,7 @@ def test_acts_and_can_be_switched_off_saved_and_loaded_exactly(method, name, tmp
         assert torch.equal(tiny.main_output(again(**inputs)), acting)
 
 
+@pytest.mark.each_value_once
 @each
 def test_all_of_it_trains_and_nothing_of_the_base(method, name):
     handle, inputs = handle_on(method, name), inputs_for(method, name)
@@ -111,6 +113,7 @@ def test_all_of_it_trains_and_nothing_of_the_base(method, name):
     assert not [n for n in silent if not any(part in n for part in unread)], silent
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("reentrant", [True, False])
 @each
 def test_gradient_checkpointing_gives_the_same_gradients(method, name, reentrant):

@@ -72,6 +72,7 @@ def assert_rows_are_alone(handle, inputs: dict, names: list[str]) -> None:
         torch.testing.assert_close(gradient, total[n], rtol=1e-5, atol=1e-7 * scale, msg=n)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(("method", "layer"), COMBINATIONS)
 def test_rows_of_one_method_equal_single_runs(method, layer):
     name = LAYERS[layer][0]
@@ -107,6 +108,7 @@ def test_private_heads_and_biases():
     assert_rows_are_alone(handle_with(configs, "bert-classifier"), tiny.inputs_for("bert-classifier", rows=len(ROWS)), ROWS)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"do_sample": False}, {"num_beams": 2, "num_return_sequences": 2}], ids=str
 )
@@ -230,6 +232,7 @@ def assert_prompt_rows_are_alone(handle, inputs: dict, names: list[str]) -> None
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("second", PROMPTS)
 @pytest.mark.parametrize("first", PROMPTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "opt"])
@@ -241,6 +244,7 @@ def test_rows_with_different_prompts_of_different_lengths(name, first, second):
     assert_prompt_rows_are_alone(handle, inputs, ROWS)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", ["t5", "bert-classifier", "bert-tagger", "llama-classifier", "bert-features"])
 @pytest.mark.parametrize("first", ["prompt", "prefix"])
 def test_rows_with_and_without_prompts_for_every_task(name, first):
@@ -253,6 +257,7 @@ def test_rows_with_and_without_prompts_for_every_task(name, first):
     assert_prompt_rows_are_alone(handle, tiny.inputs_for(name, rows=len(ROWS)), ROWS)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("first", ["prompt", "prefix"])
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": False}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])

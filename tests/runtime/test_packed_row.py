@@ -182,6 +182,7 @@ def virtual_handle(kind: str, method: str):
     return handle
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix"])
 @pytest.mark.parametrize("kind", sorted(PROVED))
 def test_virtual_tokens_stand_before_each_text(kind, method):
@@ -189,6 +190,7 @@ def test_virtual_tokens_stand_before_each_text(kind, method):
     check_texts_are_alone(handle, 0 if method == "prefix" else 3)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("method", ["P-tuning", "multitask", "projected prefix"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_every_kind_of_virtual_tokens_stands_before_each_text(kind, method):
@@ -219,6 +221,7 @@ def test_the_longest_text_needs_positions_beside_virtual_tokens_and_not_the_row(
         handle(**PackedCollator()(examples((4, 62))))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("method", ["lora", "prompt tuning", "prefix"])
@@ -429,6 +432,7 @@ def test_the_loss_on_live_labels_keeps_texts_apart(kind):
         assert_close(gradient, expected[name])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("method", ["prompt tuning", "P-tuning"])
 @pytest.mark.parametrize("kind", sorted(PROVED))
 def test_virtual_tokens_run_once_for_all_texts_with_the_same_loss_and_gradients(kind, method, monkeypatch):

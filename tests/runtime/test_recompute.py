@@ -66,6 +66,7 @@ def _counted(model):
     return calls
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("where", ["handle", "base"])
 @pytest.mark.parametrize("method,name", CASES)

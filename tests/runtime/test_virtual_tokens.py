@@ -40,6 +40,7 @@ def plain_inputs(inputs: dict) -> dict:
     return {key: value for key, value in inputs.items() if key != "task_ids"}
 
 
+@pytest.mark.each_value_once
 @each
 def test_changes_the_output_and_can_be_switched_off_exactly(method, name):
     base, inputs = tiny.make(name), inputs_for(method, name)
@@ -53,6 +54,7 @@ def test_changes_the_output_and_can_be_switched_off_exactly(method, name):
     assert torch.equal(out(handle, inputs)[:, -expected.shape[1] :], changed)
 
 
+@pytest.mark.each_value_once
 @each
 def test_several_handles_on_one_base_do_not_see_each_other(method, name):
     alone = [out(handle_on(tiny.make(name), method, name, seed), inputs_for(method, name)) for seed in (1, 2)]
@@ -65,6 +67,7 @@ def test_several_handles_on_one_base_do_not_see_each_other(method, name):
     assert_same_state(before, state(base))
 
 
+@pytest.mark.each_value_once
 @each
 def test_copies_of_handles_act_and_copies_of_bases_are_plain(method, name):
     base, inputs = tiny.make(name), inputs_for(method, name)
@@ -81,6 +84,7 @@ def test_copies_of_handles_act_and_copies_of_bases_are_plain(method, name):
     assert torch.equal(out(twin.base_model, plain_inputs(inputs)), plain)
 
 
+@pytest.mark.each_value_once
 @each
 def test_unloading_leaves_nothing_behind(method, name):
     base, inputs = tiny.make(name), inputs_for(method, name)
@@ -91,6 +95,7 @@ def test_unloading_leaves_nothing_behind(method, name):
     assert torch.equal(out(base, plain_inputs(inputs)), plain)
 
 
+@pytest.mark.each_value_once
 @each
 def test_saved_and_loaded_bit_exact_for_inference_and_for_training(method, name, tmp_path):
     base, inputs = tiny.make(name), inputs_for(method, name)
@@ -102,6 +107,7 @@ def test_saved_and_loaded_bit_exact_for_inference_and_for_training(method, name,
     torch.testing.assert_close(out(finished, inputs), out(handle, inputs), atol=1e-6, rtol=0)
 
 
+@pytest.mark.each_value_once
 @each
 def test_only_the_adapter_gets_gradients(method, name):
     handle = handle_on(tiny.make(name).double(), method, name).double().train()
