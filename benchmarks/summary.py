@@ -1,4 +1,4 @@
-"""The README's table of benchmarks, written from the records that are there."""
+"""The README's table of benchmarks, generated from the available records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def table(records: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown; `records` are the medians of each case, by its name."""
     by_name = {record["variant"]: record for record in records.get("speed", []) if "error" not in record}
     lines = [
-        "| training | real tokens/s | than `peft`'s default | than its best | memory of its best |",
+        "| training | real tokens/s | vs. `peft`, default | vs. `peft`, best | memory vs. `peft`, best |",
         "|---|---:|---:|---:|---:|",
     ]
     for job in speed.JOBS:
@@ -21,18 +21,19 @@ def table(records: dict[str, list[dict[str, Any]]]) -> str:
         if own and default and best:
             rate = own["tokens_per_second"]
             lines.append(
-                f"| {job} | {rate:.0f} | {rate / default['tokens_per_second']:.1f}x | {rate / best['tokens_per_second']:.1f}x "
+                f"| {speed.LABELS[job]} | {rate:.0f} "
+                f"| {rate / default['tokens_per_second']:.1f}x | {rate / best['tokens_per_second']:.1f}x "
                 f"| {own['peak_mb'] / best['peak_mb']:.2f}x |"
             )
     starts = {record["variant"]: record for record in records.get("startup", []) if "error" not in record}
     if len(starts) == 2:
         own_time, peer_time = (sum(starts[side][stage] for stage in startup.STAGES) for side in ("Tunesmith", "peft"))
         attached = starts["peft"]["attached"]
-        stopped = f", where attaching was stopped at {attached:,}" if attached < startup.ADAPTERS else ""
+        stopped = f", stopped after attaching {attached:,}" if attached < startup.ADAPTERS else ""
         lines += [
             "",
-            f"Import, {startup.ADAPTERS:,} adapters attached, one more loaded, one switched to: {own_time:.1f} s, "
-            f"with `peft` {peer_time:.1f} s{stopped}.",
+            f"Importing, attaching {startup.ADAPTERS:,} adapters, loading one more and switching to another takes "
+            f"{own_time:.1f} s; with `peft`, {peer_time:.1f} s{stopped}.",
         ]
     return "\n".join(lines)
 

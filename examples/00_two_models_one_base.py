@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Two models, one base
 #
-# Prompt tuning: four virtual tokens before the input are all that is trained. Two models come from **one** frozen base, which
-# is in memory once: a writer of prompts and a writer of quotes.
+# Prompt tuning trains only a few virtual tokens before the input, here four. **One** frozen base, in memory once, becomes two
+# models: a prompt writer and a quote writer.
 #
-# Small by default: the embedded base *sprout* and its demo rows; nothing is downloaded. The one argument that makes it the
-# article's job is `--base bigscience/bloomz-560m`.
+# Small by default: the embedded base *sprout* and its demo data, with no downloads. The one argument that makes it full-size is
+# `--base bigscience/bloomz-560m`.
 
 # %%
 import argparse
@@ -27,14 +27,14 @@ from tunesmith.data.files import read_texts
 
 demo = Path(tunesmith.__file__).parent / "assets" / "demo"
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", default="sprout", help="sprout, a folder or a hub id")
-parser.add_argument("--data", default=str(demo / "prompts.csv"), help="a file with a column `prompt`")
-parser.add_argument("--quotes", default=str(demo / "quotes.jsonl"), help="a file with a column `quote`")
+parser.add_argument("--base", default="sprout", help="sprout, a folder or a model id on the Hub")
+parser.add_argument("--data", default=str(demo / "prompts.csv"), help="a file with a `prompt` column")
+parser.add_argument("--quotes", default=str(demo / "quotes.jsonl"), help="a file with a `quote` column")
 parser.add_argument("--output-dir", default="two-models")
-settings, _ = parser.parse_known_args()  # a notebook has arguments of its own
+settings, _ = parser.parse_known_args()  # a notebook kernel has its own arguments
 
 # %% [markdown]
-# ## The base, and what it writes by itself
+# ## The base, and what it writes without an adapter
 
 # %%
 model_name = tunesmith.resolve(settings.base)
@@ -60,7 +60,7 @@ print(get_outputs(foundational_model, input_prompt))
 print(get_outputs(foundational_model, input_sentences))
 
 # %% [markdown]
-# ## The rows: 50 prompts and 25 quotes to train on, 20 of each to measure with
+# ## The data: 50 prompts and 25 quotes for training, 20 of each held out
 
 # %%
 prompts = [tokenizer(text) for text in read_texts(settings.data, "prompt")[:70]]
@@ -71,12 +71,12 @@ train_sentences, test_sentences = sentences[:25], sentences[25:]
 # %% [markdown]
 # ## Two handles on one base
 #
-# Neither changes the base, and neither knows of the other.
+# Neither changes the base, and neither affects the other.
 
 # %%
 generation_config = PromptTuningConfig(
-    task_type=TaskType.CAUSAL_LM,  # the model writes text
-    prompt_tuning_init=PromptTuningInit.RANDOM,  # the virtual tokens start as random numbers
+    task_type=TaskType.CAUSAL_LM,  # text generation
+    prompt_tuning_init=PromptTuningInit.RANDOM,  # random initial virtual tokens
     num_virtual_tokens=4,
     tokenizer_name_or_path=model_name,
 )
@@ -95,7 +95,7 @@ def create_trainer(model, rows, learning_rate):
     arguments = TrainingArguments(
         output_dir=settings.output_dir,
         use_cpu=True,
-        learning_rate=learning_rate,  # far above what full fine-tuning takes
+        learning_rate=learning_rate,  # much higher than for full fine-tuning
         num_train_epochs=5,
         per_device_train_batch_size=4,
         per_device_eval_batch_size=4,
@@ -105,7 +105,7 @@ def create_trainer(model, rows, learning_rate):
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
-    trainer.remove_callback(PrinterCallback)  # it prints every record
+    trainer.remove_callback(PrinterCallback)  # it prints every log entry
     return trainer
 
 
@@ -113,7 +113,7 @@ def perplexity(trainer, rows):
     return math.exp(trainer.evaluate(rows)["eval_loss"])
 
 
-scale = 10 if settings.base == "sprout" else 1  # a base as small as this takes larger steps
+scale = 10 if settings.base == "sprout" else 1  # a small base needs a higher learning rate
 jobs = {
     "prompts": (create_trainer(peft_model_prompt, train_prompts, 0.003 * scale), test_prompts),
     "sentences": (create_trainer(peft_model_sentences, train_sentences, 0.0035 * scale), test_sentences),
@@ -125,7 +125,7 @@ for name, (trainer, test_rows) in jobs.items():
     print(f"{name}: held-out perplexity {before:.1f} before, {perplexity(trainer, test_rows):.1f} after")
 
 # %% [markdown]
-# ## Loaded again: two models, one base in memory
+# ## Reloading: two models, one base in memory
 
 # %%
 loaded_model_prompt = PeftModel.from_pretrained(foundational_model, f"{settings.output_dir}/prompts", is_trainable=False)
@@ -136,4 +136,4 @@ print("base:     ", get_outputs(foundational_model, input_sentences))
 
 weights = Path(settings.output_dir, "prompts", "adapter_model.safetensors").stat().st_size
 shared = loaded_model_prompt.base_model is loaded_model_sentences.base_model is foundational_model
-print(f"each adapter's file: {weights / 1024:.1f} KB; the base is in memory once: {shared}")
+print(f"each adapter file: {weights / 1024:.1f} KB; the base is in memory once: {shared}")

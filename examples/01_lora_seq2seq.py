@@ -1,7 +1,7 @@
-"""LoRA on a sequence-to-sequence model: complaints told from other messages, by an mT5.
+"""LoRA on a sequence-to-sequence model: an mT5 learns to tell complaints from other messages.
 
-Small by default: a random mT5 of the same architecture that reads bytes, and messages made here. The one argument that makes
-it the article's job is `--base bigscience/mt0-large`; `--data` takes a csv file with the columns `Tweet text` and `Label`.
+Small by default: a tiny random mT5 that reads bytes, and generated messages. The one argument that makes it full-size is
+`--base bigscience/mt0-large`; `--data` takes a csv file with the columns `Tweet text` and `Label`.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from tunesmith import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_mode
 from tunesmith.data.files import read_texts
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", help="a folder or a hub id; default: a small random mT5")
-parser.add_argument("--data", help="a csv file with the columns `Tweet text` and `Label`; default: rows made here")
+parser.add_argument("--base", help="a folder or a model id on the Hub; default: a tiny random mT5")
+parser.add_argument("--data", help="a csv file with the columns `Tweet text` and `Label`; default: generated rows")
 parser.add_argument("--output-dir", default="complaints")
 settings = parser.parse_args()
 
@@ -43,7 +43,7 @@ torch.manual_seed(0)
 if settings.base:
     tokenizer = AutoTokenizer.from_pretrained(settings.base)
     model = AutoModelForSeq2SeqLM.from_pretrained(settings.base)
-    learning_rate, epochs, targets = 1e-3, 5, None  # None: the architecture's usual targets, q and v
+    learning_rate, epochs, targets = 1e-3, 5, None  # None: the usual targets of the architecture, q and v
 else:
     tokenizer = ByT5Tokenizer()
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "vocab_size": len(tokenizer)}
@@ -51,7 +51,7 @@ else:
         MT5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0, tie_word_embeddings=True)
     )
     model.save_pretrained(f"{settings.output_dir}/base")
-    learning_rate, epochs, targets = 5e-3, 25, "all-linear"  # a base that knows nothing needs more
+    learning_rate, epochs, targets = 5e-3, 25, "all-linear"  # a random base needs more training
 
 peft_config = LoraConfig(
     task_type=TaskType.SEQ_2_SEQ_LM, inference_mode=False, r=8, lora_alpha=32, lora_dropout=0.1, target_modules=targets
@@ -65,8 +65,8 @@ examples = [{**tokenizer(text), "labels": tokenizer(label)["input_ids"]} for tex
 split = len(examples) * 4 // 5
 
 
-def share_right(model):
-    """How many of the rows kept apart get the right answer, word for word."""
+def accuracy(model):
+    """The fraction of held-out rows that get exactly the right answer."""
     inputs = tokenizer(asked[split:], padding=True, return_tensors="pt").to(model.device)
     with torch.no_grad():
         outputs = model.eval().generate(**inputs, max_new_tokens=16)
@@ -74,7 +74,7 @@ def share_right(model):
     return sum(answer == label for answer, label in zip(answers, labels[split:])) / len(answers)
 
 
-print(f"right answers before: {share_right(model):.0%}")
+print(f"accuracy before: {accuracy(model):.0%}")
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
@@ -90,9 +90,9 @@ trainer = Trainer(
     data_collator=DataCollatorForSeq2Seq(tokenizer, model=model.base_model),
 )
 trainer.train()
-model.save_pretrained(settings.output_dir)  # the adapter alone; model.push_to_hub("my_awesome_peft_model") works, too
+model.save_pretrained(settings.output_dir)  # only the adapter; model.push_to_hub("my_awesome_peft_model") works too
 
 config = PeftConfig.from_pretrained(settings.output_dir)
 base = AutoModelForSeq2SeqLM.from_pretrained(settings.base or f"{settings.output_dir}/base")
 loaded = PeftModel.from_pretrained(base, settings.output_dir)
-print(f"right answers after: {share_right(loaded):.0%} (a {config.peft_type.value} adapter, loaded again)")
+print(f"accuracy after: {accuracy(loaded):.0%} (a {config.peft_type.value} adapter, reloaded)")

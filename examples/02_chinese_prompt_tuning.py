@@ -1,8 +1,8 @@
-"""Prompt tuning on Chinese instructions: a prompt started from a text, and answers trained, questions not.
+"""Chinese prompt tuning: a prompt initialised from text, trained on the answers but not on the questions.
 
-Small by default: the embedded base (which knows no Chinese: characters are bytes to it) and rows written here. The one argument
-that makes it the article's job is `--base Langboat/bloom-1b4-zh`; `--data` takes rows of instruction, input and output, as
-those of shibing624/alpaca-zh.
+Small by default: the embedded base (which knows no Chinese and sees the characters as bytes) and generated rows. The one
+argument that makes it full-size is `--base Langboat/bloom-1b4-zh`; `--data` takes rows with instruction, input and output, such
+as shibing624/alpaca-zh.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from tunesmith import PeftModel, PromptTuningConfig, PromptTuningInit, TaskType,
 from tunesmith.data.files import read_table
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", default="sprout", help="sprout, a folder or a hub id")
-parser.add_argument("--data", help="a file with instruction, input and output, or a name on the hub; default: rows made here")
+parser.add_argument("--base", default="sprout", help="sprout, a folder or a model id on the Hub")
+parser.add_argument("--data", help="a file or Hub dataset with instruction, input and output; default: generated rows")
 parser.add_argument("--output-dir", default="prompt_tuning_zh")
 settings = parser.parse_args()
 
@@ -39,7 +39,7 @@ MAX_LEN = 256
 
 
 def process_function(example):
-    """The question is read, the answer and the end of the text are learned: -100 is no label."""
+    """Labels for the answer and the end-of-text token only; -100 masks the question."""
     question = "\n".join(["Human: " + example["instruction"], example["input"]]).strip() + "\n\nAssistant: "
     instruction = tokenizer(question)["input_ids"]
     response = tokenizer(example["output"] + tokenizer.eos_token)["input_ids"]
@@ -53,7 +53,7 @@ def process_function(example):
 dataset = [process_function(example) for example in rows()]
 test, train = dataset[::6], [row for number, row in enumerate(dataset) if number % 6]
 
-# The prompt starts as this text. A longer `num_virtual_tokens` repeats the text's tokens, a shorter one cuts them.
+# The prompt is initialised from this text. A larger `num_virtual_tokens` repeats its tokens, a smaller one truncates them.
 text = "下面是一段人和机器的对话. 请根据人类输入的内容继续对话."
 config = PromptTuningConfig(
     task_type=TaskType.CAUSAL_LM,
@@ -70,7 +70,7 @@ def trainer_of(handle):
     arguments = TrainingArguments(
         output_dir=settings.output_dir,
         per_device_train_batch_size=2,
-        gradient_accumulation_steps=8 if settings.data else 2,  # few rows: more steps of fewer
+        gradient_accumulation_steps=8 if settings.data else 2,  # few rows: smaller batches, more steps
         learning_rate=3e-2 if settings.base == "sprout" else 3e-3,
         num_train_epochs=1 if settings.data else 3,
         logging_steps=10,
@@ -79,7 +79,7 @@ def trainer_of(handle):
         disable_tqdm=True,
         seed=0,
     )
-    # DataCollatorForSeq2Seq keeps the labels. DataCollatorForLanguageModeling would make new ones of the whole text.
+    # DataCollatorForSeq2Seq keeps the labels. DataCollatorForLanguageModeling would replace them with the whole text.
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
     return Trainer(model=handle, args=arguments, train_dataset=train, eval_dataset=test, data_collator=collator)
 
@@ -88,14 +88,14 @@ trainer = trainer_of(peft_model)
 before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]
-print(f"loss of answers on rows kept apart: {before:.2f} before, {after:.2f} after")
+print(f"held-out loss on the answers: {before:.2f} before, {after:.2f} after")
 
-# A checkpoint holds the adapter, not the base: it loads on any copy of the base, and training goes on from it.
+# A checkpoint holds the adapter, not the base: it loads on any copy of the base, and training resumes from it.
 checkpoint = sorted(Path(settings.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))[0]
 peft_model = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
 resumed = trainer_of(peft_model)
 resumed.train(resume_from_checkpoint=str(checkpoint))
-print(f"gone on from {checkpoint.name}: {resumed.evaluate()['eval_loss']:.2f}, the same as without the interruption")
+print(f"resumed from {checkpoint.name}: {resumed.evaluate()['eval_loss']:.2f}, the same as without interruption")
 
 ipt = tokenizer("Human: {}\n{}".format("考试有哪些技巧？", "").strip() + "\n\nAssistant: ", return_tensors="pt")
 outputs = peft_model.eval().generate(**ipt.to(peft_model.device), max_new_tokens=60, do_sample=True)

@@ -1,10 +1,10 @@
-"""QLoRA: a model that writes Python, trained on a base in 4 bits, merged, and run in 4 bits again.
+"""QLoRA: a 4-bit base learns to write Python, is merged, and runs in 4 bits again.
 
-Small by default: the embedded base *sprout* and the tasks of `python_tasks.jsonl`; nothing is downloaded. The one argument that
-makes it the article's job is `--base meta-llama/Llama-2-7b-hf`, whose 18,000 rows come from the hub; `--data` takes a file of
-your own with the columns instruction, input and output.
+Small by default: the embedded base *sprout* and the tasks in `python_tasks.jsonl`, with no downloads. The one argument that
+makes it full-size is `--base meta-llama/Llama-2-7b-hf`, with 18,000 rows from the Hub; `--data` takes your own file with the
+columns instruction, input and output.
 
-It needs `pip install "tunesmith[quant,tensorboard]" datasets`; `03_qlora_python_coder.yaml` is the training as a recipe.
+It needs `pip install "tunesmith[quant,tensorboard]" datasets`; `03_qlora_python_coder.yaml` is the same training as a recipe.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from tunesmith import (
 )
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", default="sprout", help="sprout, a folder or a hub id")
-parser.add_argument("--data", help="a json file; default: python_tasks.jsonl, for another base rows from the hub")
+parser.add_argument("--base", default="sprout", help="sprout, a folder or a model id on the Hub")
+parser.add_argument("--data", help="a json file; default: python_tasks.jsonl for sprout, rows from the Hub for other bases")
 parser.add_argument("--output-dir", default="python-coder")
-parser.add_argument("--hub-repo", help="push the merged model there, as owner/name")
+parser.add_argument("--hub-repo", help="push the merged model to this repository (owner/name)")
 settings = parser.parse_args()
 
 model_id = resolve(settings.base)
@@ -38,7 +38,7 @@ adapter_folder, merged_folder = f"{settings.output_dir}/adapter", f"{settings.ou
 max_seq_length = 256 if small else 2048
 torch.manual_seed(42)
 
-# The rows, as text in the form that the answer is asked for later.
+# The rows, in the same prompt format as at inference.
 
 
 def format_instruction(sample):
@@ -75,7 +75,7 @@ examples = dataset.map(tokens, remove_columns=dataset.column_names)
 held_out = examples.select(range(min(16, len(examples) // 4)))
 examples = examples.select(range(len(held_out), len(examples)))
 
-# The base in 4 bits: NF4, its scales in 8 bits, computing in bfloat16.
+# The base in 4 bits: NF4 with double quantisation (scales in 8 bits), computing in bfloat16.
 
 bnb_config = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -90,7 +90,7 @@ peft_config = LoraConfig(task_type="CAUSAL_LM", r=64, lora_alpha=16, lora_dropou
 model = get_peft_model(model, peft_config)
 model.print_trainable_parameters()
 
-# Training. Texts of a batch share one row, without padding and without seeing each other.
+# Training. The texts of a batch are packed into one row, without padding and without attending to each other.
 
 
 def perplexity(model):
@@ -123,11 +123,11 @@ trainer = Trainer(model=model, args=args, train_dataset=examples, data_collator=
 trainer.train()
 trainer.save_model(adapter_folder)
 tokenizer.save_pretrained(adapter_folder)
-print(f"perplexity on {len(held_out)} rows kept apart: {before:.2f} before, {perplexity(model):.2f} after")
-print(f"curves: tensorboard --logdir {settings.output_dir}")
+print(f"perplexity on {len(held_out)} held-out rows: {before:.2f} before, {perplexity(model):.2f} after")
+print(f"training curves: tensorboard --logdir {settings.output_dir}")
 del model, trainer
 
-# The adapter into the base: a plain model in 16 bits.
+# Merge the adapter into the base: a plain 16-bit model.
 
 model = AutoPeftModelForCausalLM.from_pretrained(adapter_folder, low_cpu_mem_usage=True, return_dict=True, dtype=torch.float16)
 merged_model = model.merge_and_unload()
@@ -139,7 +139,7 @@ if settings.hub_repo:
     tokenizer.push_to_hub(settings.hub_repo)
 del model, merged_model
 
-# The merged model in 4 bits, asked for a task.
+# Load the merged model in 4 bits and give it a task.
 
 tokenizer = AutoTokenizer.from_pretrained(merged_folder)
 model = AutoModelForCausalLM.from_pretrained(merged_folder, quantization_config=bnb_config, dtype=torch.bfloat16)

@@ -1,7 +1,8 @@
-"""Every method on one small job: trained, saved, loaded again, and its output compared; one base for all of them.
+"""Every method on one small task: train, save, reload, compare the outputs; all on the same base.
 
-Small by default: a random GPT-2 that reads bytes. The one argument that makes it a full-size job is `--base` (sprout, or
-a causal model of the hub whose biases and attention the methods know, as `openai-community/gpt2`); `--data` takes a text file.
+Small by default: a tiny random GPT-2 that reads bytes. The one argument that makes it full-size is `--base` (sprout, or a
+causal model on the Hub with biases and an attention that the methods support, such as `openai-community/gpt2`); `--data` takes
+a text file.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import tunesmith as ts
 from tunesmith.data.files import read_texts
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", help="sprout, a folder or a hub id; default: a small random GPT-2")
-parser.add_argument("--data", default=str(Path(ts.__file__).parent / "assets/demo/quotes.jsonl"), help="one text a row")
+parser.add_argument("--base", help="sprout, a folder or a model id on the Hub; default: a tiny random GPT-2")
+parser.add_argument("--data", default=str(Path(ts.__file__).parent / "assets/demo/quotes.jsonl"), help="one text per row")
 parser.add_argument("--text-column", default="quote")
 parser.add_argument("--steps", type=int, default=25)
 settings = parser.parse_args()
@@ -30,7 +31,7 @@ else:
     base = AutoModelForCausalLM.from_config(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0))
 texts = read_texts(settings.data, settings.text_column)[:8]
 ids = [tokenizer(text)["input_ids"][:48] for text in texts]
-batch = {"input_ids": torch.tensor([row[: min(map(len, ids))] for row in ids])}  # (8, T): texts of one length
+batch = {"input_ids": torch.tensor([row[: min(map(len, ids))] for row in ids])}  # (8, T): texts of equal length
 batch["labels"] = batch["input_ids"]
 common = batch["input_ids"].unique()[:64].tolist()
 
@@ -46,8 +47,8 @@ METHODS = {
     "bottleneck, parallel": ts.BottleneckConfig(bottleneck_size=8, style="parallel", **TASK),
     "rsLoRA": ts.LoraConfig(r=8, use_rslora=True, **LINEAR),
     "DoRA": ts.LoraConfig(r=8, use_dora=True, **LINEAR),
-    "LoRA from PiSSA": ts.LoraConfig(r=8, init_lora_weights="pissa", **LINEAR),
-    "LoRA from OLoRA": ts.LoraConfig(r=8, init_lora_weights="olora", **LINEAR),
+    "LoRA, PiSSA initialisation": ts.LoraConfig(r=8, init_lora_weights="pissa", **LINEAR),
+    "LoRA, OLoRA initialisation": ts.LoraConfig(r=8, init_lora_weights="olora", **LINEAR),
     "AdaLoRA": ts.AdaLoraConfig(init_r=8, target_r=4, total_step=settings.steps, tinit=2, tfinal=5, **LINEAR),
     "VeRA": ts.VeraConfig(r=32, target_modules=["c_attn"] if not settings.base else None, **TASK),
     "LoHa": ts.LoHaConfig(r=8, **LINEAR),
@@ -57,7 +58,7 @@ METHODS = {
     "HRA": ts.HRAConfig(r=8, **LINEAR),
     "LN tuning": ts.LNTuningConfig(**TASK),
     "BitFit": ts.BitFitConfig(**TASK),
-    "trained rows of an embedding": ts.TrainableTokensConfig(token_indices=common, **TASK),
+    "trainable tokens": ts.TrainableTokensConfig(token_indices=common, **TASK),
     "multitask prompt tuning": ts.MultitaskPromptTuningConfig(num_virtual_tokens=8, num_tasks=2, **TASK),
     "LLaMA-Adapter": ts.AdaptionPromptConfig(adapter_len=8, adapter_layers=2, **TASK),
 }
@@ -67,7 +68,7 @@ for name, config in METHODS.items():
     torch.manual_seed(0)
     try:
         model = ts.get_peft_model(base, config)
-    except ts.TargetError as error:  # a base without biases has nothing for BitFit to train
+    except ts.TargetError as error:  # BitFit has nothing to train on a base without biases
         print(f"{name:30}{str(error).splitlines()[-1]}")
         continue
     inputs = batch | ({"task_ids": torch.arange(len(texts)) % 2} if name.startswith("multitask") else {})

@@ -1,7 +1,7 @@
-"""Classifiers: a label for a text, and a label for each of its words; each handle trains a head of its own.
+"""Text classification and token classification: each handle trains its own head.
 
-Small by default: random BERTs that read words, and texts made here. The one argument that makes it a full-size job is
-`--base google-bert/bert-base-multilingual-cased`; `--data` takes a file with the columns `text` and `label` for the first.
+Small by default: tiny random BERTs that read words, and generated texts. The one argument that makes it full-size is
+`--base google-bert/bert-base-multilingual-cased`; `--data` takes a file with the columns `text` and `label` for the first task.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from tunesmith import LoraConfig, TaskType, Trainer, get_peft_model
 from tunesmith.data.files import read_texts
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", help="a folder or a hub id; default: a small random BERT")
-parser.add_argument("--data", help="a file with the columns `text` and `label`; default: rows made here")
+parser.add_argument("--base", help="a folder or a model id on the Hub; default: a tiny random BERT")
+parser.add_argument("--data", help="a file with the columns `text` and `label`; default: generated rows")
 parser.add_argument("--output-dir", default="classifiers")
 settings = parser.parse_args()
 
@@ -56,11 +56,11 @@ def base_model(auto_class, num_labels):
 
 
 def train(name, model, rows, collator):
-    """Train on most rows; the share of right labels on the rest, before and after."""
+    """Train on three quarters of the rows; print the accuracy on the rest, before and after."""
 
-    def right(prediction):
+    def accuracy(prediction):
         labels = prediction.label_ids
-        return {"right": float((prediction.predictions.argmax(-1) == labels)[labels != -100].mean())}
+        return {"accuracy": float((prediction.predictions.argmax(-1) == labels)[labels != -100].mean())}
 
     split = len(rows) * 3 // 4
     arguments = TrainingArguments(
@@ -78,15 +78,15 @@ def train(name, model, rows, collator):
         train_dataset=rows[:split],
         eval_dataset=rows[split:],
         data_collator=collator,
-        compute_metrics=right,
+        compute_metrics=accuracy,
     )
-    before = trainer.evaluate()["eval_right"]
+    before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
-    print(f"{name}: {before:.0%} right before, {trainer.evaluate()['eval_right']:.0%} after")
-    model.save_pretrained(f"{settings.output_dir}/{name}")  # the adapter and the head that was trained
+    print(f"{name}: accuracy {before:.0%} before, {trainer.evaluate()['eval_accuracy']:.0%} after")
+    model.save_pretrained(f"{settings.output_dir}/{name}")  # the adapter and the trained head
 
 
-# A label for each text. task_type says that the head is trained, as a private copy: the base keeps its own.
+# Text classification. The task_type makes the head trainable, as a private copy: the base keeps its own.
 if settings.data:
     texts, opinions = read_texts(settings.data, "text"), read_texts(settings.data, "label")
 classes = sorted(set(opinions))
@@ -96,7 +96,7 @@ model = get_peft_model(base_model(AutoModelForSequenceClassification, len(classe
 model.print_trainable_parameters()
 train("opinions", model, rows, DataCollatorWithPadding(tokenizer))
 
-# A label for each word. Of a word in several tokens the first is labelled, the others are -100: no label.
+# Token classification. If a word has several tokens, the first is labelled; the others get -100 (no label).
 texts = [f"today {choose(NAMES)} {choose(GOOD + BAD)} {choose(PLACES)}" for _ in range(160)]
 rows = []
 for text in texts:

@@ -1,7 +1,7 @@
-"""LoRA on an image classifier: a vision transformer learns new classes through its attention and a new head.
+"""LoRA on an image classifier: a vision transformer learns new classes with LoRA on its attention and a new head.
 
-Small by default: a random ViT, and pictures drawn here (discs, crosses, stripes). The one argument that makes it a full-size
-job is `--base google/vit-base-patch16-224-in21k`; `--data` takes a folder with one folder of pictures for each class.
+Small by default: a tiny random ViT and generated images (discs, crosses, stripes). The one argument that makes it full-size is
+`--base google/vit-base-patch16-224-in21k`; `--data` takes a folder with one subfolder of images per class.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForImageClassification, TrainingAr
 from tunesmith import LoraConfig, PeftModel, Trainer, get_peft_model
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", help="a folder or a hub id; default: a small random ViT")
-parser.add_argument("--data", help="a folder with a folder of pictures for each class; default: pictures drawn here")
+parser.add_argument("--base", help="a folder or a model id on the Hub; default: a tiny random ViT")
+parser.add_argument("--data", help="a folder with one subfolder of images per class; default: generated images")
 parser.add_argument("--output-dir", default="pictures")
 settings = parser.parse_args()
 
 
 def drawn(size, count=240):
-    """`(pictures (3, size, size), labels)`: a shape of any place, width and colour, with noise upon it."""
+    """`(images (3, size, size), labels, classes)`: a shape with random position, size and colour, plus noise."""
     generator = torch.Generator().manual_seed(0)
     across, down = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     pictures, labels = [], torch.arange(count) % 3
@@ -38,7 +38,7 @@ def drawn(size, count=240):
 
 
 def read(folder, size):
-    """The same of picture files."""
+    """The same, from image files."""
     import numpy
     from PIL import Image
 
@@ -61,7 +61,7 @@ else:
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     model = AutoModelForImageClassification.from_config(ViTConfig(image_size=size, patch_size=4, **sizes, id2label=names))
 
-# Models without a task type of their own name what is trained whole: here the new head, as a private copy.
+# Models without a task type of their own list the modules to train in full: here the new head, as a private copy.
 config = LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, modules_to_save=["classifier"])
 handle = get_peft_model(model, config)
 handle.print_trainable_parameters()
@@ -71,8 +71,8 @@ rows = [{"pixel_values": pictures[index], "labels": labels[index]} for index in 
 split = len(rows) * 3 // 4
 
 
-def right(prediction):
-    return {"right": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 trainer = Trainer(
@@ -88,15 +88,15 @@ trainer = Trainer(
     ),
     train_dataset=rows[:split],
     eval_dataset=rows[split:],
-    compute_metrics=right,
+    compute_metrics=accuracy,
 )
-before = trainer.evaluate()["eval_right"]
+before = trainer.evaluate()["eval_accuracy"]
 trainer.train()
-print(f"{before:.0%} of the pictures right before, {trainer.evaluate()['eval_right']:.0%} after")
+print(f"accuracy {before:.0%} before, {trainer.evaluate()['eval_accuracy']:.0%} after")
 
 handle.save_pretrained(settings.output_dir)
 loaded = PeftModel.from_pretrained(model, settings.output_dir).eval()
 with torch.no_grad():
     scores = loaded(pixel_values=torch.stack([row["pixel_values"] for row in rows[split : split + 6]])).logits
-print("found:", ", ".join(names[index] for index in scores.argmax(-1).tolist()))
-print("true: ", ", ".join(names[row["labels"]] for row in rows[split : split + 6]))
+print("predicted:", ", ".join(names[index] for index in scores.argmax(-1).tolist()))
+print("actual:   ", ", ".join(names[row["labels"]] for row in rows[split : split + 6]))

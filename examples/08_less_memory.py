@@ -1,7 +1,7 @@
-"""Where a training step's memory goes, and what makes it less: the T0_3B job, which has to fit on a small card.
+"""Where a training step's memory goes, and how to reduce it, for example to fit T0_3B on a small GPU.
 
-Counts the bytes of everything that a step keeps: base, adapter, gradients, optimiser, and what the backward pass needs.
-Small by default: a random T5. The one argument that makes it the article's job is `--base bigscience/T0_3B`.
+Counts the bytes of everything that a step holds: base, adapter, gradients, optimiser, and tensors saved for the backward pass.
+Small by default: a tiny random T5. The one argument that makes it full-size is `--base bigscience/T0_3B`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config
 from tunesmith import LoraConfig, TaskType, get_peft_model
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", help="a folder or a hub id; default: a small random T5")
+parser.add_argument("--base", help="a folder or a model id on the Hub; default: a tiny random T5")
 parser.add_argument("--batch", type=int, default=8)
 parser.add_argument("--length", type=int, default=128)
 settings = parser.parse_args()
@@ -27,12 +27,12 @@ def base_of(dtype):
 
 
 def storage_bytes(tensors):
-    """Bytes of all storages, each once."""
+    """Bytes of all storages, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
 
 
 def step(model, batch):
-    """One training step; `(bytes that the backward pass needed, bytes of the optimiser)`."""
+    """One training step; `(bytes saved for the backward pass, bytes of optimiser state)`."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = []
 
@@ -53,13 +53,13 @@ def step(model, batch):
     return needed, storage_bytes(states)
 
 
-print(f"{'':44}{'base':>9}{'adapter':>9}{'backward':>10}{'all':>9}   MB")
+print(f"{'':44}{'base':>9}{'adapter':>9}{'backward':>10}{'total':>9}   MB")
 for name, dtype, method, checkpointing, batch in [
-    ("every weight trained, fp32", torch.float32, None, False, settings.batch),
+    ("full fine-tuning, fp32", torch.float32, None, False, settings.batch),
     ("LoRA, fp32", torch.float32, "LoRA", False, settings.batch),
     ("LoRA, base in bfloat16", torch.bfloat16, "LoRA", False, settings.batch),
-    ("  and gradient checkpointing", torch.bfloat16, "LoRA", True, settings.batch),
-    ("  and a quarter of the rows, accumulated", torch.bfloat16, "LoRA", True, settings.batch // 4),
+    ("  + gradient checkpointing", torch.bfloat16, "LoRA", True, settings.batch),
+    ("  + gradient accumulation, quarter batch", torch.bfloat16, "LoRA", True, settings.batch // 4),
 ]:
     model = base_of(dtype)
     if method:
@@ -71,5 +71,5 @@ for name, dtype, method, checkpointing, batch in [
     needed, states = step(model, batch)
     trained = storage_bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     frozen = storage_bytes([parameter for parameter in model.parameters() if not parameter.requires_grad])
-    parts = [frozen, 2 * trained + states, needed]  # what is trained, its gradients, the optimiser's moments
+    parts = [frozen, 2 * trained + states, needed]  # trainable parameters, their gradients, optimiser state
     print(f"{name:44}" + "".join(f"{part / 1e6:9.2f}" for part in parts) + f"{sum(parts) / 1e6:10.2f}")

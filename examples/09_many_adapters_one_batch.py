@@ -1,6 +1,6 @@
-"""Many adapters in one batch: three methods train together on one pass of the base, then answer together.
+"""Many adapters in one batch: adapters of three methods train together in one pass through the base, then generate together.
 
-Small by default: the embedded base. The one argument that makes it a full-size job is `--base` with any causal model.
+Small by default: the embedded base. The one argument that makes it full-size is `--base` with any causal model.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import torch
 from tunesmith import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, load_base, load_tokenizer
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--base", default="sprout", help="sprout, a folder or a hub id")
+parser.add_argument("--base", default="sprout", help="sprout, a folder or a model id on the Hub")
 parser.add_argument("--steps", type=int, default=40)
 settings = parser.parse_args()
 
@@ -35,7 +35,7 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 batch = tokenizer(texts, padding=True, return_tensors="pt")
 labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
-model.set_adapter(list(ENDINGS))  # all three train, and each row goes through its own
+model.set_adapter(list(ENDINGS))  # all three train; each row uses its own
 rates = {"sea": 2e-3, "hill": 2e-2, "town": 1e-1}
 groups = [{"params": list(model.tree(name).parameters()), "lr": rate} for name, rate in rates.items()]
 optimizer = torch.optim.AdamW(groups)
@@ -45,9 +45,9 @@ for step in range(settings.steps):
     optimizer.step()
     optimizer.zero_grad()
     if step in (0, settings.steps - 1):
-        print(f"step {step + 1}: loss {loss.item():.2f} over three adapters")
+        print(f"step {step + 1}: loss {loss.item():.2f} across three adapters")
 
-# One batch of one question, answered by the base and by each adapter.
+# The same prompt in one batch, continued by the base and by each adapter.
 model.eval()
 question = tokenizer(["This morning I walked to"] * 4, return_tensors="pt")
 adapters = ["__base__", *ENDINGS]

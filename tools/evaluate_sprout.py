@@ -134,7 +134,7 @@ def card(args) -> None:
             ],
         ),
         "bits": table(
-            ["class", "trained on its other documents", "held-out documents", "held-out bytes", "bits per byte"],
+            ["class", "class in training data", "held-out documents", "held-out bytes", "bits per byte"],
             [
                 [n, "yes" if n in trained else "no", c["held_out_documents"], c["held_out_bytes"], c["bits_per_byte"]]
                 for n, c in sorted(classes.items(), key=lambda item: item[0] in NEVER_TRAINED)

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks/memory.md: the memory that fine-tuning Llama-2's sizes takes, by `tunesmith plan`'s reckoning.
+"""Write docs/benchmarks/memory.md: the memory that fine-tuning Llama-2 takes in each size, as `tunesmith plan` predicts it.
 
 python tools/memory_page.py
 """
@@ -25,7 +25,7 @@ STORED: dict[str, dict[str, Any]] = {
     "NF4": {"load_in_4bit": True, "bnb_4bit_use_double_quant": False},
     "NF4, double quantisation": {"load_in_4bit": True},
 }
-# Source S3's job; 512 tokens a step
+# The job of examples/03_qlora_python_coder.py at full size; 512 tokens a step
 JOB: dict[str, Any] = {
     "method": "lora", "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "dtype": "bfloat16", "max_length": 512,
     "per_device_train_batch_size": 1, "optim": "paged_adamw_32bit", "held_out": 0.0,
@@ -39,13 +39,13 @@ def main() -> None:
 
 def page() -> str:
     lines = [
-        "# The memory that QLoRA takes",
+        "# How much memory does QLoRA take?",
         "",
-        "Predicted peak of the whole process in GB, for source S3's job (LoRA of r=64 on q and v, dropout 0.1, AdamW in 32",
-        "bits, one row of 512 tokens a step) on a CPU in bfloat16. `tunesmith plan` does the reckoning: it runs the steps on",
-        "tensors that have shapes and no memory.",
+        "Predicted peak of the whole process in GB, for the QLoRA example (LoRA with r=64 on q and v, dropout 0.1, 32-bit",
+        "AdamW, one row of 512 tokens per step) on a CPU in bfloat16. The predictions are those of `tunesmith plan`, which",
+        "simulates the steps on meta tensors: tensors with shapes but no data.",
         "",
-        "| base | stored as | of it the base | without checkpointing | with gradient checkpointing |",
+        "| base | stored as | base alone | without gradient checkpointing | with gradient checkpointing |",
         "|---|---|---:|---:|---:|",
     ]
     for base in BASES:
@@ -60,12 +60,12 @@ def page() -> str:
 
 
 def against_a_run() -> list[str]:
-    """The same reckoning beside what benchmarks/cases/qlora.py measured, where its records are there."""
+    """The same prediction beside what benchmarks/cases/qlora.py measured, if its records are available."""
     records = ROOT / "benchmarks" / "results" / "qlora.jsonl"
     if not records.is_file():
         return []
     measured = {record["variant"]: record for record in map(json.loads, records.read_text().splitlines())}
-    lines = ["", "Beside a measured run, on TinyLlama's shape in NF4 with double quantisation ([more](qlora.md)):", ""]
+    lines = ["", "Compared with a measured run, with TinyLlama's shape in NF4 with double quantisation ([more](qlora.md)):", ""]
     lines += ["| | predicted | measured |", "|---|---:|---:|"]
     with tempfile.TemporaryDirectory() as folder:
         transformers.LlamaConfig(**qlora.SHAPE).save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Write examples/NAME.ipynb from examples/NAME.py, run from top to bottom, its output inside.
+"""Write examples/NAME.ipynb from examples/NAME.py, with the output of running it from top to bottom.
 
 python tools/notebook.py examples/00_two_models_one_base.py
 
-`# %%` starts a cell of code and `# %% [markdown]` one of text. Cells run in one namespace in an empty folder; what they print
-is kept, warnings are not.
+`# %%` starts a code cell and `# %% [markdown]` a text cell. Cells run in one namespace in an empty folder; what they print is
+kept, warnings are not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training step of LoRA on every linear map of a decoder: its time, and what it keeps for the backward pass."""
+"""One training step of LoRA on every linear layer of a decoder: its time, and what it saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ def report(records: list[dict[str, Any]]) -> str:
         "# A training step of LoRA",
         "",
         f"Forward and backward pass of {LAYERS} layers of Qwen2.5-0.5B's shape (random weights, bf16, no head), LoRA of rank "
-        f"{RANK} on every linear map, {ROWS} x {LENGTH} tokens. *Kept* is what the forward pass keeps for the backward pass. "
-        "The base alone computes the gradient of its input; nobody trains less than that. Tunesmith's adapters are fp32, as "
-        "peft's are by default; peft's best here rounds the trained numbers themselves to bf16.",
+        f"{RANK} on every linear layer, {ROWS} x {LENGTH} tokens. *Saved* is what the forward pass saves for the backward "
+        "pass. The base alone computes only the gradient of its input, the least that any training has to do. Tunesmith's "
+        "adapters are fp32, as peft's are by default; peft at its best keeps the trained values themselves in bf16.",
         "",
-        "| | step | over the base alone | kept | over the base alone | peak memory |",
+        "| | step | vs. base alone | saved | vs. base alone | peak memory |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for r in records:

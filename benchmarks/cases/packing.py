@@ -1,4 +1,4 @@
-"""What does padding cost? sprout with LoRA: rows padded as they come, padded in buckets of like lengths, packed into one."""
+"""What does padding cost? sprout with LoRA: rows padded in random order, padded in buckets of similar length, packed."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def report(records: list[dict[str, Any]]) -> str:
         "# What padding costs",
         "",
         f"LoRA (r=8, all linear modules) on *sprout* in fp32, batches of {BATCH} rows, {EPOCHS} epochs: the demo's prompts and "
-        "quotes, and 240 instructions with answers (alpaca_en), cut to 256 tokens. "
+        "quotes, and 240 instructions with answers (alpaca_en), truncated to 256 tokens. "
         "Padded and packed runs see the same batches in the same order, so their losses must agree up to rounding; "
-        "buckets choose other batches. Tokens are real ones; the share of padding is that of one order of the rows.",
+        "buckets use different batches. Token counts exclude padding; the share of padding is for one order of the rows.",
         "",
-        "| batches | padding | real tokens/s | against padded | peak memory | last training loss | held-out loss |",
+        "| batches | padding | real tokens/s | vs. padded | peak memory | last training loss | held-out loss |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     padded = {r["variant"].split(",")[0]: r for r in records if r["variant"].endswith("padded") and "error" not in r}

@@ -1,4 +1,4 @@
-"""QLoRA: LoRA on a base in 4 bits, as source S3's readers run it. Memory and time of training, time of generation.
+"""QLoRA: LoRA on a 4-bit base, as in examples/03_qlora_python_coder.py. Memory and time of training, time of generation.
 
 The base has TinyLlama's shape (1.1 billion parameters) and random weights. Its 4-bit checkpoint is made once, by
 `tunesmith quantize`, below the system's folder for temporary files.
@@ -31,9 +31,9 @@ SIDES: dict[str, dict[str, Any]] = {
     "Tunesmith, no checkpointing": {"library": "tunesmith", "widen": False, "checkpointing": False},
 }
 WHAT = {
-    "peft": "S3's own steps: `prepare_model_for_kbit_training` (fp32 beside the 4-bit weights, gradient checkpointing)",
-    "peft, at its best": "nothing widened to fp32, no gradient checkpointing",
-    "Tunesmith": "nothing widened to fp32, gradient checkpointing as in S3, `tunesmith.Trainer`",
+    "peft": "`prepare_model_for_kbit_training` (unquantised weights in fp32, gradient checkpointing)",
+    "peft, at its best": "nothing cast to fp32, no gradient checkpointing",
+    "Tunesmith": "nothing cast to fp32, gradient checkpointing, `tunesmith.Trainer`",
     "Tunesmith, no checkpointing": "the same without gradient checkpointing",
 }
 VARIANTS = {
@@ -160,14 +160,14 @@ def report(records: list[dict[str, Any]]) -> str:
     lines = [
         "# QLoRA: memory and time",
         "",
-        "LoRA of r=64 on q and v, dropout 0.1, on a base of TinyLlama's shape (1.1 billion parameters, random weights) in NF4",
-        f"with double quantisation. Steps of {LENGTH} tokens; the peak is what the whole process holds at most. The sides:",
+        "LoRA with r=64 on q and v, dropout 0.1, on a base of TinyLlama's shape (1.1 billion parameters, random weights) in",
+        f"NF4 with double quantisation. Each step has {LENGTH} tokens; peak memory is that of the whole process. The setups:",
         "",
         *(f"- **{side}**: {what}." for side, what in WHAT.items()),
         "",
         "## Training",
         "",
-        "| side | seconds a step | than peft | than its best | peak memory | of peft's | of its best |",
+        "| setup | seconds per step | speedup vs. peft | vs. its best | peak memory | memory vs. peft | vs. its best |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     peers = [by_name.get(f"train: {side}") for side in ("peft", "peft, at its best")]
@@ -183,9 +183,9 @@ def report(records: list[dict[str, Any]]) -> str:
         "",
         "## Generation",
         "",
-        f"A prompt of {PROMPT} tokens, then {NEW_TOKENS} more, batch 1; base in bf16 and NF4, the adapter beside it.",
+        f"A prompt of {PROMPT} tokens, then {NEW_TOKENS} more, batch size 1; base in bf16 and NF4, adapter not merged.",
         "",
-        "| side | ms a new token | seconds to the first token | seconds in all |",
+        "| setup | ms per new token | seconds to first token | seconds in total |",
         "|---|---:|---:|---:|",
     ]
     for side in ("peft", "Tunesmith"):

@@ -1,7 +1,7 @@
-"""How fast does an adapter train? The same job on the same rows with Tunesmith and with the peers.
+"""How fast does an adapter train? The same job on the same rows with Tunesmith and with other libraries.
 
 Bases have the shapes of real models and random weights (no model can be downloaded here); rows are real texts. Each side
-trains one epoch over the same rows in its own batches; whatever it does before its first step counts, too.
+trains one epoch on the same rows in its own batches; anything it does before its first step counts too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 MAX_LENGTH = 256
 
 SIDES = {
-    "Tunesmith": "bf16, what `tunesmith train` does: packed rows or batches of like lengths",
-    "peft, default": "fp32, transformers' Trainer as it comes, which is what its readers run",
-    "peft, best": "bf16 weights, batches of like lengths, no gradient checkpointing",
-    "TRL, default": "SFTTrainer with its own settings (gradient checkpointing, fp32 weights)",
-    "TRL, best": "SFTTrainer, bf16 weights, batches of like lengths, no gradient checkpointing",
+    "Tunesmith": "bf16, as in `tunesmith train`: packed rows or batches of similar length",
+    "peft, default": "fp32, the stock transformers Trainer with its defaults",
+    "peft, best": "bf16 weights, batches of similar length, no gradient checkpointing",
+    "TRL, default": "SFTTrainer with its default settings (gradient checkpointing, fp32 weights)",
+    "TRL, best": "SFTTrainer, bf16 weights, batches of similar length, no gradient checkpointing",
 }
 QWEN = {
     "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
@@ -34,9 +34,11 @@ BLOOM_1B4_ZH = {"hidden_size": 2048, "n_layer": 8, "n_head": 16, "vocab_size": 4
 MT5 = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 250112, "dropout_rate": 0.0}
 JOBS: dict[str, dict[str, Any]] = {
     "S0: prompt tuning, 4 tokens, bloomz-560m": {
+        "label": "Two models on one base: prompt tuning, 4 tokens, bloomz-560m",
         "config": "BloomConfig", "shape": BLOOM_560M, "tokens": 4, "batch": 8, "rows": 50, "data": "prompts.csv",
     },
     "S2: prompt tuning, 16 tokens, bloom-1b4-zh cut to 8 layers": {
+        "label": "Chinese prompt tuning: 16 tokens, bloom-1b4-zh cut to 8 layers",
         "config": "BloomConfig", "shape": BLOOM_1B4_ZH, "tokens": 16, "batch": 2, "accumulate": 8, "rows": 32,
         "data": "alpaca_zh_demo.json",
     },
@@ -48,14 +50,16 @@ JOBS: dict[str, dict[str, Any]] = {
         "config": "MT5Config", "shape": MT5, "r": 8, "batch": 8, "rows": 32, "data": "alpaca_en_demo.json", "seq2seq": True,
     },
     "prompt tuning, 200 tokens, Qwen2.5-0.5B": {
+        "label": "Prompt tuning, 200 tokens, Qwen2.5-0.5B",
         "config": "Qwen2Config", "shape": QWEN, "tokens": 200, "batch": 4, "rows": 16, "data": "prompts.csv",
     },
 }  # fmt: skip
+LABELS = {job: spec.get("label", job) for job, spec in JOBS.items()}  # as pages print them; records keep the keys of JOBS
 VARIANTS = {
     f"{job}: {side}": {"job": job, "side": side}
     for job, spec in JOBS.items()
     for side in SIDES
-    if not side.startswith("TRL") or job.startswith("LoRA r=16")  # what SFTTrainer is mostly taken for
+    if not side.startswith("TRL") or job.startswith("LoRA r=16")  # what SFTTrainer is mostly used for
 }
 
 
@@ -227,8 +231,8 @@ def report(records: list[dict[str, Any]]) -> str:
     lines = [
         "# How fast does an adapter train?",
         "",
-        "Real tokens per second (padding is not counted) over one epoch of the same rows, with the peak memory of the process",
-        "and the epoch's mean loss. Bases have the named models' shapes and random weights. The sides:",
+        "Real tokens per second (padding excluded) over one epoch on the same rows, with the peak memory of the process and",
+        "the epoch's mean loss. Each base has the shape of the named model and random weights. The setups:",
         "",
         *(f"- **{side}**: {what}." for side, what in SIDES.items()),
         "",
@@ -239,9 +243,9 @@ def report(records: list[dict[str, Any]]) -> str:
         if own is None:
             continue
         lines += [
-            f"## {job}",
+            f"## {LABELS[job]}",
             "",
-            "| side | real tokens/s | spread | runs | Tunesmith is faster by | peak memory | Tunesmith holds | mean loss |",
+            "| setup | real tokens/s | spread | runs | speedup of Tunesmith | peak memory | Tunesmith's memory | mean loss |",
             "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for side in SIDES:

@@ -1,4 +1,4 @@
-"""How long until one can work? Import, attach 1,000 adapters to one base, load one adapter from a folder, switch."""
+"""How long does startup take? Import, attach 1,000 adapters to one base, load one adapter from a folder, switch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PAGE = "benchmarks/startup.md"
 ADAPTERS = 1000
 LIMIT = 240.0  # seconds; a side that has not attached all of them by then goes on with those it has
 STAGES = {
-    "import": "import of the library with torch and transformers in place",
-    "attach": f"LoRA r=8 on the queries and values of 12 layers, {ADAPTERS:,} times",
-    "load": "one more adapter from a folder, beside the others",
-    "switch": "from one adapter to another",
+    "import": "importing the library, with torch and transformers already imported",
+    "attach": f"attaching {ADAPTERS:,} LoRA adapters (r=8, queries and values of 12 layers)",
+    "load": "loading one more adapter from a folder",
+    "switch": "switching from one adapter to another",
 }
 VARIANTS = {"Tunesmith": {"library": "tunesmith"}, "peft": {"library": "peft"}}
 
@@ -53,9 +53,9 @@ def run(library: str) -> dict[str, Any]:
 def report(records: list[dict[str, Any]]) -> str:
     by_name = {record["variant"]: record for record in records}
     lines = [
-        "# How long until one can work?",
+        "# How long does startup take?",
         "",
-        "| stage | Tunesmith | peft | faster by |",
+        "| stage | Tunesmith | peft | speedup |",
         "|---|---:|---:|---:|",
     ]
     own, peer = by_name.get("Tunesmith", {}), by_name.get("peft", {})
@@ -65,9 +65,9 @@ def report(records: list[dict[str, Any]]) -> str:
             lines.append(f"| {what} | {cells} |")
     if own and peer and "error" not in own and "error" not in peer:
         totals = [sum(record[stage] for stage in STAGES) for record in (own, peer)]
-        lines.append(f"| all | {totals[0]:.2f} s | {totals[1]:.2f} s | {totals[1] / totals[0]:,.0f}x |")
+        lines.append(f"| total | {totals[0]:.2f} s | {totals[1]:.2f} s | {totals[1] / totals[0]:,.0f}x |")
         if peer["attached"] < ADAPTERS:
             count = f"{peer['attached']:,}"
-            lines += ["", f"After {LIMIT:.0f} s peft had attached {count} adapters and was stopped; its figures are for those."]
-        lines += ["", f"Peak memory {own['peak_mb']:,.0f} MB against {peer['peak_mb']:,.0f} MB."]
+            lines += ["", f"peft was stopped after {LIMIT:.0f} s, with {count} adapters attached; its figures are for those."]
+        lines += ["", f"Peak memory: {own['peak_mb']:,.0f} MB; peft, {peer['peak_mb']:,.0f} MB."]
     return "\n".join(lines)

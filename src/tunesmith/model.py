@@ -1,44 +1,37 @@
 """Handles: a frozen base model seen through adapters.
 
 A `PeftModel` owns adapters and refers to a base that it never changes. Any number of handles share one base. Each public
-call enters the handle's frame, so its active adapters act during the call and nowhere else.
+call enters the handle's frame, so its active adapters act during the call and nowhere else. Its abilities are the classes
+in `handle/`; here they become one, with what concerns files.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
-from .assets import public_name
 from .attach.build import build
-from .attach.plan import Plan, check_config, check_task, match
-from .attach.tree import AdapterTree, check_name
-from .bases.quantised import logical_size
+from .attach.plan import check_config
+from .attach.tree import check_name
 from .checkpoint import load, save
-from .config import PeftConfig, PromptConfig, TaskType, read_config
-from .errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, UsageError, did_you_mean
-from .handle import preflight, schedules
-from .handle.combining import Combinable
-from .handle.frames import Framing
-from .handle.merging import Mergeable
+from .config import PeftConfig, TaskType, read_config
+from .errors import AdapterFileError, ConfigError, TargetError, UsageError
+from .handle import schedules
+from .handle.calls import Calls
+from .handle.combining import Combining
+from .handle.merging import Merging
 from .handle.mirror import handle_class
 from .handle.proxy import Proxy
-from .handle.shared_base import records
+from .handle.shared_base import adopt, handles_of
 from .handle.status import Reporting
-from .merge.weights import Originals
-from .registry import adapter_type
-from .runtime import packed_row, site, virtual_tokens
-from .runtime.frame import BOUNDARIES, Frame, Segments
 from .storage.folder import AdapterFolder
 from .storage.hub import push_folder
 
 
-class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
+class PeftModel(Calls, Merging, Combining, Reporting):
     """A base model with adapters beside it.
 
     Args:
@@ -52,9 +45,6 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         ConfigError: the configuration's task does not fit the base.
     """
 
-    # What virtual tokens must know of the task; see virtual_tokens.InputSpec.
-    labels_per_token: ClassVar[bool] = False
-    classifies: ClassVar[bool] = False
     base_class: ClassVar[type | None] = None
     task_class: ClassVar[type]
 
@@ -77,7 +67,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             raise UsageError(f"{cls.__name__} needs a model first, got {type(model).__name__}")
         if isinstance(model, PeftModel):
             raise UsageError("this model has adapters already; use model.add_adapter(name, config) for one more")
-        return nn.Module.__new__(handle_class(cls, type(model)))
+        return cast(PeftModel, nn.Module.__new__(handle_class(cls, type(model))))
 
     def __init__(
         self,
@@ -87,92 +77,19 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        if any(handle._merged for handle in getattr(records.get(model), "handles", ())):
+        if any(handle.merged for handle in handles_of(model)):
             raise UsageError("another handle's adapters are merged into this base's weights; call its unmerge_adapter() first")
-        nn.Module.__init__(self)
-        self._modules["base_model"] = model  # add_module refuses the names of properties
-        self.adapters = nn.ModuleDict()
-        self.peft_config: dict[str, PeftConfig] = {}
-        self._active: tuple[str, ...] = ()
-        self._disabled = False
-        self._merged: dict[str, Originals] = {}
-        self._accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._checkpointing: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._input_spec = virtual_tokens.input_spec_of(
-            model, frozenset(self._accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
-        )
-        self._forget()
+        self.init_state(model)
+        self.forget()
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._register()
+        self.register()
         self.train(model.training)
-
-    @property
-    def base_model(self) -> Any:
-        """The base itself, as it was given."""
-        return self._modules["base_model"]
-
-    def tree(self, name: str) -> AdapterTree:
-        """The tensors of one adapter."""
-        found: Any = self.adapters[name]
-        return found
 
     def get_base_model(self) -> nn.Module:
         """The base itself, as it was given."""
-        return self.base_model
-
-    # --- calls ----------------------------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward with the active adapters acting; same arguments, same result type.
-
-        Args:
-            adapter_names: for each row the name of the adapter that acts on it (in place of the active ones), or
-                "__base__" for none; of any methods, in training and in evaluation.
-            cu_seq_lens_q: where texts start and end that are packed into one row, `(texts + 1,)`; none attends to another.
-        """
-        names = kwargs.pop("adapter_names", None)
-        return self._forward_within(self._frame if names is None else self._mixed(names, args, kwargs), *args, **kwargs)
-
-    def _forward_within(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get(BOUNDARIES) is not None:
-            kwargs.update(zip(self._accepts, args))
-            args, (frame, kwargs) = (), self._packed(frame, kwargs)
-        if preflight.is_due(self, frame):
-            result = preflight.checked_forward(self, frame, *args, **kwargs)
-        else:
-            result = self._forward(frame, *args, **kwargs)
-        return schedules.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
-
-    def _forward(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
-        with self._entered(frame):
-            if not frame.prompts:
-                return self.base_model(*args, **self._without_tasks(kwargs))
-            kwargs.update(zip(self._accepts, args))
-            return self.base_model(**self._with_virtual_tokens(kwargs, frame))
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate` with the active adapters acting; same arguments, same result.
-
-        Virtual tokens are no part of the result, and `max_length` counts without them. `adapter_names` is one name
-        for each row, as in `forward`.
-        """
-        if kwargs.get(BOUNDARIES) is not None:
-            raise UsageError(f"generate goes on with one text in each row; pad texts into rows and leave {BOUNDARIES} out")
-        names = kwargs.pop("adapter_names", None)
-        frame = self._frame if names is None else self._mixed(names, args, kwargs)
-        with self._entered(frame):
-            if frame.prompts:
-                args, kwargs = self._generation_inputs(args, kwargs, frame)
-            return self.base_model.generate(*args, **self._without_tasks(kwargs))
-
-    def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Any other method of the base, with the adapters acting; modules it returns act with them, too."""
-        with self._entered():
-            result = getattr(self.base_model, name)(*args, **kwargs)
-        if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
-            return Proxy(self, result)
-        return result
+        base: nn.Module = self.base_model
+        return base
 
     def update_and_allocate(self, global_step: int) -> None:
         """Run AdaLoRA's schedule for this step, where a script numbers the steps itself; no training loop has to.
@@ -189,7 +106,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         """
         base = self.base_model
         replaced: set[Any] = {base.get_input_embeddings(), base.get_output_embeddings()}
-        trees = [handle.tree(name) for handle in self._record.handles for name in handle.peft_config]
+        trees = [handle.tree(name) for handle in self.shared_base.handles for name in handle.peft_config]
         adapted = {path for tree in trees for path, _ in tree.items()}
         faults = [path for path in sorted(adapted) if replaced & set(base.get_submodule(path).modules())]
         if faults:
@@ -200,103 +117,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         base.requires_grad_(False)
         return result
 
-    # --- virtual tokens -------------------------------------------------------------------------------------------
-
-    def _with_virtual_tokens(self, inputs: dict[str, Any], frame: Frame) -> dict[str, Any]:
-        if all(prompt.in_cache for prompt, _ in frame.prompts):
-            return self._without_tasks(inputs)
-        task_ids, inputs = inputs.get("task_ids"), self._without_tasks(inputs)
-        mixture = frame.mixture
-        counts = [virtual_tokens.virtual_counts(part) for part in (mixture.frames if mixture else [frame])]
-        real = mixture.real(counts, mixture.size) if mixture else None
-        if virtual_tokens.is_continuation(inputs):
-            return virtual_tokens.continued(inputs, max(counts), self._input_spec, real)
-        if mixture is None:
-            virtual = virtual_tokens.virtual_tokens(frame, task_ids)
-        else:
-            virtual = virtual_tokens.virtual_tokens_by_rows(mixture, task_ids)
-        return virtual_tokens.extend(inputs, virtual, self.base_model.get_input_embeddings(), self._input_spec, real)
-
-    def _packed(self, frame: Frame, inputs: dict[str, Any], even: int = 1) -> tuple[Frame, dict[str, Any]]:
-        """The frame of a packed call, and the base's keyword arguments, with virtual tokens in front of each text."""
-        task_ids, inputs, virtual = inputs.get("task_ids"), self._without_tasks(inputs), None
-        with self._entered(frame):
-            if frame.mixture is None and virtual_tokens.virtual_counts(frame):
-                virtual = virtual_tokens.virtual_tokens(frame, task_ids)
-                virtual_tokens.check_length(Segments.of(inputs).longest, virtual.shape[-2], self._input_spec)
-            return packed_row.packed(self.base_model, frame, inputs, virtual, even)
-
-    def _without_tasks(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the base takes: `task_ids` are for this handle's adapters, if one of them asks for such."""
-        if "task_ids" not in inputs or not any(getattr(tree.prompt, "by_task", False) for tree in self.adapters.values()):
-            return inputs
-        return {name: value for name, value in inputs.items() if name != "task_ids"}
-
-    def _generation_inputs(self, args: tuple, kwargs: dict[str, Any], frame: Frame) -> tuple[tuple, dict]:
-        if all(prompt.in_cache for prompt, _ in frame.prompts):
-            return args, self._with_virtual_tokens(kwargs, frame)
-        if args:
-            kwargs["input_ids"], *rest = args
-            args = (None, *rest)
-        ids = kwargs.pop("input_ids", kwargs.pop("inputs", None))
-        kwargs = virtual_tokens.generation_inputs(self.base_model, ids, kwargs)
-        named = ("attention_mask", "inputs_embeds", "token_type_ids", "task_ids")
-        inputs = {"input_ids": ids, **{name: kwargs.pop(name) for name in named if kwargs.get(name) is not None}}
-        inputs = self._with_virtual_tokens({k: v for k, v in inputs.items() if v is not None}, frame)
-        inputs.pop("position_ids", None)  # generate counts them from the mask itself
-        if ids is not None and not self._input_spec.encoder_decoder:
-            inputs["input_ids"] = ids  # for the result and for processors that look at the text so far
-        return args, {**kwargs, **inputs}
-
-    # --- adapters -------------------------------------------------------------------------------------------------
-
-    def add_adapter(self, adapter_name: Any, peft_config: Any, autocast_adapter_dtype: bool = True, **_: Any) -> None:
-        """Make a new adapter beside the others. The first one becomes active; later ones wait for `set_adapter`.
-
-        Raises:
-            AdapterNameError: the name is taken or unsafe.
-            TargetError, ConfigError: the configuration does not fit the base.
-        """
-        if isinstance(adapter_name, PeftConfig):  # transformers' mixin has the arguments the other way round
-            adapter_name, peft_config = peft_config if isinstance(peft_config, str) else "default", adapter_name
-        check_name(adapter_name, self.peft_config)
-        check_config(peft_config)
-        plan, config = self._plan(peft_config)
-        materialized = config.inference_mode
-        tree = build(
-            self.base_model, config, plan, full_precision=autocast_adapter_dtype, initialise=True, materialized=materialized
-        )
-        self._take(adapter_name, config, tree)
-
-    def _plan(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
-        """Everything that can be wrong with `config` on this base is found here; the config is a filled-in copy."""
-        config = type(config)(**vars(config))
-        check_task(self.base_model, config)
-        if isinstance(config, PromptConfig):
-            kind = adapter_type(config)
-            if not kind.in_cache:
-                virtual_tokens.fill_in(config, self.base_model)
-            kind.prepare(config, self.base_model)
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
-        if self._merged and getattr(config, "starts_from_weight", False):
-            raise UsageError(
-                "such an adapter starts from the base's weights, which hold merged adapters now; call unmerge_adapter() first"
-            )
-        return match(self.base_model, config), config
-
-    def _take(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
-        """Make a finished adapter this handle's own."""
-        for path, _ in tree.items():
-            site.install(self.base_model.get_submodule(path))
-        tree.train(self.training)
-        self.adapters[name] = tree
-        self.peft_config[name] = config
-        self._forget()
-        schedules.watch(self, [config])
-        tree.requires_grad_(False)
-        if not self._active:
-            self.set_adapter(name)
+    # --- files ----------------------------------------------------------------------------------------------------
 
     def load_adapter(
         self,
@@ -317,12 +138,11 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
     def _load(
         self, folder: AdapterFolder, stored: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
     ) -> None:
-        if name in self._merged:
-            raise UsageError(f'"{name}" is merged into the weights; call unmerge_adapter() first')
+        self.require_unmerged(name)
         if name not in self.peft_config:
             check_name(name, self.peft_config)
         try:
-            plan, config = self._plan(stored)
+            plan, config = self.plan_adapter(stored)
         except (ConfigError, TargetError) as error:
             raise type(error)(f'"{folder.name}"{load.made_for(stored)}: {error}') from error
         config.inference_mode = not is_trainable
@@ -330,20 +150,13 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
             load.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
             load.into(self.tree(name), config, folder, self.base_model)
             return
-        materialized = load.is_materialized(config, folder)
+        how = {"full_precision": autocast_adapter_dtype, "materialized": load.is_materialized(config, folder)}
         try:
-            tree = build(
-                self.base_model,
-                config,
-                plan,
-                full_precision=autocast_adapter_dtype,
-                initialise=False,
-                materialized=materialized,
-            )
+            tree = build(self.base_model, config, plan, initialise=False, **how)
         except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
             raise AdapterFileError(f'"{folder.name}" describes an adapter that cannot be built here: {error}') from error
         load.into(tree, config, folder, self.base_model)
-        self._take(name, config, tree)
+        self.take_adapter(name, config, tree)
 
     @classmethod
     def from_pretrained(
@@ -370,7 +183,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         try:
             handle._load(folder, stored, adapter_name, is_trainable, autocast_adapter_dtype)
         except BaseException:
-            handle._detach()
+            handle.detach()
             raise
         return handle
 
@@ -387,7 +200,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
         Each adapter is written whole or not at all. A sharded handle is gathered by all ranks together, so each of them
         must call this, `is_main_process` says which one writes; or `state_dict` holds its gathered values.
         """
-        names = tuple(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
+        names = tuple(self.peft_config) if selected_adapters is None else self.named(selected_adapters)
         save.write(self, list(names), save_directory, state_dict, is_main_process)
 
     def get_adapter_state_dict(
@@ -395,7 +208,7 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
     ) -> dict[str, torch.Tensor]:
         """`{name in files: tensor}` of one adapter (by default the active one), copied to the CPU."""
         name = adapter_name or self.active_adapter
-        self._known(name)
+        self.require(name)
         return save.tensors(self, name, state_dict)
 
     def enable_peft_hotswap(self, *_: Any, **__: Any) -> None:
@@ -405,88 +218,6 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes; returns the commit's address (kwargs: `private`, `token`, `revision`, ...)."""
         return push_folder(self.save_pretrained, repo_id, **kwargs)
-
-    def set_adapter(self, adapter_name: str | list[str] | tuple[str, ...], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones; they alone train (unless loaded or set for inference)."""
-        names = self._named(adapter_name)
-        before, self._active = self._active, names
-        self._settle()
-        for name in {*before, *names} & self.peft_config.keys():
-            trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
-            self.tree(name).requires_grad_(trains)
-
-    def delete_adapter(self, adapter_name: str | list[str]) -> None:
-        """Remove adapters; when no active one is left, the first remaining one becomes active."""
-        names = self._named(adapter_name)
-        for name in names:
-            if name in self._merged:
-                raise UsageError(f'"{name}" is merged into the weights; call unmerge_adapter() first')
-        self._active = tuple(name for name in self._active if name not in names)
-        for name in names:
-            del self.adapters[name], self.peft_config[name]
-        self._forget()
-        if not self._active:
-            self.set_adapter(tuple(self.peft_config)[:1])
-
-    @property
-    def active_adapter(self) -> str:
-        """Name of the active adapter; the first, when several are."""
-        return self._active[0] if self._active else ""
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active)
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[self.active_adapter]
-
-    @property
-    def peft_type(self) -> Any:
-        return self.active_peft_config.peft_type
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        return bool(self._effective())
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside, the handle computes exactly what its base does."""
-        before, merged = self._disabled, list(self._merged)
-        self.disable_adapters()
-        try:
-            yield
-        finally:
-            self._disabled = before
-            self._settle()
-            if merged:
-                self.merge_adapter([name for name in merged if name in self.peft_config], requantize=True)
-
-    def disable_adapters(self) -> None:
-        """As `disable_adapter()`, until `enable_adapters()`."""
-        self.unmerge_adapter()
-        self._disabled = True
-        self._settle()
-
-    def enable_adapters(self) -> None:
-        self._disabled = False
-        self._settle()
-
-    # --- counts and looks -----------------------------------------------------------------------------------------
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """`(trainable, all)` parameter counts; shared parameters count once."""
-        sizes = [(logical_size(p), p.requires_grad) for p in self.parameters()]
-        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-    def print_trainable_parameters(self) -> None:
-        """`trainable params: 4,096 || all params: 559,218,688 || trainable%: 0.0007`"""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
-
-    def _get_name(self) -> str:
-        """The base's class name: transformers' Trainer tells by it whether smoothed labels are to be shifted."""
-        return self.base_model._get_name()
 
     # --- being a module -------------------------------------------------------------------------------------------
 
@@ -507,33 +238,17 @@ class PeftModel(Framing, Mergeable, Combinable, Reporting, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled handle sets its sites on its own base."""
-        super().__setstate__(state)
-        self._forget()
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.forget()
         schedules.watch(self, self.peft_config.values())
-        self._checkpointing = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
-        records[self.base_model] = self._record
-        self._record.handles.add(self)
-        self._take_up_stored()
-        self._adapters_by_site(tuple(self.peft_config))
-
-    def _known(self, name: str) -> None:
-        if name not in self.peft_config:
-            known = ", ".join(f'"{known}"' for known in list(self.peft_config)[:20]) or "none"
-            more = f" and {len(self.peft_config) - 20} more" if len(self.peft_config) > 20 else ""
-            raise AdapterNameError(
-                f'no adapter "{name}"{did_you_mean(str(name), self.peft_config)}; adapters here: {known}{more}'
-            )
-
-    def _named(self, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-        """One name or several as a tuple that has each of them once; all of them are here."""
-        found = tuple(dict.fromkeys(names if isinstance(names, (list, tuple)) else [names]))
-        for name in found:
-            self._known(name)
-        return found
+        self.find_checkpointing_modules()
+        adopt(self, self.shared_base)
+        self.hold_stored()
+        self.by_site(tuple(self.peft_config))
 
 
 def _empty_handle(task_class: type[PeftModel], base_class: type[nn.Module]) -> PeftModel:
-    handle = nn.Module.__new__(handle_class(task_class, base_class))
+    handle: PeftModel = nn.Module.__new__(handle_class(task_class, base_class))
     nn.Module.__init__(handle)
     return handle
 

@@ -50,16 +50,16 @@ def test_two_models_one_base(tmp_path):
 
 def test_lora_seq2seq(tmp_path):
     output = run("01_lora_seq2seq.py", tmp_path)
-    assert "right answers before: 0%" in output
-    assert figures(r"right answers after: (\d+)%", output)[0] >= 70  # always the same answer would be right in about half
+    assert "accuracy before: 0%" in output
+    assert figures(r"accuracy after: (\d+)%", output)[0] >= 70  # always the same answer would be right in about half
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "complaints").iterdir()}
 
 
 def test_chinese_prompt_tuning(tmp_path):
     output = run("02_chinese_prompt_tuning.py", tmp_path)
-    before, after = figures(r"kept apart: ([\d.]+) before, ([\d.]+) after", output)
+    before, after = figures(r"held-out loss on the answers: ([\d.]+) before, ([\d.]+) after", output)
     assert after < before - 1
-    assert figures(r"gone on from checkpoint-8: ([\d.]+)", output) == [after]
+    assert figures(r"resumed from checkpoint-8: ([\d.]+)", output) == [after]
     assert "Human: 考试有哪些技巧" in output
 
 
@@ -74,12 +74,12 @@ def test_every_method(tmp_path):
 def test_classifiers(tmp_path):
     output = run("05_classifiers.py", tmp_path)
     for name in ("opinions", "names"):
-        before, after = figures(rf"{name}: (\d+)% right before, (\d+)% after", output)
+        before, after = figures(rf"{name}: accuracy (\d+)% before, (\d+)% after", output)
         assert before < 70 and after > 90
 
 
 def test_image_classifier(tmp_path):
-    before, after = figures(r"(\d+)% of the pictures right before, (\d+)% after", run("06_image_classifier.py", tmp_path))
+    before, after = figures(r"accuracy (\d+)% before, (\d+)% after", run("06_image_classifier.py", tmp_path))
     assert before < 50 and after > 80
 
 

@@ -1,4 +1,4 @@
-"""Source S3's job in small: as the script and as the recipe, each as a reader runs it."""
+"""The QLoRA example, small: as a script and as a recipe, each run as a user runs it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_made(folder: Path) -> None:
 
 def test_on_sprout(tmp_path):
     output = output_of(tmp_path)
-    found = re.search(r"16 rows kept apart: ([\d.]+) before, ([\d.]+) after", output)
+    found = re.search(r"16 held-out rows: ([\d.]+) before, ([\d.]+) after", output)
     assert found and float(found[2]) < 0.2 * float(found[1])
     assert "trainable params: 430,080 " in output  # r=64 on q and v of 6 layers
     assert "def compute(" in output.rpartition("### Response:")[2]

@@ -70,7 +70,7 @@ def test_a_handle_called_inside_another_ones_call_restores_the_outer_frame(llama
 
 def test_a_bare_frame_nests_and_a_none_frame_is_the_base(llama, llama_inputs):
     handle, plain = lora(llama), out(llama, llama_inputs)
-    with handle._entered() as frame:
+    with handle.entered() as frame:
         assert current_frame() is frame
         assert torch.equal(out(llama, llama_inputs), out(handle, llama_inputs))
         with entered(None):
@@ -83,7 +83,7 @@ def test_a_bare_frame_nests_and_a_none_frame_is_the_base(llama, llama_inputs):
 
 def test_a_frame_is_not_seen_by_other_threads(llama, llama_inputs):
     handle, plain, seen = lora(llama), out(llama, llama_inputs), []
-    with handle._entered():
+    with handle.entered():
         thread = threading.Thread(target=lambda: seen.append(out(llama, llama_inputs)))
         thread.start()
         thread.join()

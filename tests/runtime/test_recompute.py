@@ -151,7 +151,7 @@ def test_backward_under_another_handles_frame_recomputes_with_the_own_adapters()
     handle, other = lora(base, 1).train(), lora(base, 2).train()
     base.activation_checkpointing_enable({"use_reentrant": False})
     loss = handle(**inputs, labels=inputs["input_ids"]).loss
-    with other._entered():
+    with other.entered():
         loss.backward()
     assert_same_gradients(gradients(handle), expected, **EXACT)
 

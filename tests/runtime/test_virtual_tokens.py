@@ -248,10 +248,10 @@ def test_rows_may_have_virtual_tokens_of_different_numbers(name, side):
     own_tokens = torch.arange(3)[None] >= 3 - counts[:, None]
     rows, batch = uneven(side)
     with torch.no_grad():
-        together = base(**extend(batch, tokens, embed, handle._input_spec, own_tokens)).logits
+        together = base(**extend(batch, tokens, embed, handle.input_spec, own_tokens)).logits
         for i, n in enumerate(counts.tolist()):
             alone = {"input_ids": rows[i], "attention_mask": torch.ones_like(rows[i])}
             if n:
-                alone = extend(alone, tokens[i, 3 - n :], embed, handle._input_spec)
+                alone = extend(alone, tokens[i, 3 - n :], embed, handle.input_spec)
             own = base(**alone).logits[0, -LENGTHS[i] :]
             torch.testing.assert_close(together[i, real(i, side, before=3)], own, atol=1e-5, rtol=0)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..attach.build import build
 from ..attach.tree import check_name
 from ..combine.adapters import combined, fill
 from ..combine.arithmetic import Member, Recipe, check_weights
+from .adding import Adding
 
 
-class Combinable:
-    """The part of a `PeftModel` that makes adapters out of adapters."""
+class Combining(Adding):
+    """The part of a handle that makes adapters out of adapters."""
 
     def add_weighted_adapter(
-        self: Any,
+        self,
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
@@ -47,7 +46,7 @@ class Combinable:
             AdapterNameError, ConfigError, UsageError: nothing was added then.
         """
         for name in adapters:
-            self._known(name)
+            self.require(name)
         check_name(adapter_name, self.peft_config)
         check_weights(adapters, weights)
         members = [Member(name, self.peft_config[name], self.tree(name), weight) for name, weight in zip(adapters, weights)]
@@ -57,8 +56,8 @@ class Combinable:
         options = {"full_matrices": svd_full_matrices, "driver": svd_driver}
         recipe = Recipe("linear" if alone else combination_type, svd_rank, svd_clamp, options, density, majority_sign_method)
         config, values = combined(self.base_model, members, recipe)
-        plan, config = self._plan(config)
+        plan, config = self.plan_adapter(config)
         wide = any(p.dtype == torch.float32 for member in members for p in member.tree.parameters())
         tree = build(self.base_model, config, plan, full_precision=wide, initialise=False)
         fill(tree, values, members)
-        self._take(adapter_name, config, tree)
+        self.take_adapter(adapter_name, config, tree)

@@ -7,18 +7,16 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import PeftConfig, PromptConfig, TargetedConfig
-
-if TYPE_CHECKING:
-    from ..model import PeftModel
+from .state import HandleState
 
 
-def described(handle: PeftModel) -> str:
+def described(handle: HandleState) -> str:
     """For example::
 
-    PeftModelForCausalLM on LlamaForCausalLM (7,950,400 parameters, frozen)
+    HandleStateForCausalLM on LlamaForCausalLM (7,950,400 parameters, frozen)
       * polite  LORA r=8 lora_alpha=16, CAUSAL_LM, 107,520 parameters, active, trains
           model.layers.{0-5}.self_attn.{q_proj,v_proj}  12 x Linear
       - brief   PROMPT_TUNING num_virtual_tokens=4, CAUSAL_LM, 2,560 parameters, not active
@@ -29,17 +27,17 @@ def described(handle: PeftModel) -> str:
     lines = [f"{type(handle).__name__} on {type(base).__name__} ({size:,} parameters, frozen)"]
     width = max((len(name) for name in handle.peft_config), default=0)
     for name in handle.peft_config:
-        lines.append(f"  {'*' if name in handle.active_adapters else '-'} {name:<{width}}  {_summary(handle, name)}")
+        lines.append(f"  {'*' if name in handle.active else '-'} {name:<{width}}  {_summary(handle, name)}")
         lines += [f"      {place}" for place in _places(handle, name)]
     return "\n".join(lines if handle.peft_config else [*lines, "  no adapters"])
 
 
-def _summary(handle: PeftModel, name: str) -> str:
+def _summary(handle: HandleState, name: str) -> str:
     config, parameters = handle.peft_config[name], list(handle.tree(name).parameters())
     task = getattr(config.task_type, "value", config.task_type)
     state = [
-        "merged into the base" if name in handle._merged else "active" if name in handle.active_adapters else "not active",
-        "switched off" if handle._disabled else "",
+        "merged into the base" if name in handle.merged else "active" if name in handle.active else "not active",
+        "switched off" if handle.disabled else "",
         "trains" if any(p.requires_grad for p in parameters) else "",
     ]
     count = f"{sum(p.numel() for p in parameters):,} parameters"
@@ -57,7 +55,7 @@ def _settings(config: PeftConfig) -> Iterable[str]:
             yield f"{field.name}={value.value if isinstance(value, Enum) else value}"
 
 
-def _places(handle: PeftModel, name: str) -> list[str]:
+def _places(handle: HandleState, name: str) -> list[str]:
     """One line per pattern of paths: `model.layers.{0-5}.self_attn.{q_proj,v_proj}  12 x Linear`."""
     config: Any = handle.peft_config[name]
     tree, base = handle.tree(name), handle.base_model
@@ -78,7 +76,7 @@ def collapsed(paths: Iterable[str]) -> dict[str, list[str]]:
         parts = path.split(".")
         shape = tuple("#" if part.isdigit() else part for part in parts)
         by_shape.setdefault(shape, {})[tuple(int(part) for part in parts if part.isdigit())] = path
-    alike: dict[tuple, tuple[list[str], list[str]]] = {}  # {(parent, numbers): (last names, paths)}
+    alike: dict[tuple[Any, ...], tuple[list[str], list[str]]] = {}  # {(parent, numbers): (last names, paths)}
     for (*parent, last), numbered in by_shape.items():
         for group in _boxes(set(numbered)):
             names, members = alike.setdefault((tuple(parent), last == "#", frozenset(group)), ([], []))

@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..adapter import Adapter, PromptAdapter
 from ..attach.conflicts import conflict
+from ..config import PromptConfig
 from ..errors import UsageError
 from ..runtime import prefix, site
-from ..runtime.frame import BASE_ROW, Frame, Mixture, entered
+from ..runtime.frame import BASE_ROW, Around, Frame, Mixture, Place, Replacement, entered
 from ..runtime.recompute import CarriesFrame
 from . import schedules
+from .state import HandleState
+
+BySite = dict[Place, tuple[Adapter | Around | Replacement, ...]]
+SINGLE_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # a module of a list of experts
 
 
-class Framing:
-    """The part of a handle that turns names of adapters into frames."""
+class Frames(HandleState):
+    """The part of a handle that turns names of adapters into frames, and enters them.
 
-    def _entered(self: Any, frame: Frame | None = None) -> entered:
-        """Ready the base for a call of this handle, and the context manager of the handle's frame."""
+    Attributes:
+        frame: of the adapters that act in a plain call. Calls only read it: reading names there would compile one graph per
+            name (the limit is 8).
+        checked: what `preflight` has looked into: names of adapters, and whether they trained.
+    """
+
+    frame: Frame
+    checked: set[tuple[tuple[str, ...], bool]]
+    _frames: dict[tuple[str, ...], Frame]
+    _single_experts: dict[str, list[str]]  # per adapter, the paths that keep it out of mixed batches
+    _conflict: str | None
+
+    def entered(self, frame: Frame | None = None) -> entered:
+        """Ready the base for a call of this handle, and the context manager of a frame, by default the handle's own.
+
+        Raises:
+            UsageError: the active adapters cannot act together, or their modules are no longer on the base.
+        """
         base = self.base_model
         if base.training != self.training:
             base.train(self.training)
         if self.training:
-            for module in self._checkpointing:
-                function = getattr(module, "_gradient_checkpointing_func", None)
-                if function is not None and not isinstance(function, CarriesFrame):
-                    module._gradient_checkpointing_func = CarriesFrame(function)
-        frame = self._frame if frame is None else frame
-        if self._conflict is not None and frame.mixture is None and frame.names == self._frame.names:
+            self._carry_frames()
+        frame = self.frame if frame is None else frame
+        if self._conflict is not None and frame.mixture is None and frame.names == self.frame.names:
             raise UsageError(self._conflict)
         if not torch.compiler.is_compiling() and any(at.module() is None for at in frame.adapters):
             raise UsageError(
@@ -38,28 +59,47 @@ class Framing:
             )
         return entered(frame)
 
-    def _effective(self: Any) -> tuple[str, ...]:
-        """Names of the adapters that act in a call: active, not disabled, not already in the weights."""
-        return () if self._disabled else tuple(name for name in self._active if name not in self._merged)
+    def _carry_frames(self) -> None:
+        """Let layers that gradient checkpointing recomputes see the frame of their forward pass."""
+        for module in self.checkpointing_modules:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, CarriesFrame):
+                module._gradient_checkpointing_func = CarriesFrame(function)
 
-    def _settle(self: Any) -> None:
-        """Make the frame that follows from the handle's state; to be called after each change of it.
+    def settle(self) -> None:
+        """Make the frame that follows from the handle's state; to be called after each change of it."""
+        self.frame = self.frame_of(self.effective)
+        self._conflict = conflict({name: self.tree(name) for name in (*self.merged, *self.effective)})
 
-        Calls only read `_frame`: reading names there would compile one graph per name (the limit is 8).
-        """
-        self._frame = self._frame_of(self._effective())
-        self._conflict = conflict({name: self.tree(name) for name in (*self._merged, *self._effective())})
+    def forget(self) -> None:
+        """Drop what is derived from adapters and base, to be derived anew."""
+        self._frames = {}
+        self._single_experts = {}
+        self.checked = set()
+        self.settle()
 
-    def _frame_of(self: Any, acting: tuple[str, ...]) -> Frame:
-        if acting not in self._frames:
-            trees: list[Any] = [(self.tree(name).prompt, self.peft_config[name]) for name in acting]
-            prompts = tuple((prompt, config.num_virtual_tokens) for prompt, config in trees if prompt is not None)
-            penalties = schedules.penalties(self, acting)
-            self._frames[acting] = Frame(self._adapters_by_site(acting), prompts, penalties=penalties, names=acting)
-        return self._frames[acting]
+    def frame_of(self, names: tuple[str, ...]) -> Frame:
+        """The frame in which these adapters act together."""
+        if names not in self._frames:
+            prompts = tuple(prompt for name in names if (prompt := self._prompt(name)) is not None)
+            penalties = schedules.penalties(self, names)
+            self._frames[names] = Frame(self.by_site(names), prompts, penalties=penalties, names=names)
+        return self._frames[names]
 
-    def _mixed(self: Any, names: Any, args: tuple, kwargs: dict[str, Any]) -> Frame:
+    def _prompt(self, name: str) -> tuple[PromptAdapter, int] | None:
+        """An adapter's virtual tokens and their number, if it has some."""
+        prompt, config = self.tree(name).prompt, self.peft_config[name]
+        if prompt is None:
+            return None
+        assert isinstance(config, PromptConfig) and config.num_virtual_tokens is not None
+        return prompt, config.num_virtual_tokens
+
+    def mixed_frame(self, names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
         """The frame of a batch with one adapter per row.
+
+        Args:
+            names: for each row the name of its adapter, or "__base__".
+            args, kwargs: of the call, whose first tensor has the rows.
 
         Raises:
             UsageError: there is not one name for each row, or the base's weights are not its own now.
@@ -68,57 +108,55 @@ class Framing:
         if isinstance(names, str):
             raise UsageError(f'adapter_names="{names}" must be a list that holds one name for each row')
         names = list(names)
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next((value for value in tensors if value.dim()), None)
         if first is not None and len(names) != first.shape[0]:
             raise UsageError(f"adapter_names holds {len(names)} names for {first.shape[0]} rows; give one for each row")
         for name in dict.fromkeys(names):
             if name != BASE_ROW:
-                self._known(name)
-                self._check_splits(name)
-        if self._merged:
-            merged = ", ".join(f'"{name}"' for name in self._merged)
+                self.require(name)
+                self._check_no_single_experts(name)
+        if self.merged:
+            merged = ", ".join(f'"{name}"' for name in self.merged)
             raise UsageError(f"{merged} is merged into the weights, so it would act on every row; call unmerge_adapter() first")
-        by_name: dict[str, list[int]] = {}
+        return self._mixture(names, None if first is None else first.device)
+
+    def _mixture(self, names: list[str], device: torch.device | None) -> Frame:
+        """One frame out of those of all names; the plain frame where all rows have the same."""
+        rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(names):
-            by_name.setdefault(BASE_ROW if self._disabled else name, []).append(row)
-        frames = [self._frame_of(() if name == BASE_ROW else (name,)) for name in by_name]
-        acting = tuple(sorted(by_name.keys() - {BASE_ROW}))
+            rows_of.setdefault(BASE_ROW if self.disabled else name, []).append(row)
+        frames = [self.frame_of(() if name == BASE_ROW else (name,)) for name in rows_of]
         if len(frames) == 1:
             return frames[0]
-        device = None if first is None else first.device
-        groups = [torch.tensor(rows, device=device) for rows in by_name.values()]
+        groups = [torch.tensor(rows, device=device) for rows in rows_of.values()]
         prompts = tuple(prompt for frame in frames for prompt in frame.prompts)
         penalties = tuple(penalty for frame in frames for penalty in frame.penalties)
+        acting = tuple(sorted(rows_of.keys() - {BASE_ROW}))
         return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=acting)
 
-    def _check_splits(self: Any, name: str) -> None:
+    def _check_no_single_experts(self, name: str) -> None:
         """Modules of a list of experts get tokens of any rows in any order, so they cannot be told apart by rows."""
-        if name not in self._splits:
-            self._splits[name] = [path for path, _ in self.tree(name).items() if re.search(r"(^|\.)experts\.\d+(\.|$)", path)]
-        if self._splits[name]:
+        if name not in self._single_experts:
+            self._single_experts[name] = [path for path, _ in self.tree(name).items() if SINGLE_EXPERT.search(path)]
+        if self._single_experts[name]:
             raise UsageError(
-                f'"{name}" adapts single experts ({self._splits[name][0]}, ...), whose tokens are of no known row; '
+                f'"{name}" adapts single experts ({self._single_experts[name][0]}, ...), whose tokens are of no known row; '
                 "run such a batch adapter by adapter"
             )
 
-    def _adapters_by_site(self: Any, names: tuple[str, ...]) -> dict[site.Site, tuple]:
+    def by_site(self, names: tuple[str, ...]) -> BySite:
         """`{site: adapters}`, at each site in the order of `names` and, within one adapter, of its kinds."""
-        by_site: dict[site.Site, tuple] = {}
+        found: BySite = {}
         for name in names:
             for path, adapter in self.tree(name).items():
-                at = site.install(self.base_model.get_submodule(path))
-                by_site[at] = (*by_site.get(at, ()), adapter)
+                self._add(found, path, adapter)
             prompt = self.tree(name).prompt
             if prompt is not None and prompt.in_cache:
                 for path, around in prefix.places(prompt, self.base_model):
-                    at = site.install(self.base_model.get_submodule(path))
-                    by_site[at] = (*by_site.get(at, ()), around)
-        return by_site
+                    self._add(found, path, around)
+        return found
 
-    def _forget(self: Any) -> None:
-        """Drop what is derived from adapters and base, to be derived anew."""
-        self._frames: dict[tuple[str, ...], Frame] = {}
-        self._splits: dict[str, list[str]] = {}  # per adapter, the paths that keep it out of mixed batches
-        self._checked: set[tuple[tuple[str, ...], bool]] = set()  # what preflight has looked into, in eval or training
-        self._settle()
+    def _add(self, found: BySite, path: str, adapter: Adapter | Around) -> None:
+        at = site.install(self.base_model.get_submodule(path))
+        found[at] = (*found.get(at, ()), adapter)

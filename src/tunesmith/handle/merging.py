@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,16 +17,21 @@ from ..merge.dense import changed, into_dense
 from ..merge.weights import Originals, check, check_order, into_weights, plain_copy, restore
 from ..runtime import site
 from ..runtime.recompute import CarriesFrame
-from .shared_base import BaseRecord, records
+from .shared_base import SharedBase, join, leave
+from .switching import Switching
 
 
-class Mergeable:
-    """The part of a `PeftModel` that changes its base, and puts it back."""
+class Merging(Switching):
+    """The part of a handle that changes its base, and puts it back.
 
-    _active: tuple[str, ...]
+    Attributes:
+        shared_base: what this handle shares with others of its base.
+    """
+
+    shared_base: SharedBase
 
     def merge_adapter(
-        self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False, *, requantize: bool = False
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, requantize: bool = False
     ) -> None:
         """Put adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
 
@@ -35,10 +42,10 @@ class Mergeable:
             UsageError: adapters are switched off, other handles use this base, the adapter cannot be merged, or its modules
                 are quantised and `requantize` is not asked for.
         """
-        if self._disabled:
+        if self.disabled:
             raise UsageError("adapters are switched off, so none is to act from the weights; call enable_adapters() first")
-        names = [name for name in self._named(adapter_names or self._active) if name not in self._merged]
-        self._check_mergeable(names, after=tuple(self._merged))
+        names = [name for name in self.named(adapter_names or self.active) if name not in self.merged]
+        self._check_mergeable(names, after=tuple(self.merged))
         rounded = [] if requantize else changed(self.base_model, [self.tree(name) for name in names])
         if rounded:
             raise UsageError(
@@ -53,17 +60,17 @@ class Mergeable:
             for originals in reversed(done.values()):
                 restore(self.base_model, originals)
             raise
-        self._merged.update(done)
-        self._settle()
+        self.merged.update(done)
+        self.settle()
 
-    def unmerge_adapter(self: Any) -> None:
+    def unmerge_adapter(self) -> None:
         """Put back the very tensors that merging replaced."""
-        for name in reversed(list(self._merged)):
-            restore(self.base_model, self._merged.pop(name))
-        self._settle()
+        for name in reversed(list(self.merged)):
+            restore(self.base_model, self.merged.pop(name))
+        self.settle()
 
     def merge_and_unload(
-        self: Any,
+        self,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
@@ -84,7 +91,7 @@ class Mergeable:
         Raises:
             UsageError: other handles use this base and no copy is asked for, or an adapter cannot be merged.
         """
-        names = list(self._named(adapter_names or self._active))
+        names = list(self.named(adapter_names or self.active))
         self._check_mergeable(names, alone=not copy)
         trees = [self.tree(name) for name in names]
         if copy:
@@ -92,19 +99,42 @@ class Mergeable:
                 base = plain_copy(self.base_model)
             quantised.release(base)
             _into(base, trees, safe_merge, dtype, requantize)
-            self._record.thaw(base)
+            self.shared_base.thaw(base)
             return base
         self.unmerge_adapter()
         _into(self.base_model, trees, safe_merge, dtype, requantize)
-        return self._detach()
+        return self.detach()
 
-    def unload(self: Any) -> nn.Module:
+    def unload(self) -> nn.Module:
         """The base as it was before: our sites removed, `requires_grad` restored (unless other handles use it)."""
         self.unmerge_adapter()
-        return self._detach()
+        return self.detach()
 
-    def _check_mergeable(self: Any, names: list[str], alone: bool = True, after: tuple[str, ...] = ()) -> None:
-        others = [handle for handle in self._record.handles if handle is not self]
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the handle computes exactly what its base does."""
+        before, merged = self.disabled, list(self.merged)
+        self.disable_adapters()
+        try:
+            yield
+        finally:
+            self.disabled = before
+            self.settle()
+            if merged:
+                self.merge_adapter([name for name in merged if name in self.peft_config], requantize=True)
+
+    def disable_adapters(self) -> None:
+        """As `disable_adapter()`, until `enable_adapters()`."""
+        self.unmerge_adapter()
+        self.disabled = True
+        self.settle()
+
+    def enable_adapters(self) -> None:
+        self.disabled = False
+        self.settle()
+
+    def _check_mergeable(self, names: list[str], alone: bool = True, after: tuple[str, ...] = ()) -> None:
+        others = [handle for handle in self.shared_base.handles if handle is not self]
         if alone and others:
             raise UsageError(
                 f"{len(others)} other handle(s) use this base, whose weights merging would change under them; "
@@ -126,38 +156,34 @@ class Mergeable:
             raise UsageError(reason)
         check_order(self.base_model, together)
 
-    def _register(self: Any) -> None:
-        base = self.base_model
-        if base not in records:
-            records[base] = BaseRecord({name: p.requires_grad for name, p in base.named_parameters()})
-        self._record = records[base]
-        self._record.handles.add(self)
-        self._take_up_stored()
-        for parameter in base.parameters():
+    def register(self) -> None:
+        """Join the base's handles, and freeze its parameters."""
+        self.shared_base = join(self)
+        self.hold_stored()
+        for parameter in self.base_model.parameters():
             parameter.requires_grad_(False)
 
-    def _take_up_stored(self: Any) -> None:
+    def hold_stored(self) -> None:
         """Quantised modules compute through their views, so that nothing rewrites what they store."""
         quantised.hold(self.base_model)
         for _, view in quantised.quantised_views(self.base_model):
             if site.fault(view.module) is None:
                 site.install(view.module)
 
-    def _detach(self: Any) -> nn.Module:
-        base, record = self.base_model, self._record
-        record.handles.discard(self)
-        self._active = ()
-        self._settle()
-        if not record.handles:
+    def detach(self) -> nn.Module:
+        """Leave the base; the last handle to do so takes away everything that stood on it."""
+        base = self.base_model
+        self.active = ()
+        self.settle()
+        if leave(self, self.shared_base):
             for module in base.modules():
                 site.remove(module)
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 if isinstance(function, CarriesFrame):
                     module._gradient_checkpointing_func = function.checkpoint
             quantised.release(base)
-            record.thaw(base)
-            records.pop(base, None)
-        return base
+            self.shared_base.thaw(base)
+        return cast(nn.Module, base)
 
 
 def _into(base: nn.Module, trees: list[AdapterTree], safe: bool, dtype: torch.dtype | None, requantize: bool) -> None:

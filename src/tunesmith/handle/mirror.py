@@ -71,7 +71,7 @@ def _passed_on(name: str, found: Any, base_class: type) -> Any:
 
         @functools.wraps(found)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._call_base(name, *args, **kwargs)
+            return self.call_base(name, *args, **kwargs)
 
         return method
     return Mirrored(name, getattr(base_class, name, None))

@@ -6,13 +6,14 @@ from typing import Any
 
 from ..runtime import packed_row
 from ..runtime.frame import Frame
+from .frames import Frames
 
 
 def packing_fault(model: Any) -> str | None:
     """Why texts of one row cannot be kept apart on a handle, as its adapters act now; None where they can."""
-    if not hasattr(model, "peft_config"):
-        return packed_row.fault(model, Frame({}))
-    return packed_row.fault(model.base_model, model._frame)
+    if isinstance(model, Frames):
+        return packed_row.fault(model.base_model, model.frame)
+    return packed_row.fault(model, Frame({}))
 
 
 def can_pack(model: Any) -> bool:

@@ -8,7 +8,8 @@ one in training and one in eval mode, records which sites were reached, and whic
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,26 +21,24 @@ from ..methods.trainable_tokens import TokenRows
 from ..runtime import site
 from ..runtime.frame import Frame, Place, current_frame
 from ..runtime.prefix import PrefixedStack
-
-if TYPE_CHECKING:
-    from ..model import PeftModel
+from .frames import Frames
 
 logger = logging.getLogger(__name__)
 
 
-def is_due(handle: PeftModel, frame: Frame) -> bool:
+def is_due(handle: Frames, frame: Frame) -> bool:
     """Whether this is the first forward with these adapters in this mode (compiled forwards are not looked into)."""
     if torch.compiler.is_compiling():
         return False
-    return bool(frame.names) and (frame.names, _trains(handle)) not in handle._checked
+    return bool(frame.names) and (frame.names, _trains(handle)) not in handle.checked
 
 
-def _trains(handle: PeftModel) -> bool:
+def _trains(handle: Frames) -> bool:
     return handle.training and torch.is_grad_enabled()
 
 
-def checked_forward(handle: PeftModel, frame: Frame, *args: Any, **kwargs: Any) -> Any:
-    """The handle's forward, after which every site must have been reached.
+def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
+    """What `run` gives in the frame, after which every site must have been reached.
 
     Raises:
         UsageError: a site is gone, was passed by although the module around it ran, or (in training) no site was
@@ -55,7 +54,7 @@ def checked_forward(handle: PeftModel, frame: Frame, *args: Any, **kwargs: Any) 
     parents = {path.rpartition(".")[0] for path in paths}
     hooks = [_note(handle.base_model.get_submodule(parent), parent, frame, ran) for parent in parents]
     try:
-        result = handle._forward(frame, *args, **kwargs)
+        result = run(frame)
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,13 +72,13 @@ def checked_forward(handle: PeftModel, frame: Frame, *args: Any, **kwargs: Any) 
         raise UsageError("the prefix did not act: the base computed its layers without the module that holds them")
     if missed and trains:
         logger.warning("%d of %d adapted modules did not run in the first step (unused parts)", len(missed), len(paths))
-    handle._checked.add((frame.names, trains))
+    handle.checked.add((frame.names, trains))
     return result
 
 
-def _served_by_others(handle: PeftModel, fired: set[str]) -> set[str]:
+def _served_by_others(handle: Frames, fired: set[str]) -> set[str]:
     """Embeddings whose trained rows acted elsewhere: of tied ones, a model may call another than it names."""
-    rows = [item for name in handle._effective() for item in handle.tree(name).items() if isinstance(item[1], TokenRows)]
+    rows = [item for name in handle.effective for item in handle.tree(name).items() if isinstance(item[1], TokenRows)]
     acted = {adapter.owner for path, adapter in rows if path in fired}
     return {path for path, adapter in rows if adapter.owner in acted}
 
@@ -89,7 +88,7 @@ def _note(module: nn.Module, path: str, frame: Frame, ran: set[str]) -> Any:
     return module.register_forward_pre_hook(lambda *_: ran.add(path) if current_frame() is frame else None)
 
 
-def _check_installed(handle: PeftModel, paths: set[str]) -> None:
+def _check_installed(handle: Frames, paths: set[str]) -> None:
     gone = []
     for path in sorted(paths):
         module = handle.base_model.get_submodule(path)
@@ -102,7 +101,7 @@ def _check_installed(handle: PeftModel, paths: set[str]) -> None:
         )
 
 
-def _check_sharding(handle: PeftModel) -> None:
+def _check_sharding(handle: Frames) -> None:
     """Under FSDP2 adapters must be sharded with the base: else each rank keeps gradients of its own, silently."""
     if isinstance(handle, FSDPModule):
         return  # it shards all that is below it, and has gathered what it calls itself by now

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..errors import UsageError
-
-if TYPE_CHECKING:
-    from ..model import PeftModel
+from .frames import Frames
 
 
 class Proxy:
     """A callable of the base, obtained from a handle: runs with the handle's adapters, and looks like itself."""
 
-    def __init__(self, handle: PeftModel, target: Any) -> None:
+    def __init__(self, handle: Frames, target: Any) -> None:
         self._handle = handle
         self._target = target
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self._target, nn.Module) and any(not prompt.in_cache for prompt, _ in self._handle._frame.prompts):
+        if isinstance(self._target, nn.Module) and any(not prompt.in_cache for prompt, _ in self._handle.frame.prompts):
             raise UsageError("virtual tokens are put in by the handle's own forward and generate; call those")
-        with self._handle._entered():
+        with self._handle.entered():
             result = self._target(*args, **kwargs)
         if inspect.isgenerator(result) or inspect.iscoroutine(result):
             result.close()

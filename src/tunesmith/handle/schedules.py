@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,11 +20,9 @@ from ..attach.tree import AdapterTree
 from ..config import PeftConfig
 from ..errors import UsageError
 from ..registry import adapter_type
+from .state import HandleState
 
-if TYPE_CHECKING:
-    from ..model import PeftModel
-
-_watched: weakref.WeakSet[PeftModel] = weakref.WeakSet()
+_watched: weakref.WeakSet[HandleState] = weakref.WeakSet()
 _hooks: list[Any] = []
 
 
@@ -43,7 +41,7 @@ class Progress:
     by_hand: bool = False
 
 
-def watch(handle: PeftModel, configs: Iterable[PeftConfig]) -> None:
+def watch(handle: HandleState, configs: Iterable[PeftConfig]) -> None:
     """Follow the optimiser steps of a handle, if one of these adapters of it is scheduled."""
     if not any(adapter_type(config).scheduled for config in configs):
         return
@@ -66,7 +64,7 @@ def _after_optimiser_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
                 _run(handle, name, progress.step, observe=True)
 
 
-def update_and_allocate(handle: PeftModel, global_step: int) -> None:
+def update_and_allocate(handle: HandleState, global_step: int) -> None:
     """Run the active adapters' schedules for `global_step`, unless the hook did for this optimiser step.
 
     Raises:
@@ -83,7 +81,7 @@ def update_and_allocate(handle: PeftModel, global_step: int) -> None:
         progress.step, progress.seen = global_step, False
 
 
-def penalties(handle: PeftModel, names: tuple[str, ...]) -> tuple[Callable[[], Tensor], ...]:
+def penalties(handle: HandleState, names: tuple[str, ...]) -> tuple[Callable[[], Tensor], ...]:
     """What the named adapters add to the loss while they train."""
     kinds = [(adapter_type(handle.peft_config[name]), name) for name in names]
     return tuple(
@@ -108,13 +106,13 @@ def with_penalties(result: Any, added: tuple[Callable[[], Tensor], ...]) -> Any:
     return result
 
 
-def _scheduled(handle: PeftModel) -> list[str]:
+def _scheduled(handle: HandleState) -> list[str]:
     """The active adapters with a schedule that train."""
-    configs = {name: handle.peft_config[name] for name in handle.active_adapters}
+    configs = {name: handle.peft_config[name] for name in handle.active}
     return [name for name, config in configs.items() if adapter_type(config).scheduled and not config.inference_mode]
 
 
-def _run(handle: PeftModel, name: str, step: int, observe: bool) -> None:
+def _run(handle: HandleState, name: str, step: int, observe: bool) -> None:
     config = handle.peft_config[name]
     kind, adapters = adapter_type(config), _adapters(handle.tree(name))
     if observe:
@@ -128,5 +126,4 @@ def _adapters(tree: AdapterTree) -> dict[str, Any]:
 
 
 def _progress(tree: AdapterTree) -> Progress:
-    found: Any = tree.__dict__.setdefault("progress", Progress())
-    return found
+    return cast(Progress, tree.__dict__.setdefault("progress", Progress()))

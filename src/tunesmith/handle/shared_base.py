@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from ..model import PeftModel
+from .state import HandleState
 
 
-class BaseRecord:
-    """What all handles of one base share: its parameters' original `requires_grad`, and weak references to them."""
+class SharedBase:
+    """What all handles of one base share: its parameters' original `requires_grad`, and weak references to the handles."""
 
     def __init__(self, requires_grad: dict[str, bool]) -> None:
         self.requires_grad = requires_grad
-        self.handles: weakref.WeakSet[PeftModel] = weakref.WeakSet()
+        self.handles: weakref.WeakSet[HandleState] = weakref.WeakSet()
 
     def thaw(self, base: nn.Module) -> None:
         """Give the parameters of `base`, or of a copy of it, their `requires_grad` back."""
@@ -24,7 +23,36 @@ class BaseRecord:
             parameter.requires_grad_(self.requires_grad.get(name, False))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BaseRecord, (self.requires_grad,)
+        return SharedBase, (self.requires_grad,)
 
 
-records: weakref.WeakKeyDictionary[nn.Module, BaseRecord] = weakref.WeakKeyDictionary()
+_by_base: weakref.WeakKeyDictionary[nn.Module, SharedBase] = weakref.WeakKeyDictionary()
+
+
+def handles_of(base: nn.Module) -> list[HandleState]:
+    """The handles that use `base` now."""
+    return list(_by_base[base].handles) if base in _by_base else []
+
+
+def join(handle: HandleState) -> SharedBase:
+    """Count `handle` among its base's handles; the first one notes which parameters were trainable."""
+    base = handle.base_model
+    if base not in _by_base:
+        _by_base[base] = SharedBase({name: p.requires_grad for name, p in base.named_parameters()})
+    _by_base[base].handles.add(handle)
+    return _by_base[base]
+
+
+def adopt(handle: HandleState, shared: SharedBase) -> None:
+    """Count a copied or unpickled handle among those of its own base, which `shared` was copied with."""
+    _by_base[handle.base_model] = shared
+    shared.handles.add(handle)
+
+
+def leave(handle: HandleState, shared: SharedBase) -> bool:
+    """Count `handle` no longer; whether it was the last one of its base."""
+    shared.handles.discard(handle)
+    if shared.handles:
+        return False
+    _by_base.pop(handle.base_model, None)
+    return True

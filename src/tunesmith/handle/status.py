@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from ..adapter import ModuleCopy, ParameterAdapter
+from ..bases.quantised import logical_size
 from ..errors import UsageError
 from .describe import described
-from .shared_base import records
-
-if TYPE_CHECKING:
-    from ..model import PeftModel
+from .shared_base import handles_of
+from .state import HandleState
 
 Irregular = Literal["irregular"]  # the ecosystem's word for "not the same everywhere"
 
@@ -72,7 +71,7 @@ class TunerModelStatus:
     quantization_backend: str | Irregular | None
 
 
-def get_layer_status(model: PeftModel) -> list[TunerLayerStatus]:
+def get_layer_status(model: HandleState) -> list[TunerLayerStatus]:
     """The status of every module that carries adapters, in the order of the base's modules.
 
     Raises:
@@ -87,7 +86,7 @@ def get_layer_status(model: PeftModel) -> list[TunerLayerStatus]:
     return [_status(handle, path, here[path]) for path in sorted(here, key=lambda path: order.get(path, -1))]
 
 
-def get_model_status(model: PeftModel) -> TunerModelStatus:
+def get_model_status(model: HandleState) -> TunerModelStatus:
     """The status of a handle as a whole.
 
     Raises:
@@ -95,7 +94,7 @@ def get_model_status(model: PeftModel) -> TunerModelStatus:
     """
     handle = _handle(model)
     layers = get_layer_status(handle)
-    trainable, total = handle.get_nb_trainable_parameters()
+    trainable, total = parameter_counts(handle)
     names = sorted(handle.peft_config)
     return TunerModelStatus(
         base_model_type=type(handle.base_model).__name__,
@@ -104,9 +103,9 @@ def get_model_status(model: PeftModel) -> TunerModelStatus:
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
-        enabled=not handle._disabled,
-        active_adapters=handle.active_adapters,
-        merged_adapters=sorted(handle._merged),
+        enabled=not handle.disabled,
+        active_adapters=list(handle.active),
+        merged_adapters=sorted(handle.merged),
         requires_grad={name: _alike(p.requires_grad for p in handle.tree(name).parameters()) for name in names},
         available_adapters=names,
         devices={name: _devices(handle.tree(name).parameters()) for name in names},
@@ -114,18 +113,37 @@ def get_model_status(model: PeftModel) -> TunerModelStatus:
     )
 
 
-class Reporting:
-    """The part of a `PeftModel` that says what it is."""
+def parameter_counts(handle: HandleState) -> tuple[int, int]:
+    """`(trainable, all)` numbers of parameters; shared ones count once."""
+    sizes = [(logical_size(p), p.requires_grad) for p in handle.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
-    def get_layer_status(self: Any) -> list[TunerLayerStatus]:
+
+class Reporting(HandleState):
+    """The part of a handle that says what it is."""
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
         """The status of every module that carries adapters."""
         return get_layer_status(self)
 
-    def get_model_status(self: Any) -> TunerModelStatus:
+    def get_model_status(self) -> TunerModelStatus:
         """The status of this handle as a whole."""
         return get_model_status(self)
 
-    def __repr__(self: Any) -> str:
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """`(trainable, all)` parameter counts; shared parameters count once."""
+        return parameter_counts(self)
+
+    def print_trainable_parameters(self) -> None:
+        """`trainable params: 4,096 || all params: 559,218,688 || trainable%: 0.0007`"""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def _get_name(self) -> str:
+        """The base's class name: transformers' Trainer tells by it whether smoothed labels are to be shifted."""
+        return str(self.base_model._get_name())
+
+    def __repr__(self) -> str:
         return described(self)
 
 
@@ -138,16 +156,16 @@ def _parts(tree: Any) -> Iterator[tuple[str, nn.Module]]:
     yield from tree.items()
 
 
-def _status(handle: PeftModel, path: str, adapters: dict[str, list[nn.Module]]) -> TunerLayerStatus:
+def _status(handle: HandleState, path: str, adapters: dict[str, list[nn.Module]]) -> TunerLayerStatus:
     parts = {name: [p for module in modules for p in module.parameters()] for name, modules in adapters.items()}
     kinds = dict.fromkeys(_kind(handle, name, module) for name, modules in adapters.items() for module in modules)
     module = next(iter(adapters.values()))[0] if path == ENTRANCE else handle.base_model.get_submodule(path)
     return TunerLayerStatus(
         name=path,
         module_type=f"{'+'.join(kinds)}.{type(module).__name__}",
-        enabled=not handle._disabled,
-        active_adapters=handle.active_adapters,
-        merged_adapters=[name for name in adapters if name in handle._merged],
+        enabled=not handle.disabled,
+        active_adapters=list(handle.active),
+        merged_adapters=[name for name in adapters if name in handle.merged],
         requires_grad={name: _alike(p.requires_grad for p in parameters) for name, parameters in parts.items()},
         available_adapters=sorted(adapters),
         devices={name: _devices(parameters) for name, parameters in parts.items()},
@@ -155,7 +173,7 @@ def _status(handle: PeftModel, path: str, adapters: dict[str, list[nn.Module]]) 
     )
 
 
-def _kind(handle: PeftModel, name: str, module: nn.Module) -> str:
+def _kind(handle: HandleState, name: str, module: nn.Module) -> str:
     if isinstance(module, ModuleCopy):
         return "modules_to_save"
     return "bias" if isinstance(module, ParameterAdapter) else str(handle.peft_config[name].method).lower()
@@ -170,11 +188,12 @@ def _devices(parameters: Iterable[nn.Parameter]) -> list[str]:
     return sorted({p.device.type for p in parameters})
 
 
-def _handle(model: Any) -> PeftModel:
+def _handle(model: Any) -> HandleState:
     if not hasattr(model, "peft_config") or not hasattr(model, "adapters"):
-        count = len(records[model].handles) if model in records else 0
+        count = len(handles_of(model)) if isinstance(model, nn.Module) else 0
         more = f"; {count} handle(s) share this base, ask one of them" if count else ""
         raise UsageError(f"a handle is needed, as get_peft_model gives it; a {type(model).__name__} holds no adapters{more}")
     if not model.peft_config:
         raise UsageError("this handle has no adapters; add one with add_adapter or load_adapter")
-    return model
+    found: HandleState = model
+    return found

@@ -76,14 +76,14 @@ def initialize_lora_eva_weights(
     unknown = sorted(set(eva_state_dict) - {path for path, _ in model.tree(adapter_name).items()})
     if unknown:
         raise UsageError("eva_state_dict holds modules that carry no adapter here:\n" + bullet_list(unknown))
-    plan, new = model._plan(_with_ranks(config, model, adapter_name, {p: len(a) for p, a in eva_state_dict.items()}))
+    plan, new = model.plan_adapter(_with_ranks(config, model, adapter_name, {p: len(a) for p, a in eva_state_dict.items()}))
     full_precision = any(parameter.dtype == torch.float32 for parameter in model.tree(adapter_name).parameters())
     tree = build(model.base_model, new, plan, full_precision=full_precision, initialise=True)
     with torch.no_grad():
         for path, directions in eva_state_dict.items():
             if len(directions):
                 tree.node(path)._modules["_adapter"].lora_A.copy_(directions)  # type: ignore[union-attr, operator]
-    model._take(adapter_name, new, tree)
+    model.take_adapter(adapter_name, new, tree)
 
 
 @torch.no_grad()
@@ -206,11 +206,11 @@ def _lora_paths(model: PeftModel, name: str) -> list[str]:
 def _eva_config(model: PeftModel, name: str) -> LoraConfig:
     if not isinstance(model, PeftModel):
         raise UsageError(f"EVA starts an adapter of a handle (get_peft_model), got {type(model).__name__}")
-    model._known(name)
+    model.require(name)
     config = model.peft_config[name]
     if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
         raise UsageError(f'the adapter "{name}" was not made with LoraConfig(init_lora_weights="eva")')
-    if model._merged:
+    if model.merged:
         raise UsageError("adapters are merged into the weights; call unmerge_adapter() first")
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise UsageError("EVA looks at the data of one process; initialise and save the adapter in one, then load it in all")

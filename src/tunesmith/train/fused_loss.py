@@ -81,7 +81,7 @@ class LiveLoss:
         """
         if not self._applies(inputs):
             return None
-        frame = self.handle._frame
+        frame = self.handle.frame
         if preflight.is_due(self.handle, frame):
             self._same = self._shares = None
         shared = shared_virtual_tokens.applies(self.handle, frame, inputs)
@@ -101,7 +101,7 @@ class LiveLoss:
         shifts = hasattr(self.base, "prepare_decoder_input_ids_from_labels")  # Whisper does it inside its forward
         if self.encoder_decoder and not shifts and inputs.get("decoder_input_ids") is None:
             return False
-        frame, at = self.handle._frame, site.site_of(self.head)
+        frame, at = self.handle.frame, site.site_of(self.head)
         hooked = self.head._forward_hooks or self.head._forward_pre_hooks or hasattr(self.head, "_hf_hook")
         unusual = {"adapter_names", "shift_labels", "logits_to_keep"} & inputs.keys()
         return "labels" in inputs and not (hooked or unusual or (at is not None and frame.adapters.get(at)))
@@ -121,11 +121,11 @@ class LiveLoss:
         row, first = live.nonzero()[0].tolist()
         rows = sorted({row, (row + 1) % len(labels)}) if shared else [row]
         one = _cut(inputs, rows, max(first - ENOUGH, 0), first + ENOUGH)
-        frame = self.handle._frame
+        frame = self.handle.frame
         frame = frame.with_prompts(tuple((prompt, min(tokens, ENOUGH)) for prompt, tokens in frame.prompts))
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            own = self.handle._forward_within(frame, **one).loss
+            own = self.handle.forward_within(frame, **one).loss
             own = None if own is None else own.detach()  # before as much is kept again for gradients
             torch.manual_seed(0)
             try:
@@ -146,9 +146,9 @@ class LiveLoss:
             hidden = shared_virtual_tokens.run(handle, frame, inputs, tap, EVEN)  # (B, T, dim)
         else:
             if inputs.get(BOUNDARIES) is not None:
-                frame, inputs = handle._packed(frame, inputs, EVEN)
-            with handle._entered(frame):
-                inputs = handle._with_virtual_tokens(inputs, frame) if frame.prompts else inputs
+                frame, inputs = handle.pack(frame, inputs, EVEN)
+            with handle.entered(frame):
+                inputs = handle.prepare(frame, inputs) if frame.prompts else inputs
                 labels = inputs.pop("labels")
                 if self.encoder_decoder and inputs.get("decoder_input_ids") is None:
                     inputs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)

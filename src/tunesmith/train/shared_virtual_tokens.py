@@ -28,7 +28,7 @@ WORTH = 64  # tokens that must be saved beyond that
 
 def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
     """Whether a training batch is of several texts that all begin with the same virtual tokens."""
-    entrance, mask, boundaries = handle._input_spec, inputs.get("attention_mask"), inputs.get(BOUNDARIES)
+    entrance, mask, boundaries = handle.input_spec, inputs.get("attention_mask"), inputs.get(BOUNDARIES)
     texts = len(inputs["input_ids"]) if boundaries is None else len(boundaries) - 1
     return (
         len(frame.prompts) == 1
@@ -39,7 +39,7 @@ def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
         and not UNUSUAL & inputs.keys()
         and (boundaries is not None or "position_ids" not in inputs)
         and _saved(texts, virtual_counts(frame)) >= WORTH
-        and not any(module.gradient_checkpointing for module in handle._checkpointing)
+        and not any(module.gradient_checkpointing for module in handle.checkpointing_modules)
         and (mask is None or (mask.dim() == 2 and bool(mask[:, 0].all())))
     )
 
@@ -66,14 +66,14 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
     base, packed = handle.base_model, inputs.get(BOUNDARIES) is not None
     embed, (rows, length) = base.get_input_embeddings(), inputs["input_ids"].shape
     cache = DynamicCache(config=base.config)
-    with handle._entered(frame):
+    with handle.entered(frame):
         virtual = virtual_tokens(frame, None)  # (n, dim)
-    check_length(Segments.of(inputs).longest if packed else length, len(virtual), handle._input_spec)
+    check_length(Segments.of(inputs).longest if packed else length, len(virtual), handle.input_spec)
     of_virtual, first = frame, {"inputs_embeds": virtual[None].to(embed.weight.dtype)}
     if packed:
         alone = {**first, BOUNDARIES: inputs[BOUNDARIES].new_tensor([0, len(virtual)])}
         of_virtual, first = packed_row.packed(base, frame, alone)
-    with handle._entered(of_virtual):
+    with handle.entered(of_virtual):
         base(**{**first, "past_key_values": cache, "use_cache": True})
     last = tap.hidden[:, -1:]  # (1, 1, dim)
     layers: list[Any] = cache.layers
@@ -88,7 +88,7 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
         inputs["position_ids"] = inputs["position_ids"] + len(virtual)
     elif inputs.get("attention_mask") is not None:
         inputs = {**inputs, "attention_mask": prepend(inputs["attention_mask"], len(virtual), 1)}
-    with handle._entered(frame):
+    with handle.entered(frame):
         base(**{**inputs, "past_key_values": cache, "use_cache": True})
     hidden = torch.cat([last.expand(rows, -1, -1), tap.hidden], dim=1)
     return hidden[:, before] if packed else hidden[:, :-1]

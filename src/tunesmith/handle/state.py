@@ -1,0 +1,102 @@
+"""What all parts of a handle share: its base, its adapters, and which of them act.
+
+Each file of this package adds one ability in a class that derives from this one; `PeftModel` is all of them together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar, cast
+
+from torch import nn
+
+from ..attach.tree import AdapterTree
+from ..config import PeftConfig
+from ..errors import AdapterNameError, did_you_mean
+from ..merge.weights import Originals
+from ..runtime.virtual_tokens import InputSpec, input_spec_of
+
+NAMES_SHOWN = 20  # in an error that lists the adapters of a handle
+
+
+class HandleState(nn.Module):
+    """A base with adapters beside it.
+
+    Attributes:
+        adapters: each adapter's tensors, by name.
+        peft_config: each adapter's configuration, with everything filled in that follows from the base.
+        active: names of the adapters that were chosen last, in the order in which they act.
+        disabled: the adapters are switched off.
+        merged: for each adapter that is in the base's weights, what it replaced there.
+        accepts: names of the parameters of the base's forward.
+        input_spec: what must be known of the base to put virtual tokens in front of its input.
+        checkpointing_modules: modules of the base that can recompute their layers.
+    """
+
+    # What virtual tokens must know of the task, which task classes say; see `InputSpec`.
+    labels_per_token: ClassVar[bool] = False
+    classifies: ClassVar[bool] = False
+
+    adapters: nn.ModuleDict
+    peft_config: dict[str, PeftConfig]
+    active: tuple[str, ...]
+    disabled: bool
+    merged: dict[str, Originals]
+    accepts: tuple[str, ...]
+    input_spec: InputSpec
+    checkpointing_modules: list[Any]
+
+    def init_state(self, model: nn.Module) -> None:
+        """Begin with `model` and no adapters. (`__init__` would run `PreTrainedModel`'s, which handles are only in name.)"""
+        nn.Module.__init__(self)
+        self._modules["base_model"] = model  # add_module refuses the names of properties
+        self.adapters = nn.ModuleDict()
+        self.peft_config = {}
+        self.active = ()
+        self.disabled = False
+        self.merged = {}
+        self.accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.input_spec = input_spec_of(
+            model, frozenset(self.accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
+        )
+        self.find_checkpointing_modules()
+
+    def find_checkpointing_modules(self) -> None:
+        self.checkpointing_modules = [m for m in self.base_model.modules() if hasattr(m, "gradient_checkpointing")]
+
+    @property
+    def base_model(self) -> Any:
+        """The base itself, as it was given."""
+        return self._modules["base_model"]
+
+    @property
+    def effective(self) -> tuple[str, ...]:
+        """Names of the adapters that act in a call: active, not disabled, not already in the weights."""
+        return () if self.disabled else tuple(name for name in self.active if name not in self.merged)
+
+    def tree(self, name: str) -> AdapterTree:
+        """The tensors of one adapter."""
+        return cast(AdapterTree, self.adapters[name])
+
+    def require(self, name: str) -> None:
+        """
+        Raises:
+            AdapterNameError: this handle has no adapter of that name.
+        """
+        if name not in self.peft_config:
+            known = ", ".join(f'"{known}"' for known in list(self.peft_config)[:NAMES_SHOWN]) or "none"
+            more = f" and {len(self.peft_config) - NAMES_SHOWN} more" if len(self.peft_config) > NAMES_SHOWN else ""
+            raise AdapterNameError(
+                f'no adapter "{name}"{did_you_mean(str(name), self.peft_config)}; adapters here: {known}{more}'
+            )
+
+    def named(self, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+        """One name or several as a tuple that has each of them once.
+
+        Raises:
+            AdapterNameError: this handle has no adapter of one of the names.
+        """
+        found = tuple(dict.fromkeys(names if isinstance(names, (list, tuple)) else [names]))
+        for name in found:
+            self.require(name)
+        return found

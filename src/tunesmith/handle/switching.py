@@ -1,0 +1,61 @@
+"""Which of a handle's adapters are active."""
+
+from __future__ import annotations
+
+from ..config import PeftConfig, PeftType
+from ..errors import UsageError
+from .frames import Frames
+
+
+class Switching(Frames):
+    """The part of a handle that switches between its adapters, and drops them."""
+
+    def set_adapter(self, adapter_name: str | list[str] | tuple[str, ...], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; they alone train (unless loaded or set for inference)."""
+        names = self.named(adapter_name)
+        before, self.active = self.active, names
+        self.settle()
+        for name in {*before, *names} & self.peft_config.keys():
+            trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
+            self.tree(name).requires_grad_(trains)
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove adapters; when no active one is left, the first remaining one becomes active."""
+        names = self.named(adapter_name)
+        for name in names:
+            self.require_unmerged(name)
+        self.active = tuple(name for name in self.active if name not in names)
+        for name in names:
+            del self.adapters[name], self.peft_config[name]
+        self.forget()
+        if not self.active:
+            self.set_adapter(tuple(self.peft_config)[:1])
+
+    def require_unmerged(self, name: str) -> None:
+        """
+        Raises:
+            UsageError: the adapter is in the base's weights.
+        """
+        if name in self.merged:
+            raise UsageError(f'"{name}" is merged into the weights; call unmerge_adapter() first')
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the active adapter; the first, when several are."""
+        return self.active[0] if self.active else ""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.active)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> PeftType | str | None:
+        return self.active_peft_config.peft_type
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return bool(self.effective)
