@@ -162,7 +162,9 @@ def _ran(call: Callable[[], object]) -> dict[str, set[str]]:
         path = Path(name)
         if path.is_relative_to(source):
             file = path.relative_to(source).as_posix()
-            ran.setdefault(file, set()).add(figures.function_at(house, file, line))
+            function = figures.function_at(house, file, line)
+            if not figures.is_accessor(house, file, function):
+                ran.setdefault(file, set()).add(function)
     return ran
 
 

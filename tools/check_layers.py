@@ -8,7 +8,8 @@ is read from the syntax, nothing is imported. Definitions:
   by the root do not.
 - *imports that run upwards*: distinct pairs (room, room of a higher layer), the discovery of methods included.
 - *import cycles*: strongly connected components of the graph of all those imports, over files and over rooms.
-- *files and lines to read for LoRA's forward*: the files of the package that run in a call (`LORA_FORWARD`). Of each file:
+- *files and lines to read for LoRA's forward*: the files of the package that run in a call (`LORA_FORWARD`); a property that
+  is one `return` is read as an attribute, wherever it stands. Of each file:
   its head (docstring, imports, constants) and every top-level function or class of which something runs, whole. A class of
   more than 150 lines is looked up rather than read: its head and the methods that run.
 - *private names of the handle*: `x._name` (`x` not `self`), `getattr(x, "_name")` and `import _name` outside `handle/`,
@@ -58,24 +59,21 @@ DISCOVERY = (("registry", "methods"), ("config", "methods"))
 # What runs of the package in `handle(**inputs)` with one LoRA adapter in training, from the second call on (the first one runs
 # the preflight check). tests/test_house.py traces such a call and compares, so the list can be neither too short nor too long.
 LORA_FORWARD: dict[str, tuple[str, ...]] = {
-    "handle/mirror.py": ("_forward_like.forward",),
-    "model.py": (
-        "PeftModel.forward",
-        "PeftModel._forward_within",
-        "PeftModel._forward",
-        "PeftModel._without_tasks",
-        "PeftModel.base_model",
+    "handle/calls.py": (
+        "Calls.forward",
+        "Calls.forward_within",
+        "Calls.is_due",
+        "Calls.entered",
+        "Calls._carry_frames",
+        "Calls._without_task_ids",
+        "Calls._run",
     ),
-    "handle/preflight.py": ("is_due", "_trains"),
-    "handle/frames.py": ("Framing._entered",),
     "runtime/frame.py": ("current_frame", "entered.__init__", "entered.__enter__", "entered.__exit__"),
     "runtime/site.py": ("Site.__call__",),
-    "runtime/fold.py": ("fold", "Adapted.__init__", "Adapted.__call__"),
-    "bases/view.py": ("view_type", "view_of", "BaseView.__init__", "BaseView.bias", "BaseView.operand"),
-    "bases/dense.py": ("LinearView.is_plain", "LinearView.weight"),
+    "runtime/fold.py": ("fold", "_adapted"),
+    "bases/view.py": ("view_type", "view_of", "BaseView.__init__", "BaseView.weight", "BaseView.operand"),
     "methods/lora.py": ("Lora.forward",),
     "kernels/lora_linear.py": ("applies", "lora_linear", "_LoraLinear.forward"),
-    "kernels/tracing.py": ("is_transformed",),
 }
 READ_BY_METHOD = 150  # lines; of longer classes only the head and the methods that run are read
 
@@ -86,7 +84,7 @@ MIRRORS: dict[str, str] = {
     "cli/evaluate.py: evaluate": "Typer: one parameter for each option of the command",
     "cli/generate.py: generate": "Typer: one parameter for each option of the command",
     "cli/validate.py: validate": "Typer: one parameter for each option of the command",
-    "handle/combining.py: Combinable.add_weighted_adapter": "peft.LoraModel.add_weighted_adapter",
+    "handle/combining.py: Combining.add_weighted_adapter": "peft.LoraModel.add_weighted_adapter",
     "kernels/lora_linear.py: _LoraLinear.forward": "torch.autograd.Function.forward: a context first",
     "model.py: PeftModel.from_pretrained": "peft.PeftModel.from_pretrained",
     "runtime/packed_attention.py: attend": "the attention functions of transformers",

@@ -73,7 +73,7 @@ def config_class(cls: C) -> C:
     names = [f.name for f in dataclasses.fields(made) if f.init]
 
     @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(self: PeftConfig, *args: Any, **kwargs: Any) -> None:
         kwargs = {key: value for key, value in kwargs.items() if key in names or not _means_off(made, key, value)}
         wrong = [key for key in kwargs if key not in names]
         if wrong:

@@ -7,7 +7,6 @@ in `handle/`; here they become one, with what concerns files.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,18 +19,17 @@ from .checkpoint import load, save
 from .config import PeftConfig, TaskType, read_config
 from .errors import AdapterFileError, ConfigError, TargetError, UsageError
 from .handle import schedules
-from .handle.calls import Calls
+from .handle.base_methods import BaseMethods
 from .handle.combining import Combining
 from .handle.merging import Merging
 from .handle.mirror import handle_class
-from .handle.proxy import Proxy
 from .handle.shared_base import adopt, handles_of
 from .handle.status import Reporting
 from .storage.folder import AdapterFolder
 from .storage.hub import push_folder
 
 
-class PeftModel(Calls, Merging, Combining, Reporting):
+class PeftModel(BaseMethods, Merging, Combining, Reporting):
     """A base model with adapters beside it.
 
     Args:
@@ -228,10 +226,7 @@ class PeftModel(Calls, Merging, Combining, Reporting):
         except AttributeError:
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
-        value = getattr(self.base_model, name)
-        if inspect.ismethod(value) and value.__self__ is self.base_model:
-            return Proxy(self, value)
-        return value
+        return self.from_base(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_handle, (self.task_class, self.base_class), self.__dict__

@@ -205,6 +205,15 @@ def _span(node: ast.stmt) -> set[int]:
     return set(range(start, (node.end_lineno or start) + 1))
 
 
+def is_accessor(house: House, file: str, name: str) -> bool:
+    """Whether a function is a property that is one `return`, which a reader takes for an attribute."""
+    node = dict(functions(house.trees[file])).get(name) if file != ROOT else None
+    if node is None or not any(isinstance(each, ast.Name) and each.id == "property" for each in node.decorator_list):
+        return False
+    body = [line for line in node.body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+    return len(body) == 1 and isinstance(body[0], ast.Return)
+
+
 def function_at(house: House, file: str, line: int) -> str:
     """The qualified name of the innermost function around a code object's first line (of a comprehension or a lambda, too)."""
     if file == ROOT:

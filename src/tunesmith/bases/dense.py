@@ -15,12 +15,7 @@ from .view import BaseView, register_view
 class LinearView(BaseView):
     """`nn.Linear`: weight `(out, in)`, A `(r, in)`, B `(out, r)`."""
 
-    def weight(self) -> Tensor:
-        return self.module.weight
-
-    @property
-    def is_plain(self) -> bool:
-        return type(self.module) in (nn.Linear, Conv1D)  # subclasses may store or compute something else
+    plain_types = (nn.Linear, Conv1D)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -58,9 +53,6 @@ class EmbeddingView(BaseView):
         scale = getattr(self.module, "embed_scale", 1)
         return scale.to(self.module.weight.dtype) if isinstance(scale, Tensor) else scale
 
-    def weight(self) -> Tensor:
-        return self.module.weight
-
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._look_up(x, weight)
 
@@ -90,9 +82,6 @@ class Conv2dView(BaseView):
     With groups A mixes all input channels and B keeps the groups, as the ecosystem's files have it; such a change is
     no change of the grouped weight, so it cannot be merged.
     """
-
-    def weight(self) -> Tensor:
-        return self.module.weight
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.module._conv_forward(x, weight, None)

@@ -23,6 +23,7 @@ class BaseView:
     """
 
     tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
+    plain_types: ClassVar[tuple[type, ...]] = ()  # subclasses of these may store or compute something else
     computes: ClassVar[bool] = False  # under a handle the view's own call stands for the class's forward, adapters or not
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,7 +49,8 @@ class BaseView:
 
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
-        raise NotImplementedError
+        weight: Tensor = self.module.weight
+        return weight
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The dense weight in this type; of a stored form decoded to it, rather than rounded on the way."""
@@ -74,7 +76,7 @@ class BaseView:
     @property
     def is_plain(self) -> bool:
         """Whether the module computes `x W^T + bias`, and nothing else."""
-        return False
+        return type(self.module) in self.plain_types
 
     def operand(self, dtype: torch.dtype) -> Any:
         """The weight as `kernels.lora_linear` takes it for inputs of this type: a tensor, or what decodes it."""

@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import config_text
+from ..handle.state import HandleState
 from ..registry import adapter_type
 from ..storage.folder import CARD_FILE, CONFIG_FILE, ENCODER_FILE, WEIGHTS_FILE, write_folder, write_text
 from .card import card_text
 from .names import encoder_tensors, named_tensors
 
-if TYPE_CHECKING:
-    from ..model import PeftModel
-
 
 def write(
-    handle: PeftModel, names: list[str], directory: str, gathered: dict[str, Tensor] | None, is_main: bool = True
+    handle: HandleState, names: list[str], directory: str, gathered: dict[str, Tensor] | None, is_main: bool = True
 ) -> None:
     """Write the named adapters: `default` into `directory`, others into folders of their names.
 
@@ -46,7 +44,7 @@ def write(
             (folder / ENCODER_FILE).unlink(missing_ok=True)  # of an adapter that was here before
 
 
-def tensors(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def tensors(handle: HandleState, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """`{name in file: tensor}`, from gathered values where a sharded handle's are given."""
     found = {}
     config = handle.peft_config[name]
@@ -70,7 +68,7 @@ def materialize(encoder: nn.Module, values: dict[str, Tensor]) -> Tensor:
         encoder.train(was_training)
 
 
-def _encoder(handle: PeftModel, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def _encoder(handle: HandleState, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """`{name in the encoder's file: tensor}`; empty where virtual tokens are trained themselves."""
     return {
         in_file: _whole(f"adapters.{name}.{in_tree}", tensor, gathered)

@@ -1,21 +1,22 @@
-"""The calls of a handle: forward, generate, and every other method of the base, each in the handle's frame."""
+"""The forward pass of a handle, in the handle's frame."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from ..errors import UsageError
 from ..runtime import call_inputs
-from ..runtime.frame import BOUNDARIES, Frame
+from ..runtime.frame import BOUNDARIES, Frame, entered
+from ..runtime.recompute import CarriesFrame
 from . import preflight, schedules
 from .frames import Frames
-from .proxy import Proxy
 
 
 class Calls(Frames):
-    """The part of a handle that is called."""
+    """The part of a handle that runs its base."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with the active adapters acting; same arguments, same result type.
@@ -33,35 +34,45 @@ class Calls(Frames):
         if kwargs.get(BOUNDARIES) is not None:
             kwargs.update(zip(self.accepts, args))
             args, (frame, kwargs) = (), self.pack(frame, kwargs)
-        if preflight.is_due(self, frame):
+        if self.is_due(frame):
             result = preflight.checked(self, frame, lambda noted: self._run(noted, args, kwargs))
         else:
             result = self._run(frame, args, kwargs)
         return schedules.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate` with the active adapters acting; same arguments, same result.
+    def is_due(self, frame: Frame) -> bool:
+        """Whether this is the first forward with these adapters in this mode, which `preflight` looks into unless compiled."""
+        if torch.compiler.is_compiling():
+            return False
+        return bool(frame.names) and (frame.names, self.trains) not in self.checked
 
-        Virtual tokens are no part of the result, and `max_length` counts without them. `adapter_names` is one name
-        for each row, as in `forward`.
+    def entered(self, frame: Frame | None = None) -> entered:
+        """Ready the base for a call of this handle, and the context manager of a frame, by default the handle's own.
+
+        Raises:
+            UsageError: the active adapters cannot act together, or their modules are no longer on the base.
         """
-        if kwargs.get(BOUNDARIES) is not None:
-            raise UsageError(f"generate goes on with one text in each row; pad texts into rows and leave {BOUNDARIES} out")
-        names = kwargs.pop("adapter_names", None)
-        frame = self.frame if names is None else self.mixed_frame(names, args, kwargs)
-        with self.entered(frame):
-            kwargs, task_ids = self._without_task_ids(kwargs)
-            if frame.prompts:
-                args, kwargs = call_inputs.for_generate(self.base_model, self.input_spec, frame, args, kwargs, task_ids)
-            return self.base_model.generate(*args, **kwargs)
+        base = self.base_model
+        if base.training != self.training:
+            base.train(self.training)
+        if self.training:
+            self._carry_frames()
+        frame = self.frame if frame is None else frame
+        if self._conflict is not None and frame.mixture is None and frame.names == self.frame.names:
+            raise UsageError(self._conflict)
+        if not torch.compiler.is_compiling() and any(at.module() is None for at in frame.adapters):
+            raise UsageError(
+                f"modules under adapters ({', '.join(frame.names)}) were replaced on the base, by resizing its embeddings, for "
+                "one, so the adapters would not act; change the base first, then attach"
+            )
+        return entered(frame)
 
-    def call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Any other method of the base, with the adapters acting; modules it returns act with them, too."""
-        with self.entered():
-            result = getattr(self.base_model, name)(*args, **kwargs)
-        if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
-            return Proxy(self, result)
-        return result
+    def _carry_frames(self) -> None:
+        """Let layers that gradient checkpointing recomputes see the frame of their forward pass."""
+        for module in self.checkpointing_modules:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, CarriesFrame):
+                module._gradient_checkpointing_func = CarriesFrame(function)
 
     def prepare(self, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the base's forward takes for these inputs of the handle's; to be called inside the frame."""

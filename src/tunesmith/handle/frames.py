@@ -14,8 +14,7 @@ from ..attach.conflicts import conflict
 from ..config import PromptConfig
 from ..errors import UsageError
 from ..runtime import prefix, site
-from ..runtime.frame import BASE_ROW, Around, Frame, Mixture, Place, Replacement, entered
-from ..runtime.recompute import CarriesFrame
+from ..runtime.frame import BASE_ROW, Around, Frame, Mixture, Place, Replacement
 from . import schedules
 from .state import HandleState
 
@@ -24,7 +23,7 @@ SINGLE_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # a module of a list of
 
 
 class Frames(HandleState):
-    """The part of a handle that turns names of adapters into frames, and enters them.
+    """The part of a handle that turns names of adapters into frames.
 
     Attributes:
         frame: of the adapters that act in a plain call. Calls only read it: reading names there would compile one graph per
@@ -37,34 +36,6 @@ class Frames(HandleState):
     _frames: dict[tuple[str, ...], Frame]
     _single_experts: dict[str, list[str]]  # per adapter, the paths that keep it out of mixed batches
     _conflict: str | None
-
-    def entered(self, frame: Frame | None = None) -> entered:
-        """Ready the base for a call of this handle, and the context manager of a frame, by default the handle's own.
-
-        Raises:
-            UsageError: the active adapters cannot act together, or their modules are no longer on the base.
-        """
-        base = self.base_model
-        if base.training != self.training:
-            base.train(self.training)
-        if self.training:
-            self._carry_frames()
-        frame = self.frame if frame is None else frame
-        if self._conflict is not None and frame.mixture is None and frame.names == self.frame.names:
-            raise UsageError(self._conflict)
-        if not torch.compiler.is_compiling() and any(at.module() is None for at in frame.adapters):
-            raise UsageError(
-                f"modules under adapters ({', '.join(frame.names)}) were replaced on the base, by resizing its embeddings, for "
-                "one, so the adapters would not act; change the base first, then attach"
-            )
-        return entered(frame)
-
-    def _carry_frames(self) -> None:
-        """Let layers that gradient checkpointing recomputes see the frame of their forward pass."""
-        for module in self.checkpointing_modules:
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if function is not None and not isinstance(function, CarriesFrame):
-                module._gradient_checkpointing_func = CarriesFrame(function)
 
     def settle(self) -> None:
         """Make the frame that follows from the handle's state; to be called after each change of it."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from functools import cache
 from typing import Any
 
 from torch import nn
+
+from .base_methods import BaseMethods
 
 
 class Mirrored:
@@ -70,19 +73,18 @@ def _passed_on(name: str, found: Any, base_class: type) -> Any:
     if inspect.isfunction(found):
 
         @functools.wraps(found)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def method(self: BaseMethods, *args: Any, **kwargs: Any) -> Any:
             return self.call_base(name, *args, **kwargs)
 
         return method
     return Mirrored(name, getattr(base_class, name, None))
 
 
-def _forward_like(task_class: Any, base_class: Any) -> Any:
-    """A forward that runs the task class's and shows the base's signature (label names are found by reading it)."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return task_class.forward(self, *args, **kwargs)
-
+def _forward_like(task_class: type[BaseMethods], base_class: Any) -> Any:
+    """The task class's own forward under the base's signature, in which transformers reads the names of labels."""
+    own = task_class.forward
+    forward = types.FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
     forward.__doc__ = base_class.forward.__doc__
     return forward

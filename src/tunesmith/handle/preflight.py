@@ -26,17 +26,6 @@ from .frames import Frames
 logger = logging.getLogger(__name__)
 
 
-def is_due(handle: Frames, frame: Frame) -> bool:
-    """Whether this is the first forward with these adapters in this mode (compiled forwards are not looked into)."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(frame.names) and (frame.names, _trains(handle)) not in handle.checked
-
-
-def _trains(handle: Frames) -> bool:
-    return handle.training and torch.is_grad_enabled()
-
-
 def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
     """What `run` gives in the frame, after which every site must have been reached.
 
@@ -44,7 +33,7 @@ def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
         UsageError: a site is gone, was passed by although the module around it ran, or (in training) no site was
             reached at all; or the base is sharded and the adapters are not.
     """
-    trains = _trains(handle)
+    trains = handle.trains
     paths = {path for name in frame.names for path, _ in handle.tree(name).items()}
     _check_sharding(handle)
     _check_installed(handle, paths)

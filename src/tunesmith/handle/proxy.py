@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from ..errors import UsageError
-from .frames import Frames
+from ..runtime.frame import Frame, entered
+
+
+class Enters(Protocol):
+    """What a proxy asks of its handle."""
+
+    frame: Frame
+
+    def entered(self, frame: Frame | None = None) -> entered: ...
 
 
 class Proxy:
     """A callable of the base, obtained from a handle: runs with the handle's adapters, and looks like itself."""
 
-    def __init__(self, handle: Frames, target: Any) -> None:
+    def __init__(self, handle: Enters, target: Any) -> None:
         self._handle = handle
         self._target = target
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import nn
 
 from ..attach.tree import AdapterTree
@@ -73,6 +74,11 @@ class HandleState(nn.Module):
     def effective(self) -> tuple[str, ...]:
         """Names of the adapters that act in a call: active, not disabled, not already in the weights."""
         return () if self.disabled else tuple(name for name in self.active if name not in self.merged)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a call now is one of training, with gradients."""
+        return self.training and torch.is_grad_enabled()
 
     def tree(self, name: str) -> AdapterTree:
         """The tensors of one adapter."""

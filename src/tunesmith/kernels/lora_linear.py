@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .decoded_linear import Decoded
-from .tracing import is_transformed
 
 PLAIN = (Tensor, nn.Parameter)  # subclasses (sharded, quantised, traced tensors) compute in ways of their own
 
@@ -46,7 +46,9 @@ def applies(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None) -> bool:
         and x.layout is torch.strided
         and not x.is_nested
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # asking of "meta" is an error
-        and not is_transformed()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
     )
 
 

@@ -6,11 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 
-def is_transformed() -> bool:
-    """Whether `torch.func`, forward-mode gradients or tracing by `torch.jit` are at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
-
-
 def is_tracing() -> bool:
-    """Whether one of these is, or `torch.compile`."""
-    return is_transformed() or torch.compiler.is_compiling()
+    """Whether `torch.func`, forward-mode gradients or tracing by `torch.jit` or `torch.compile` are at work."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or torch.jit.is_tracing() or torch.compiler.is_compiling()

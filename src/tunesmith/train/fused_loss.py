@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..handle import preflight
 from ..kernels.activations import one_kernel
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..labels import IGNORED
@@ -82,7 +81,7 @@ class LiveLoss:
         if not self._applies(inputs):
             return None
         frame = self.handle.frame
-        if preflight.is_due(self.handle, frame):
+        if self.handle.is_due(frame):
             self._same = self._shares = None
         shared = shared_virtual_tokens.applies(self.handle, frame, inputs)
         if shared and self._shares is None:
