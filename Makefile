@@ -6,17 +6,22 @@ METHOD ?= prompt-tuning
 
 CASES ?= startup lora_step packing speed qlora learning
 
-.PHONY: demo test test-matrix test-sample check bench docs format clean
+.PHONY: demo test test-all test-matrix test-sample check bench docs format clean
 
 demo: .venv/runtime.stamp
 	$(BIN)/tunesmith demo --method $(METHOD)
 
 test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing and not matrix"
+	$(BIN)/python -m pytest -m timing
+
+# Every method on every model, which takes twice as long.
+test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
 	$(BIN)/python -m pytest -m timing
 
 # The oldest and the newest set of packages that are tested, each in a virtual environment of its own.
-INTERNALS := tests/contract tests/parity tests/unit/runtime tests/unit/bases tests/unit/test_owners.py tests/unit/test_tested.py
+INTERNALS := tests/parity $(addprefix tests/,runtime handle methods bases attach merge checkpoint train test_owners.py test_tested.py)
 SAMPLE ?= oldest
 
 test-matrix: .venv-oldest/stamp .venv-newest/stamp

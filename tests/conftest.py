@@ -8,24 +8,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests import tiny
+from tests import matrix, tiny
 
 
 def pytest_addoption(parser):
     parser.addoption("--one-of-each", action="store_true", help="of each test function, one case (make test-sample)")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # before cases are left out by -m
 def pytest_collection_modifyitems(config, items):
-    """One case of each function; which one differs from function to function, so that all models and methods have a turn."""
-    if not config.getoption("--one-of-each"):
-        return
-    functions: dict[str, list] = {}
-    for item in items:
-        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {cases[7 * index % len(cases)] for index, cases in enumerate(functions.values())}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    matrix.mark(items)
+    if config.getoption("--one-of-each"):
+        kept = matrix.one_of_each(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +37,13 @@ def llama():
 @pytest.fixture
 def llama_inputs():
     return tiny.inputs_for("llama")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a good LoRA adapter for the tiny Llama."""
+    from tests.parity.oracle import ours_on
+
+    folder = tmp_path / "adapter"
+    ours_on(tiny.make("llama"), "lora", "CAUSAL_LM").save_pretrained(folder)
+    return folder

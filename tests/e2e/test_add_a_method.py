@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tests.contract.handles import out
+from tests.handles import out
 from tunesmith import (
     ConfigError,
     IA3Config,

@@ -13,10 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.test_cli import run
-from tunesmith.jobs import report
-from tunesmith.jobs.callbacks import RecordMetrics, read_metrics
-from tunesmith.jobs.held_out import MeasureHeldOut
-from tunesmith.jobs.settings import Settings
+from tunesmith.jobs.callbacks import read_metrics
 
 ROWS = [{"instruction": f"Name plant {n} & <b>more</b>.", "output": f"Plant {n % 5} is a rose."} for n in range(24)]
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -39,47 +36,6 @@ def test_the_best_adapter_is_the_final_one(folder):
     assert last["held_out_loss_after"] == pytest.approx(min(record["eval_loss"] for record in measured), abs=1e-6)
     final, best = (load_file(place / "adapter_model.safetensors") for place in (folder, folder / "best"))
     assert all(torch.equal(final[name], best[name]) for name in best)
-
-
-class Handle:
-    """As much of a handle as is saved."""
-
-    def __init__(self) -> None:
-        self.saved = 0
-
-    def save_pretrained(self, folder: str) -> None:
-        self.saved += 1
-
-
-def measuring(tmp_path, monkeypatch, losses, **settings):
-    """The callback after as many steps as there are losses, and the step that ended the training."""
-    losses, handle = iter(losses), Handle()
-    monkeypatch.setattr("tunesmith.jobs.held_out.mean_loss", lambda *_: next(losses))
-    chosen = Settings(eval_strategy="steps", eval_steps=1, **settings)
-    callback = MeasureHeldOut(handle, [{}], 0, chosen, RecordMetrics(tmp_path))
-    state, control = type("State", (), {"global_step": 0, "epoch": 0.0}), type("Control", (), {"should_training_stop": False})
-    callback.on_train_begin(None, state, control)
-    while not control.should_training_stop:
-        state.global_step += 1
-        try:
-            callback.on_step_end(None, state, control)
-        except StopIteration:
-            return callback, handle, None
-    return callback, handle, state.global_step
-
-
-def test_a_training_ends_when_nothing_gets_better(tmp_path, monkeypatch):
-    callback, handle, ended = measuring(
-        tmp_path, monkeypatch, [3.0, 2.0, 2.5, 1.9, 2.0, 1.9, 1.0], early_stopping_patience=2, load_best_model_at_end=True
-    )
-    assert ended == 6 and callback.stopped and callback.best == (4, 1.9) and handle.saved == 3
-    again, _, ended = measuring(tmp_path, monkeypatch, [1.95, 0.5], early_stopping_patience=2)
-    assert again.measured[:2] == [(1, 3.0), (2, 2.0)], "what was measured before the checkpoint counts"
-
-
-def test_not_a_number_is_never_the_best(tmp_path, monkeypatch):
-    callback, handle, ended = measuring(tmp_path, monkeypatch, [float("nan"), 2.0, 3.0], load_best_model_at_end=True)
-    assert ended is None and callback.best == (2, 2.0) and handle.saved == 1
 
 
 @pytest.mark.parametrize(
@@ -118,12 +74,6 @@ def test_the_page_needs_nothing_else_and_says_everything(folder):
     assert page.tags.count("svg") == 2 and page.tags.count("polyline") == 3
     assert "&lt;b&gt;more&lt;/b&gt;" in text and "<b>" not in text, "what the data says is text"
     assert "learning_rate: 0.05" in text and "held-out perplexity" in text and text.count('<td class="text">') == 2 * 4
-
-
-def test_a_picture_of_strange_values_is_one():
-    for points in ([], [(1, float("nan"))], [(1, 2.0)], [(1, 2.0), (2, 2.0)], [(1, float("inf")), (5, 1e30)], [(0, 1.0)]):
-        drawn = report.picture({"training": points})
-        assert "nan" not in drawn and "inf" not in drawn
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

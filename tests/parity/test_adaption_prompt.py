@@ -10,7 +10,7 @@ import transformers as tf
 
 import tunesmith as ts
 from tests import tiny
-from tests.contract.handles import assert_same_gradients, gradients
+from tests.handles import assert_same_gradients, gradients
 from tests.parity.oracle import agree, ours_on, output, own_names, read_by_peft, tensors, theirs_on, written_by_peft
 from tests.parity.test_files import with_labels
 from tests.parity.test_generation import NEW, WAYS, both, prompt_of, uneven
@@ -34,6 +34,7 @@ def _config(**fields) -> AdaptionPromptConfig:
     return AdaptionPromptConfig(**{"adapter_len": 4, "adapter_layers": 2, "task_type": "CAUSAL_LM", **fields})
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("options", [{}, {"adapter_layers": 1, "adapter_len": 1}], ids=["all layers", "last layer"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_files_go_both_ways(name, options, tmp_path):
@@ -66,6 +67,7 @@ def test_every_gradient_equals_the_references(name, tmp_path):
         assert tensor.grad.abs().max() > 1e-6, key
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("way", ["greedy", "beams", "sampling", "without cache"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_generation_equals_the_references_token_for_token(name, way, tmp_path):
@@ -151,6 +153,7 @@ def test_adapters_on_the_attentions_projections_act_on_its_tokens():
     torch.testing.assert_close(output(handle, inputs), folded, atol=1e-5, rtol=0)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", MAKERS)
 def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):

@@ -94,6 +94,7 @@ def assert_same(ours, theirs, inputs, folder, same_factors=True) -> None:
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "t5": ["q", "wo"]}
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("weights", [[0.7, 0.4], [1.5, -0.6]], ids=str)
 @pytest.mark.parametrize(
     ("name", "kind"),  # under "_svd" Conv1D is transposed there, so equal draws drop other values

@@ -19,6 +19,7 @@ from tunesmith.checkpoint.names import named_tensors
 BF16_STEP = 2.0**-7  # largest distance of neighbouring bf16 numbers, relative
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_files_of_every_task_go_both_ways(name, kind, tmp_path):
@@ -203,6 +204,7 @@ def moved_behind_virtual_tokens(inputs: dict[str, torch.Tensor], n: int, task: s
     return inputs
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_every_gradient_equals_the_references(name, kind, tmp_path):
@@ -352,6 +354,7 @@ def test_config_with_nothing_but_what_is_needed_loads(llama, llama_inputs, tmp_p
 # --- 16-bit bases ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_bf16_base_with_fp32_adapters_is_right_up_to_rounding(name, kind, tmp_path):

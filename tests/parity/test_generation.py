@@ -60,6 +60,7 @@ WAYS = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
 @pytest.mark.parametrize("name", tiny.GENERATING)
@@ -72,6 +73,7 @@ def test_generation_equals_the_references_token_for_token(name, kind, way, tmp_p
     assert made[0].tolist() == made[1].tolist()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
 @pytest.mark.parametrize("name", tiny.GENERATING)
 def test_max_length_counts_no_virtual_tokens(name, kind, tmp_path):
@@ -104,6 +106,7 @@ def test_repetition_penalty_sees_the_prompts_own_words(name):
 # --- padding --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
 @pytest.mark.parametrize("name", TELLING_PADDING)
 def test_left_padded_batch_generates_each_rows_own_text(name, kind):
@@ -142,6 +145,7 @@ def virtual_tokens(kind: str, name: str) -> int:
     return 4 if kind == "prompt" and name != "t5" else 0
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
 @pytest.mark.parametrize("name", TELLING_PADDING)
@@ -249,6 +253,7 @@ def decoded_by_hand(handle, batch, text, with_mask=True) -> torch.Tensor:
     return torch.stack(steps)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("with_mask", [True, False], ids=["with mask", "without mask"])
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
 @pytest.mark.parametrize("name", tiny.CAUSAL)

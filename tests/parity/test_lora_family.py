@@ -186,6 +186,7 @@ def test_factors_start_where_the_references_do(start):
         torch.testing.assert_close(adapter.lora_B @ adapter.lora_A, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "loftq"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_trained_adapter_loads_exactly_and_changes_no_weight(name, start, tmp_path):

@@ -40,6 +40,7 @@ CASES = [(kind, name) for kind in KINDS for name in BASES if not (name == "gpt2"
 CASES = [case for case in CASES if case not in (("ln", "opt"), ("ln", "bert-classifier"))]  # no default norms there
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_files_with_default_targets_go_both_ways(kind, name, tmp_path):
     agree(tiny.make(name), kind, tiny.task_of(name), tiny.inputs_for(name), tmp_path)
@@ -134,6 +135,7 @@ def test_conv2d_files_go_both_ways(case, tmp_path):
 GRADIENTS = [*((kind, name, {}) for kind, name in CASES), *OPTIONS.values()]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(("kind", "name", "options"), GRADIENTS)
 def test_every_gradient_equals_the_references(kind, name, options, tmp_path):
     base = tiny.make(name)
@@ -200,6 +202,7 @@ def check_gradients(
     assert all(p.grad is None for p in ours.base_model.parameters())
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["vera", "loha", "lokr", "oft", "hra", "boft", "adalora", "ia3", "ia3 on inputs"])
 def test_merged_convolution_equals_the_unmerged_one(kind, groups):

@@ -87,6 +87,7 @@ def test_every_gradient_equals_the_references(name, tmp_path):
     assert not prompt.prefix_task_cols.grad[1].any(), "a task that no row has learns nothing"
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("way", ["greedy", "beams", "sampling", "repetition_penalty"])
 @pytest.mark.parametrize("name", tiny.GENERATING)
 def test_generation_equals_the_references_token_for_token(name, way, tmp_path):
@@ -149,6 +150,7 @@ def test_gradient_checkpointing_copies_and_bf16():
 # --- starting from source tasks -------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 @pytest.mark.parametrize("start", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
 def test_values_of_source_tasks_start_a_new_adapter_as_in_the_reference(start, suffix, tmp_path):

@@ -37,6 +37,7 @@ def test_files_of_every_option_go_both_ways(option, tmp_path):
     agree(tiny.make("llama"), "p-tuning", "CAUSAL_LM", tiny.inputs_for("llama"), tmp_path, **OPTIONS[option])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert-tagger", "bert-answers"])
 def test_every_gradient_equals_the_references(name, option):
@@ -58,6 +59,7 @@ def test_every_gradient_equals_the_references(name, option):
     assert all(parameter.grad.abs().max() > 0 for parameter in mine.values())
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("way", ["greedy", "beams", "sampling", "repetition_penalty"])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_generation_equals_the_references_token_for_token(name, way, tmp_path):

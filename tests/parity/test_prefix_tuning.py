@@ -42,6 +42,7 @@ def bart():
     ).eval()  # fmt: skip
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_files_of_every_task_go_both_ways(name, option, tmp_path):
@@ -96,6 +97,7 @@ def _theirs(base, config):
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("option", ["keys and values", "projected"])
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_every_gradient_equals_the_references(name, option):
@@ -135,6 +137,7 @@ def test_labels_stay_as_they_are_and_logits_have_the_inputs_length():
 # --- generation -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "without cache"])
 @pytest.mark.parametrize("name", tiny.GENERATING)
 def test_generation_equals_the_references_token_for_token(name, way, tmp_path):
@@ -146,6 +149,7 @@ def test_generation_equals_the_references_token_for_token(name, way, tmp_path):
     assert made[0].tolist() == made[1].tolist()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", tiny.GENERATING)
 def test_generation_without_a_cache_makes_the_same_text(name, beams):
@@ -170,6 +174,7 @@ def test_max_length_counts_the_users_tokens(name):
     assert ours.generate(**prompt_of(name), max_length=12, min_length=12).shape[1] == 12
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", [*tiny.CAUSAL, "t5"])
 def test_left_padded_batch_generates_each_rows_own_text(name, beams):
@@ -183,6 +188,7 @@ def test_left_padded_batch_generates_each_rows_own_text(name, beams):
         assert together[i, start[0] :].tolist() == alone[0, start[1] :].tolist()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("with_mask", [True, False], ids=["with mask", "without mask"])
 @pytest.mark.parametrize("name", tiny.CAUSAL)
 def test_decoding_by_hand_with_a_cache_equals_generate(name, with_mask):

@@ -28,7 +28,7 @@ from . import cache, site
 from .frame import BOUNDARIES, PACKED_KEYS, Frame, Replacement, Segments
 from .packed_attention import ATTENTION
 
-# Architectures for which tests/contract/test_packing.py proves that texts of a row do not see each other.
+# Architectures for which tests/runtime/test_packed_row.py proves that texts of a row do not see each other.
 PROVED = frozenset({
     "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2",
     "gpt_bigcode", "gpt_neox", "granite", "helium", "llama", "mistral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3",
