@@ -54,7 +54,7 @@ def test_doctor_names_the_range(monkeypatch):
 
 
 def test_the_range_is_the_declared_one_and_the_one_of_the_pinned_sets():
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     declared = (root / "pyproject.toml").read_text(encoding="utf-8")
     for package in (tested.TRANSFORMERS, tested.TORCH):
         assert f'"{package.package}>={package.oldest.removesuffix(".0")}' in declared
