@@ -12,7 +12,7 @@ import tunesmith as ts
 from tests import tiny
 from tunesmith.registry import all_methods
 
-ROOT = Path(__file__).parents[1] / "data" / "written_before"
+ROOT = Path(__file__).with_name("written_before")
 FOLDERS = sorted(path for path in ROOT.iterdir() if path.is_dir())
 CONFIG, WEIGHTS, ENCODER = "adapter_config.json", "adapter_model.safetensors", "adapter_encoder.safetensors"
 

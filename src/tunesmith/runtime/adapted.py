@@ -21,7 +21,8 @@ class Adapted(BaseView):
         self.tokens_in = base.tokens_in  # type: ignore[misc]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.adapter(x, self.base, *args, **kwargs)
+        result: Tensor = self.adapter(x, self.base, *args, **kwargs)
+        return result
 
     def weight(self) -> Tensor:
         return self.adapter.merge(self.base.weight(), self.base.bias, self.base)[0]

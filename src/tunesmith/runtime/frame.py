@@ -6,10 +6,10 @@ threads and calls. Outside any frame every site computes exactly what its module
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,7 @@ class Place(Protocol):
     def __hash__(self) -> int: ...
 
 
+@dataclass(frozen=True, eq=False)
 class Frame:
     """`{site: adapters}` for one call.
 
@@ -44,45 +45,29 @@ class Frame:
         segments: where the texts of a packed row lie.
     """
 
-    def __init__(
-        self,
-        adapters: dict[Place, tuple[Adapter | Around | Replacement, ...]],
-        prompts: tuple[tuple[PromptAdapter, int], ...] = (),
-        fired: set[Place] | None = None,
-        mixture: Mixture | None = None,
-        penalties: tuple[Callable[[], Tensor], ...] = (),
-        names: tuple[str, ...] = (),
-        segments: Segments | None = None,
-    ) -> None:
-        self.adapters = adapters
-        self.prompts = prompts
-        self.fired = fired
-        self.mixture = mixture
-        self.penalties = penalties
-        self.names = names
-        self.segments = segments
+    adapters: dict[Place, tuple[Adapter | Around | Replacement, ...]]
+    prompts: tuple[tuple[PromptAdapter, int], ...] = ()
+    fired: set[Place] | None = None
+    mixture: Mixture | None = None
+    penalties: tuple[Callable[[], Tensor], ...] = ()
+    names: tuple[str, ...] = ()
+    segments: Segments | None = None
 
     def noting(self, fired: set[Place]) -> Frame:
         """This frame, with the sites that it reaches collected in `fired`."""
         mixture = self.mixture
         if mixture is not None:
             mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
-        return self._but(fired=fired, mixture=mixture)
+        return replace(self, fired=fired, mixture=mixture)
 
     def with_prompts(self, prompts: tuple[tuple[PromptAdapter, int], ...]) -> Frame:
         """This frame, with other virtual tokens at the entrance."""
-        return self._but(prompts=prompts)
+        return replace(self, prompts=prompts)
 
     def packed(self, segments: Segments, twins: dict[Place, Replacement]) -> Frame:
         """This frame for a packed row, whose attentions are called as these twins; virtual tokens are in the row by now."""
         adapters = self.adapters | {site: (*self.adapters.get(site, ()), twin) for site, twin in twins.items()}
-        return self._but(adapters=adapters, prompts=(), segments=segments)
-
-    def _but(self, **changed: Any) -> Frame:
-        """A copy in which some fields are others."""
-        other = copy.copy(self)
-        vars(other).update(changed)
-        return other
+        return replace(self, adapters=adapters, prompts=(), segments=segments)
 
 
 class Mixture:

@@ -22,7 +22,9 @@ from .frame import Around, Mixture, entered
 Groups = list[tuple[tuple[Adapter, ...], Tensor]]  # adapters, and the indices of the rows they act on
 
 
-def run_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Any, ...]], args: tuple, kwargs: dict) -> Any:
+def run_by_rows(
+    module: nn.Module, mixture: Mixture, adapters: list[tuple[Any, ...]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """The module's output for a mixed batch.
 
     Args:
@@ -61,7 +63,9 @@ def run_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Any, .
     return _joined(results, groups, inverse)
 
 
-def _change_by_rows(module: nn.Module, mixture: Mixture, adapters: list[tuple[Adapter, ...]], args: tuple, kwargs: dict) -> Any:
+def _change_by_rows(
+    module: nn.Module, mixture: Mixture, adapters: list[tuple[Adapter, ...]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """As above for a block, which runs once for all rows (it may keep a cache); its adapters change the result by rows."""
     result = plain_forward(module)(*args, **kwargs)
     hidden = result if isinstance(result, Tensor) else result[0]

@@ -10,7 +10,7 @@ in the cache), the first ones are seen by every token of every text.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,15 @@ except ImportError:  # older torch
     varlen_attn = None
 
 ATTENTION = "tunesmith_packed"  # its name in transformers' table of attentions
+
+
+class Scores(NamedTuple):
+    """What becomes of scores beside the softmax; `attend` says what each is."""
+
+    dropout: float
+    scaling: float | None
+    window: int | None
+    softcap: float | None
 
 
 def attend(
@@ -57,9 +66,10 @@ def attend(
     segments = frame.segments
     if not dropout and softcap is None and sliding_window is None and _has_kernel(query):
         return _attend_at_once(query, key, value, segments, scaling), None
-    queries = query.split(segments.lengths, dim=2)
+    queries = torch.split(query, segments.lengths, dim=2)
     keys, values = (_seen_by_texts(tensor, segments) for tensor in (key, value))
-    texts = [_attend_one(q, k, v, dropout, scaling, sliding_window, softcap) for q, k, v in zip(queries, keys, values)]
+    how = Scores(dropout, scaling, sliding_window, softcap)
+    texts = [_attend_one(q, k, v, how) for q, k, v in zip(queries, keys, values)]
     return torch.cat([text.transpose(1, 2) for text in texts], dim=1), None
 
 
@@ -68,37 +78,33 @@ register_attention(ATTENTION, attend)
 
 def _seen_by_texts(tensor: Tensor, segments: Segments) -> list[Tensor]:
     """Keys or values that each text sees: those in front of all texts, then its own."""
-    first, *texts = tensor.split([tensor.shape[2] - sum(segments.lengths), *segments.lengths], dim=2)
+    first, *texts = torch.split(tensor, [tensor.shape[2] - sum(segments.lengths), *segments.lengths], dim=2)
     return [torch.cat([first, text], dim=2) for text in texts] if first.shape[2] else texts
 
 
-def _attend_one(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None, softcap: float | None
-) -> Tensor:
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, how: Scores) -> Tensor:
     """One text's causal attention, `(1, heads, length, head_dim)`."""
     length, seen = query.shape[2], key.shape[2]
-    if softcap is not None:
-        return _attend_capped(query, key, value, dropout, scaling, window, softcap)
-    windowed = window is not None and window < seen
-    if not windowed and not dropout and short_attention.applies(query, key, value):
-        return short_attention.short_attention(query, key, value, scaling)
-    mask = _seen(length, seen, window, query.device) if windowed or length < seen else None
+    if how.softcap is not None:
+        return _attend_capped(query, key, value, how, how.softcap)
+    windowed = how.window is not None and how.window < seen
+    if not windowed and not how.dropout and short_attention.applies(query, key, value):
+        return short_attention.short_attention(query, key, value, how.scaling)
+    mask = _seen(length, seen, how.window, query.device) if windowed or length < seen else None
     grouped = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        query, key, value, mask, how.dropout, is_causal=mask is None, scale=how.scaling, enable_gqa=grouped
     )
 
 
-def _attend_capped(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None, softcap: float
-) -> Tensor:
+def _attend_capped(query: Tensor, key: Tensor, value: Tensor, how: Scores, cap: float) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap  # (1, heads, length, seen)
-    scores = scores.masked_fill(~_seen(query.shape[2], key.shape[2], window, query.device), -torch.inf)
+    scale = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / cap) * cap  # (1, heads, length, seen)
+    scores = scores.masked_fill(~_seen(query.shape[2], key.shape[2], how.window, query.device), -torch.inf)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return F.dropout(weights, dropout) @ value
+    return F.dropout(weights, how.dropout) @ value
 
 
 def _seen(length: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ from ..labels import IGNORED
 from . import cache, site
 from .frame import BOUNDARIES, PACKED_KEYS, Frame, Replacement, Segments
 from .packed_attention import ATTENTION
+from .rows import tokens_of
 
 # Architectures for which tests/runtime/test_packed_row.py proves that texts of a row do not see each other.
 PROVED = frozenset({
@@ -68,8 +69,7 @@ def packed(
         )
     segments = Segments.of(inputs)
     inputs = {name: value for name, value in inputs.items() if name not in PACKED_KEYS}
-    tokens = inputs.get("input_ids")
-    tokens = inputs["inputs_embeds"] if tokens is None else tokens
+    tokens = tokens_of(inputs)
     _check(tokens, segments, inputs)
     if inputs.get("position_ids") is None:
         positions = torch.cat([torch.arange(length) for length in segments.lengths])

@@ -25,7 +25,8 @@ from ..errors import ConfigError, UsageError
 from . import cache, site
 from .cache import cache_name
 from .frame import Around, Mixture, current_frame
-from .virtual_tokens import InputSpec, check_length, check_positions, counted_positions, counts, input_spec_of, prepend
+from .rows import counted_positions, counts, prepend, tokens_of
+from .virtual_tokens import InputSpec, check_length, check_positions, input_spec_of
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, `(B, heads, n, head_dim)` or without B
 
@@ -121,25 +122,24 @@ class PrefixedStack(Around):
         self.stack = stack
         self.attentions = attentions
         self.names = tuple(inspect.signature(type(stack).forward).parameters)[1:]
-        self.entrance = input_spec_of(stack, frozenset(self.names), labels_per_token=False, classifies=False)
+        self.spec = input_spec_of(stack, frozenset(self.names), labels_per_token=False, classifies=False)
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(self.names, args)), **kwargs}
         layers = None
         if is_first_step(inputs):
             layers = [self.prompt(i).to(execution_device(a), self.stack.dtype) for i, a in enumerate(self.attentions)]
-        return call(**extend(inputs, layers, self.prompt.config.num_virtual_tokens, self.stack, self.entrance))
+        return call(**extend(inputs, layers, self.prompt.config.num_virtual_tokens, self.stack, self.spec))
 
     def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(self.names, args)), **kwargs}
-        tokens = inputs.get("input_ids")
-        rows = (inputs["inputs_embeds"] if tokens is None else tokens).shape[0]
+        rows = tokens_of(inputs).shape[0]
         counts = [0 if part is None else part.prompt.config.num_virtual_tokens for part in parts]
         layers = None
         if is_first_step(inputs):
             found = ((_mixed_layer(parts, mixture, i, rows), a) for i, a in enumerate(self.attentions))
             layers = [layer.to(execution_device(a), self.stack.dtype) for layer, a in found]
-        return call(**extend(inputs, layers, max(counts), self.stack, self.entrance, mixture.real(counts, rows)))
+        return call(**extend(inputs, layers, max(counts), self.stack, self.spec, mixture.real(counts, rows)))
 
 
 class PrefixedAttention(Around):
@@ -157,7 +157,7 @@ class PrefixedAttention(Around):
     def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return call(**self._given_back(args, kwargs, lambda rows: _mixed_layer(parts, mixture, self.layer, rows)))
 
-    def _given_back(self, args: tuple, kwargs: dict[str, Any], layer_for: Callable[[int], Tensor]) -> dict[str, Any]:
+    def _given_back(self, args: tuple[Any, ...], kwargs: dict[str, Any], layer_for: Callable[[int], Tensor]) -> dict[str, Any]:
         """The inputs, with a cache that holds the layer's keys and values where there is none."""
         inputs = {**dict(zip(self.names, args)), **kwargs}
         if cache.given(inputs) is not None:
@@ -169,7 +169,7 @@ class PrefixedAttention(Around):
 
 
 def extend(
-    inputs: dict[str, Any], layers: Any, n: int, stack: Any, entrance: InputSpec, real: Tensor | None = None
+    inputs: dict[str, Any], layers: Any, n: int, stack: Any, spec: InputSpec, real: Tensor | None = None
 ) -> dict[str, Any]:
     """The inputs of a call of the stack with a prefix in its cache.
 
@@ -181,20 +181,19 @@ def extend(
         real: `(B, n)`, which of them a row has (the others are padding); None where all rows have all.
     """
     inputs = dict(inputs)
-    tokens = inputs.get("input_ids")
-    tokens = inputs["inputs_embeds"] if tokens is None else tokens
+    tokens = tokens_of(inputs)
     rows, length = tokens.shape[:2]
     seen = 0
     if layers is not None:
         frame = current_frame()
         packed = None if frame is None else frame.segments
-        check_length(length if packed is None else packed.longest, n, entrance)
+        check_length(length if packed is None else packed.longest, n, spec)
         expanded = [_for_rows(layer, rows) for layer in layers]
         filled = _filled(cache.given(inputs), expanded, stack, _stores(inputs, stack))
         inputs = cache.with_cache(inputs, cache_name(stack) or "", filled)
     else:
         seen = cache.length(cache.given(inputs)) - n
-    check_positions(real, entrance)
+    check_positions(real, spec)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise UsageError(f"prefix tuning needs an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
@@ -206,7 +205,7 @@ def extend(
         mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real)
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
-    elif mask is not None and entrance.mask_positions:
+    elif mask is not None and spec.mask_positions:
         inputs["position_ids"] = counted_positions(mask)[:, -length:]
     return inputs
 

@@ -43,7 +43,7 @@ class Site:
             frame.fired.add(self)
         return fold(module, adapters)(*args, **kwargs)
 
-    def _mixed(self, module: Any, frame: Frame, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _mixed(self, module: Any, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mixture: Any = frame.mixture
         adapters = [part.adapters.get(self, ()) for part in mixture.frames]
         if not any(adapters):
@@ -52,7 +52,7 @@ class Site:
             frame.fired.add(self)
         return run_by_rows(module, mixture, adapters, args, kwargs)
 
-    def _plain(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _plain(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.view is None:
             return type(module).forward(module, *args, **kwargs)
         return self.view(module)(*args, **kwargs)

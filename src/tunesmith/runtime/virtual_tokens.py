@@ -1,4 +1,4 @@
-"""Virtual tokens at the model's entrance: how a call's inputs change, for every kind of model.
+"""Virtual tokens at the model's spec: how a call's inputs change, for every kind of model.
 
 Virtual tokens stand before a row's first real token, so behind its left padding: `[pad pad | v v v | x x x]`. Positions
 are counted from the mask. A row therefore gives the same result whatever its padding; on rows without left padding this
@@ -19,6 +19,7 @@ from ..errors import ConfigError, UsageError
 from ..labels import IGNORED
 from . import cache
 from .frame import Frame, Mixture
+from .rows import counted_positions, counts, prepend, shifted_positions, tokens_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None) -> Tensor:
 
 
 def extend(
-    inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, entrance: InputSpec, real: Tensor | None = None
+    inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, spec: InputSpec, real: Tensor | None = None
 ) -> dict[str, Any]:
     """The inputs of a text's first forward call with virtual tokens put in (of the later ones: `continued`).
 
@@ -83,47 +84,56 @@ def extend(
         New keyword arguments, with `inputs_embeds` `(B, n + T, dim)` in place of `input_ids`.
     """
     inputs = dict(inputs)
-    n = virtual.shape[-2]
-    ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
-    if (ids is None) == (embeds is None):
-        raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
-    if embeds is None:
-        embeds = embed(ids)
+    n, embeds = virtual.shape[-2], _embedded(inputs, embed)
     rows, length = embeds.shape[:2]
     if virtual.dim() == 3 and virtual.shape[0] != rows:
         raise UsageError(f"{virtual.shape[0]} task_ids for {rows} rows; give one for each row")
-    check_length(length, n, entrance)
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
-    check_positions(real, entrance)
-    if real is not None and entrance.reads_first_token and not bool(real.all()):
-        raise UsageError(
-            "this base pools each row's first position, which is padding where a row has fewer virtual tokens than another; "
-            "run such a batch adapter by adapter"
-        )
-    if mask is None and (real is not None or "attention_mask" in entrance.accepts):
+    _check_extension(length, mask, n, spec, real)
+    if mask is None and (real is not None or "attention_mask" in spec.accepts):
         inputs["attention_mask"] = torch.ones((rows, length), dtype=torch.long, device=embeds.device)
-    order = None if mask is None and real is None else _order(inputs["attention_mask"], n, real, entrance)
+    order = None if mask is None and real is None else _order(inputs["attention_mask"], n, real, spec)
 
     embeds = torch.cat([virtual.to(embeds.dtype).expand(rows, -1, -1), embeds], dim=1)
     inputs["inputs_embeds"] = embeds if order is None else embeds.gather(1, order[:, :, None].expand_as(embeds))
     per_token: dict[str, Any] = {"attention_mask": 1 if real is None else real, "token_type_ids": 0}
-    if entrance.labels_per_token:
+    if spec.labels_per_token:
         per_token["labels"] = IGNORED
     for name, fill in per_token.items():
         if inputs.get(name) is not None:
             values = prepend(inputs[name], n, fill)
             inputs[name] = values if order is None else values.gather(1, order)
     for name in ("start_positions", "end_positions"):  # answer spans are given in the user's tokens, which all move by n
-        if inputs.get(name) is not None and not entrance.encoder_decoder:
+        if inputs.get(name) is not None and not spec.encoder_decoder:
             inputs[name] = inputs[name] + n
     if inputs.get("position_ids") is not None:
-        positions = _shifted_positions(inputs["position_ids"], n, real)
+        positions = shifted_positions(inputs["position_ids"], n, real)
         inputs["position_ids"] = positions if order is None else positions.expand(rows, -1).gather(1, order)
-    elif order is not None and entrance.mask_positions:
+    elif order is not None and spec.mask_positions:
         inputs["position_ids"] = counted_positions(inputs["attention_mask"])
     return inputs
+
+
+def _embedded(inputs: dict[str, Any], embed: nn.Module) -> Tensor:
+    """The embeddings of a call, `(B, T, dim)`; `input_ids` are taken out of the inputs."""
+    ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
+    found: Tensor = embed(ids) if embeds is None else embeds
+    return found
+
+
+def _check_extension(length: int, mask: Tensor | None, n: int, spec: InputSpec, real: Tensor | None) -> None:
+    """Refuse an input of `length` tokens that the base cannot read behind n virtual ones."""
+    check_length(length, n, spec)
+    if mask is not None and mask.dim() != 2:
+        raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
+    check_positions(real, spec)
+    if real is not None and spec.reads_first_token and not bool(real.all()):
+        raise UsageError(
+            "this base pools each row's first position, which is padding where a row has fewer virtual tokens than another; "
+            "run such a batch adapter by adapter"
+        )
 
 
 def input_spec_of(model: nn.Module, accepts: frozenset[str], *, labels_per_token: bool, classifies: bool) -> InputSpec:
@@ -195,75 +205,48 @@ def is_continuation(inputs: dict[str, Any]) -> bool:
     return cache.length(cache.given(inputs)) > 0
 
 
-def continued(inputs: dict[str, Any], n: int, entrance: InputSpec, real: Tensor | None = None) -> dict[str, Any]:
+def continued(inputs: dict[str, Any], n: int, spec: InputSpec, real: Tensor | None = None) -> dict[str, Any]:
     """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them.
 
     Positions go on counting from the mask, as they did in the first step.
     """
     inputs = dict(inputs)
-    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
-    tokens = inputs["inputs_embeds"] if tokens is None else tokens
+    mask, tokens = inputs.get("attention_mask"), tokens_of(inputs)
     expected = cache.length(cache.given(inputs)) + tokens.shape[1]
     if mask is None and real is not None:
         mask = torch.ones((tokens.shape[0], expected - n), dtype=torch.long, device=tokens.device)
     if mask is not None and mask.dim() == 2 and mask.shape[1] == expected - n:
-        order = _order(mask, n, real, entrance)
+        order = _order(mask, n, real, spec)
         mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real).gather(1, order)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
-        elif entrance.mask_positions:
+        elif spec.mask_positions:
             inputs["position_ids"] = counted_positions(mask)[:, -tokens.shape[1] :]
     return inputs
 
 
-def check_length(length: int, n: int, entrance: InputSpec) -> None:
+def check_length(length: int, n: int, spec: InputSpec) -> None:
     """Refuse an input that leaves no positions for virtual tokens."""
-    if entrance.positions is not None and length + n > entrance.positions:
+    if spec.positions is not None and length + n > spec.positions:
         raise UsageError(
-            f"{length} tokens and {n} virtual tokens need {length + n} positions, the base has {entrance.positions}; "
-            f"cut the input to {entrance.positions - n} tokens"
+            f"{length} tokens and {n} virtual tokens need {length + n} positions, the base has {spec.positions}; "
+            f"cut the input to {spec.positions - n} tokens"
         )
 
 
-def check_positions(real: Tensor | None, entrance: InputSpec) -> None:
+def check_positions(real: Tensor | None, spec: InputSpec) -> None:
     """Refuse rows with different numbers of virtual tokens where positions cannot be counted row by row."""
-    if real is not None and entrance.positions is not None and not entrance.mask_positions and not bool(real.all()):
+    if real is not None and spec.positions is not None and not spec.mask_positions and not bool(real.all()):
         raise UsageError(
             "this base counts positions from the first column, so rows of one batch cannot have different numbers of "
             "virtual tokens; run such a batch adapter by adapter"
         )
 
 
-def prepend(values: Tensor, n: int, fill: int | Tensor) -> Tensor:
-    """`values` `(B, T)` behind n columns of one value, or of other values for each row, `(B, n)`."""
-    first = fill.to(values.dtype) if isinstance(fill, Tensor) else values.new_full((values.shape[0], n), fill)
-    return torch.cat([first, values], dim=1)
-
-
-def counts(n: int, real: Tensor | None) -> int | Tensor:
-    """How many virtual tokens each row has: one number, or `(B, 1)`."""
-    return n if real is None else real.sum(1, keepdim=True)
-
-
-def counted_positions(mask: Tensor) -> Tensor:
-    """Positions of tokens that the mask shows, counted from 0 in each row."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def _shifted_positions(positions: Tensor, n: int, real: Tensor | None) -> Tensor:
-    """The user's positions moved up by the row's virtual tokens, whose own positions come before them."""
-    if real is None:
-        first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
-    else:
-        positions = positions.expand(real.shape[0], -1)
-        first = counted_positions(real).to(positions.dtype)
-    return torch.cat([first, positions + counts(n, real)], dim=1)
-
-
-def _order(mask: Tensor, n: int, real: Tensor | None, entrance: InputSpec) -> Tensor:
+def _order(mask: Tensor, n: int, real: Tensor | None, spec: InputSpec) -> Tensor:
     """`(B, n + T)` indices that sort each row (stable): padding at the left, virtual tokens, the rest."""
-    is_padding = mask == 0 if entrance.last_token_decides or entrance.first_token_decides else mask.cumsum(1) == 0
-    place_of_padding = 3 if entrance.first_token_decides else 0
+    is_padding = mask == 0 if spec.last_token_decides or spec.first_token_decides else mask.cumsum(1) == 0
+    place_of_padding = 3 if spec.first_token_decides else 0
     rank = torch.where(is_padding, place_of_padding, 2)
     rank = prepend(rank, n, 1 if real is None else torch.where(real, 1, place_of_padding))
     return rank.argsort(dim=1, stable=True)

@@ -18,7 +18,8 @@ from ..errors import UsageError
 from ..model import PeftModel
 from ..runtime import cache, packed_row
 from ..runtime.frame import BOUNDARIES, Frame, Segments
-from ..runtime.virtual_tokens import check_length, prepend, virtual_counts, virtual_tokens
+from ..runtime.rows import prepend
+from ..runtime.virtual_tokens import check_length, virtual_counts, virtual_tokens
 
 UNUSUAL = {"inputs_embeds", *cache.NAMES, "token_type_ids", "task_ids"}
 

@@ -1,0 +1,41 @@
+"""Masks and positions of rows that get virtual tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tokens_of(inputs: dict[str, Any]) -> Tensor:
+    """The tokens of a call, as ids `(rows, tokens)` or as embeddings `(rows, tokens, dim)`."""
+    ids = inputs.get("input_ids")
+    tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
+    return tokens
+
+
+def prepend(values: Tensor, n: int, fill: int | Tensor) -> Tensor:
+    """`values` `(B, T)` behind n columns of one value, or of other values for each row, `(B, n)`."""
+    first = fill.to(values.dtype) if isinstance(fill, Tensor) else values.new_full((values.shape[0], n), fill)
+    return torch.cat([first, values], dim=1)
+
+
+def counts(n: int, real: Tensor | None) -> int | Tensor:
+    """How many virtual tokens each row has: one number, or `(B, 1)`."""
+    return n if real is None else real.sum(1, keepdim=True)
+
+
+def counted_positions(mask: Tensor) -> Tensor:
+    """Positions of tokens that the mask shows, counted from 0 in each row."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def shifted_positions(positions: Tensor, n: int, real: Tensor | None) -> Tensor:
+    """The user's positions moved up by the row's virtual tokens, whose own positions come before them."""
+    if real is None:
+        first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
+    else:
+        positions = positions.expand(real.shape[0], -1)
+        first = counted_positions(real).to(positions.dtype)
+    return torch.cat([first, positions + counts(n, real)], dim=1)
