@@ -19,7 +19,7 @@ _PLACES = {
     ],
     "bases.prepare": ["prepare_model_for_kbit_training"],
     "bases.view": ["BaseView"],
-    "config": ["PeftConfig", "PeftType", "PromptConfig", "TargetedConfig", "TaskType", "config_class"],
+    "config": ["PeftConfig", "PeftType", "PromptConfig", "Settings", "TargetedConfig", "TaskType", "config_class"],
     "adapter": ["LinearAdapter", "PromptAdapter", "SublayerAdapter"],
     "data.packing": ["LengthBuckets", "PackedCollator"],
     "errors": [
