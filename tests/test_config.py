@@ -251,7 +251,7 @@ def test_unknown_method_is_an_error_that_names_the_nearest():
 
 
 def test_config_of_another_method_is_an_error():
-    with pytest.raises(ConfigError, match="LORA configuration, not one of PromptTuningConfig"):
+    with pytest.raises(ConfigError, match="LORA configuration, not a PromptTuningConfig"):
         PromptTuningConfig.from_dict(LoraConfig().to_dict())
 
 
@@ -260,40 +260,40 @@ def test_config_of_another_method_is_an_error():
 WRONG = {
     "r is 0": (LoraConfig, {"r": 0}, "r=0 must be a whole number of at least 1"),
     "r is negative": (LoraConfig, {"r": -4}, "r=-4 must be a whole number"),
-    "r is a text": (LoraConfig, {"r": "8"}, "r='8' must be of the type int"),
-    "r is a fraction": (LoraConfig, {"r": 8.0}, "r=8.0 must be of the type int"),
-    "r is a bool": (LoraConfig, {"r": True}, "r=True must be of the type int"),
-    "alpha is a text": (LoraConfig, {"lora_alpha": "16"}, "lora_alpha='16' must be of the type int or float"),
+    "r is a text": (LoraConfig, {"r": "8"}, "r='8' must be of type int"),
+    "r is a fraction": (LoraConfig, {"r": 8.0}, "r=8.0 must be of type int"),
+    "r is a bool": (LoraConfig, {"r": True}, "r=True must be of type int"),
+    "alpha is a text": (LoraConfig, {"lora_alpha": "16"}, "lora_alpha='16' must be of type int or float"),
     "alpha is NaN": (LoraConfig, {"lora_alpha": float("nan")}, "lora_alpha=nan must be a finite number"),
     "alpha is infinite": (LoraConfig, {"alpha_pattern": {"q": float("inf")}}, 'alpha_pattern["q"]=inf must be a finite'),
     "dropout is 1": (LoraConfig, {"lora_dropout": 1.0}, "lora_dropout=1.0 must be at least 0 and below 1"),
     "dropout is negative": (LoraConfig, {"lora_dropout": -0.1}, "lora_dropout=-0.1 must be at least 0"),
     "dropout is NaN": (LoraConfig, {"lora_dropout": float("nan")}, "lora_dropout=nan must be at least 0"),
-    "dropout is a text": (LoraConfig, {"lora_dropout": "0.1"}, "lora_dropout='0.1' must be of the type float"),
+    "dropout is a text": (LoraConfig, {"lora_dropout": "0.1"}, "lora_dropout='0.1' must be of type float"),
     "bias is unknown": (LoraConfig, {"bias": "some"}, 'bias=\'some\' must be "none", "all" or "lora_only"'),
-    "bias is a bool": (LoraConfig, {"bias": True}, "bias=True must be of the type str"),
+    "bias is a bool": (LoraConfig, {"bias": True}, "bias=True must be of type str"),
     "start is unknown": (LoraConfig, {"init_lora_weights": "magic"}, "init_lora_weights='magic' must be True"),
     "rank pattern holds 0": (LoraConfig, {"rank_pattern": {"q": 0}}, 'rank_pattern["q"]=0 must be a whole number'),
-    "rank pattern is a list": (LoraConfig, {"rank_pattern": ["q"]}, "rank_pattern=['q'] must be of the type dict"),
-    "rank pattern's key is no expression": (LoraConfig, {"rank_pattern": {"q(": 2}}, 'rank_pattern: "q(" is no regular'),
+    "rank pattern is a list": (LoraConfig, {"rank_pattern": ["q"]}, "rank_pattern=['q'] must be of type dict"),
+    "rank pattern's key is no expression": (LoraConfig, {"rank_pattern": {"q(": 2}}, '"q(" is not a valid regular'),
     "targets are empty": (LoraConfig, {"target_modules": []}, "target_modules is empty; name at least one"),
     "targets are an empty text": (LoraConfig, {"target_modules": ""}, "target_modules is empty"),
-    "targets are a number": (LoraConfig, {"target_modules": 5}, "target_modules=5 must be of the type list"),
-    "targets hold a number": (LoraConfig, {"target_modules": ["q", 5]}, "must be of the type list[str]"),
-    "targets hold a list": (LoraConfig, {"target_modules": [["q"]]}, "must be of the type list[str]"),
-    "targets are no expression": (LoraConfig, {"target_modules": "q("}, 'target_modules: "q(" is no regular expression'),
-    "exclusions are no expression": (LoraConfig, {"exclude_modules": "*q"}, 'exclude_modules: "*q" is no regular'),
-    "saved modules are one text": (LoraConfig, {"modules_to_save": "lm_head"}, "modules_to_save='lm_head' must be of the type"),
-    "layers are a text": (LoraConfig, {"layers_to_transform": "3"}, "layers_to_transform='3' must be of the type list[int]"),
+    "targets are a number": (LoraConfig, {"target_modules": 5}, "target_modules=5 must be of type list"),
+    "targets hold a number": (LoraConfig, {"target_modules": ["q", 5]}, "must be of type list[str]"),
+    "targets hold a list": (LoraConfig, {"target_modules": [["q"]]}, "must be of type list[str]"),
+    "targets are no expression": (LoraConfig, {"target_modules": "q("}, '"q(" is not a valid regular expression'),
+    "exclusions are no expression": (LoraConfig, {"exclude_modules": "*q"}, 'exclude_modules: "*q" is not a valid regular'),
+    "saved modules are one text": (LoraConfig, {"modules_to_save": "lm_head"}, "modules_to_save='lm_head' must be of type"),
+    "layers are a text": (LoraConfig, {"layers_to_transform": "3"}, "layers_to_transform='3' must be of type list[int]"),
     "layers with an expression": (
         LoraConfig, {"layers_to_transform": 1, "target_modules": ".*q"}, "layers_to_transform needs target_modules as a list",
     ),
     "layer pattern alone": (LoraConfig, {"layers_pattern": "h"}, "layers_pattern needs layers_to_transform"),
-    "inference mode is a text": (LoraConfig, {"inference_mode": "no"}, "inference_mode='no' must be of the type bool"),
-    "base is a number": (LoraConfig, {"base_model_name_or_path": 5}, "base_model_name_or_path=5 must be of the type str"),
+    "inference mode is a text": (LoraConfig, {"inference_mode": "no"}, "inference_mode='no' must be of type bool"),
+    "base is a number": (LoraConfig, {"base_model_name_or_path": 5}, "base_model_name_or_path=5 must be of type str"),
     "no virtual tokens": (PromptTuningConfig, {}, "num_virtual_tokens=None must be a whole number of at least 1"),
     "0 virtual tokens": (PromptTuningConfig, {"num_virtual_tokens": 0}, "num_virtual_tokens=0 must be a whole number"),
-    "half a virtual token": (PromptTuningConfig, {"num_virtual_tokens": 0.5}, "num_virtual_tokens=0.5 must be of the type int"),
+    "half a virtual token": (PromptTuningConfig, {"num_virtual_tokens": 0.5}, "num_virtual_tokens=0.5 must be of type int"),
     "start of prompt is unknown": (
         PromptTuningConfig, {"num_virtual_tokens": 1, "prompt_tuning_init": "WORDS"}, "one of RANDOM, SAMPLE_VOCAB, TEXT",
     ),
@@ -312,7 +312,7 @@ WRONG = {
         PromptTuningConfig,
         {"num_virtual_tokens": 1, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x", "tokenizer_name_or_path": "x",
          "tokenizer_kwargs": {"trust_remote_code": True}},
-        "may not ask for trust_remote_code",
+        "may not set trust_remote_code",
     ),
 }  # fmt: skip
 
@@ -335,8 +335,8 @@ def test_all_wrong_values_are_named_at_once():
 
 @pytest.mark.parametrize("rank", [1, 3, 4096])
 def test_scale_is_alpha_over_rank_or_its_root(rank):
-    assert LoraConfig(r=rank, lora_alpha=6).settings("any")["scale"] == 6 / rank
-    assert LoraConfig(r=rank, lora_alpha=6, use_rslora=True).settings("any")["scale"] == 6 / rank**0.5
+    assert LoraConfig(r=rank, lora_alpha=6).settings("any").scale == 6 / rank
+    assert LoraConfig(r=rank, lora_alpha=6, use_rslora=True).settings("any").scale == 6 / rank**0.5
 
 
 def test_unsupported_features_may_be_named_to_say_that_they_are_off():

@@ -50,7 +50,7 @@ LAYERS = (
     ("adapter",),
     ("data", "config", "bases"),
     ("storage",),
-    ("labels", "errors", "default_targets", "assets", "inits", "kernels", "tested"),
+    ("labels", "errors", "checks", "paths", "default_targets", "assets", "inits", "kernels", "tested"),
 )
 
 # The one import that runs upwards, a dynamic one: each method's file registers itself.
@@ -72,7 +72,7 @@ LORA_FORWARD: dict[str, tuple[str, ...]] = {
     "runtime/site.py": ("Site.__call__",),
     "runtime/fold.py": ("fold", "_adapted"),
     "bases/view.py": ("view_type", "view_of", "BaseView.__init__", "BaseView.weight", "BaseView.operand"),
-    "methods/lora.py": ("Lora.forward",),
+    "methods/lora.py": ("Lora.forward", "Lora._weight_to_fuse"),
     "kernels/lora_linear.py": ("applies", "lora_linear", "_LoraLinear.forward"),
 }
 READ_BY_METHOD = 150  # lines; of longer classes only the head and the methods that run are read
@@ -85,6 +85,7 @@ MIRRORS: dict[str, str] = {
     "cli/generate.py: generate": "Typer: one parameter for each option of the command",
     "cli/validate.py: validate": "Typer: one parameter for each option of the command",
     "handle/combining.py: Combining.add_weighted_adapter": "peft.LoraModel.add_weighted_adapter",
+    "kernels/linear_cross_entropy.py: _FrozenHead.forward": "torch.autograd.Function.forward: a context first",
     "kernels/lora_linear.py: _LoraLinear.forward": "torch.autograd.Function.forward: a context first",
     "model.py: PeftModel.from_pretrained": "peft.PeftModel.from_pretrained",
     "runtime/packed_attention.py: attend": "the attention functions of transformers",

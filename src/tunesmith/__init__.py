@@ -19,7 +19,7 @@ _PLACES = {
     ],
     "bases.prepare": ["prepare_model_for_kbit_training"],
     "bases.view": ["BaseView"],
-    "config": ["PeftConfig", "PeftType", "PromptConfig", "TargetedConfig", "TaskType", "config_class"],
+    "config": ["PeftConfig", "PeftType", "PromptConfig", "Settings", "TargetedConfig", "TaskType", "config_class"],
     "adapter": ["LinearAdapter", "PromptAdapter", "SublayerAdapter"],
     "data.packing": ["LengthBuckets", "PackedCollator"],
     "errors": [
@@ -91,6 +91,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers; te
     from .config import PeftConfig as PeftConfig
     from .config import PeftType as PeftType
     from .config import PromptConfig as PromptConfig
+    from .config import Settings as Settings
     from .config import TargetedConfig as TargetedConfig
     from .config import TaskType as TaskType
     from .config import config_class as config_class

@@ -6,7 +6,8 @@ what it computes (`forward`), what it does to the weights (`merge`) and which te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,19 +15,24 @@ from torch import Tensor, nn
 
 from .bases.quantised import dense_copy
 from .bases.view import BaseView, module_view
-from .config import PromptConfig
+from .config import PeftConfig, PromptConfig, Settings
 
 
 class Adapter(nn.Module):
     """What every adapter is: parameters of its own, beside the base."""
 
     mergeable: ClassVar[bool] = True
-    scheduled: ClassVar[bool] = False  # the method has a penalty and acts after optimiser steps
     shared: nn.Module | None = None  # what `shared_tensors` made; belongs to the tree, not to this module
 
     @classmethod
-    def fault(cls, base: Any, config: Any, settings: dict[str, Any]) -> str | None:
-        """Why this module cannot carry the adapter, checked before anything changes; None where it can."""
+    def fault(cls, base: Any, config: Any, settings: Any) -> str | None:
+        """Why this module cannot carry the adapter, checked before anything changes; None where it can.
+
+        Args:
+            base: the module's view for a `LinearAdapter`, else the module.
+            config: the method's configuration.
+            settings: what `config.settings(path)` gives for this module.
+        """
         return None
 
     @classmethod
@@ -40,24 +46,27 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def penalty(cls, adapters: dict[str, Any], config: Any) -> Tensor:
-        """What training adds to the loss, from one adapter's modules (by path); for `scheduled` methods."""
-        raise NotImplementedError
-
-    @classmethod
-    def observe_step(cls, adapters: dict[str, Any], config: Any, step: int) -> None:
-        """Look at gradients and parameters right after optimiser step `step` (from 1); for `scheduled` methods."""
-        raise NotImplementedError
-
-    @classmethod
-    def allocate(cls, adapters: dict[str, Any], config: Any, step: int) -> None:
-        """Change the adapters as step `step` of the schedule asks; called again, it replaces what the first call did."""
-        raise NotImplementedError
-
-    @classmethod
     def saved(cls, name: str, value: Tensor, config: Any) -> Tensor:
         """What is written of the tensor that files call `name`."""
         return value
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        """`{name: tensor}` of what files hold of this adapter, by the names they give it after the module's path.
+
+        Args:
+            beside: the method's own adapter is at this module, too, so that the ecosystem's files wrap the module.
+        """
+        return self.state_dict(keep_vars=True)
+
+    @property
+    def owner(self) -> Adapter:
+        """Whose tensors this adapter uses: its own, or those of the adapter that it follows."""
+        owner: Adapter = self.__dict__.get("followed", self)
+        return owner
+
+    def follow(self, owner: Adapter) -> None:
+        """Use the tensors of `owner`, an adapter on another module that holds the same weight."""
+        self.__dict__["followed"] = owner  # it stays a node of its own in the tree
 
     def private_values(self) -> list[str]:
         """What of its module this adapter has a value of its own for; no other adapter can act on that beside it."""
@@ -70,6 +79,36 @@ class Adapter(nn.Module):
         """Draw the initial values; not called when weights are about to be loaded."""
 
 
+class ScheduledAdapter(Adapter):
+    """An adapter of a method that adds to the loss and acts after optimiser steps, over all modules of one adapter.
+
+    The class methods get the method's adapters by path.
+    """
+
+    @classmethod
+    def penalty(cls, adapters: Mapping[str, Any], config: Any) -> Tensor:
+        """What training adds to the loss."""
+        raise NotImplementedError
+
+    @classmethod
+    def observe_step(cls, adapters: Mapping[str, Any], config: Any, step: int) -> None:
+        """Look at gradients and parameters right after optimiser step `step` (from 1)."""
+        raise NotImplementedError
+
+    @classmethod
+    def allocate(cls, adapters: Mapping[str, Any], config: Any, step: int) -> None:
+        """Change the adapters as step `step` of the schedule asks; called again, it replaces what the first call did."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TokenSettings(Settings):
+    """Which rows of an embedding train; a module that shares the embedding's weight follows the one at this path."""
+
+    tokens: tuple[int, ...]
+    follows: str | None = None
+
+
 class LinearAdapter(Adapter):
     """An adapter on one module that is a linear map (`bases/` says which modules are).
 
@@ -77,7 +116,7 @@ class LinearAdapter(Adapter):
     the folded computation.
     """
 
-    def __init__(self, base: BaseView, config: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: PeftConfig, settings: Settings) -> None:
         super().__init__()
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
@@ -98,10 +137,10 @@ class SublayerAdapter(Adapter):
 
     mergeable = False
 
-    def __init__(self, module: nn.Module, config: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, config: PeftConfig, settings: Settings) -> None:
         super().__init__()
 
-    def forward(self, hidden: Tensor, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def forward(self, hidden: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The adapted output.
 
         Args:
@@ -149,7 +188,8 @@ class PromptAdapter(Adapter):
 
     def values(self) -> Tensor:
         """The materialized form."""
-        return self.embedding if self.encoder is None else self.encoder()
+        values: Tensor = self.embedding if self.encoder is None else self.encoder()
+        return values
 
     def forward(self, *args: Any) -> Tensor:
         return self.values()
@@ -158,9 +198,8 @@ class PromptAdapter(Adapter):
 class ParameterAdapter(Adapter):
     """Private values for single parameters of a module of any type, swapped in for the call.
 
-    The module is called as a shallow twin whose named parameters are this adapter's own, so the base's tensors are
-    neither changed nor copied. Here it trains biases; it is also the room for parameters that no module call passes
-    through (`target_parameters`, `nn.MultiheadAttention`).
+    What is called is a view of the module, a shallow copy whose named parameters are this adapter's own, so the base's
+    tensors stay as they are. Subclasses change parameters that no module computes with alone (`target_parameters`).
     """
 
     def __init__(self, module: nn.Module, names: list[str]) -> None:
@@ -172,8 +211,12 @@ class ParameterAdapter(Adapter):
     def private_values(self) -> list[str]:
         return list(self._parameters)
 
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        prefix = "base_layer." if beside else ""
+        return {f"{prefix}{name}": tensor for name, tensor in super().in_file(beside).items()}
+
     def forward(self, module: nn.Module) -> nn.Module:
-        """A shallow twin of `module` that holds the private values."""
+        """A view of `module` that holds the private values."""
         return module_view(module, self.replaced(module))
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
@@ -190,6 +233,9 @@ class ModuleCopy(Adapter):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        return self.module.state_dict(keep_vars=True)
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter or buffer: value}` that merging puts into the module."""

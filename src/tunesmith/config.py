@@ -11,16 +11,14 @@ import importlib
 import json
 import logging
 import pkgutil
-import re
-import types
-import typing
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import dataclass_transform
 
+from .checks import is_off, means_off, not_an_expression, not_positive, unknown_key, wrong_types
 from .default_targets import DEFAULT_TARGETS
 from .errors import ConfigError, did_you_mean
 from .storage.folder import CONFIG_FILE, AdapterFolder, write_folder, write_text
@@ -68,67 +66,20 @@ C = TypeVar("C", bound="type[PeftConfig]")
 @dataclass_transform()
 def config_class(cls: C) -> C:
     """Make `cls` a dataclass whose constructor answers an unknown keyword with the nearest real one."""
-    made: Any = dataclass(cls)
-    init = made.__init__
-    names = [f.name for f in dataclasses.fields(made) if f.init]
+    dataclass(cls)
+    init: Callable[..., None] = vars(cls)["__init__"]
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
 
     @functools.wraps(init)
     def checked(self: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        kwargs = {key: value for key, value in kwargs.items() if key in names or not _means_off(made, key, value)}
+        kwargs = {key: value for key, value in kwargs.items() if key in names or not means_off(cls, key, value)}
         wrong = [key for key in kwargs if key not in names]
         if wrong:
-            raise ConfigError("; ".join(unknown_key(key, made, kwargs[key]) for key in wrong))
+            raise ConfigError("; ".join(unknown_key(key, cls, kwargs[key]) for key in wrong))
         init(self, *args, **kwargs)
 
-    made.__init__ = checked
-    return made
-
-
-def unknown_key(key: str, cls: type, value: Any) -> str:
-    """The sentence that says `key` is no field of `cls`, with the nearest field or the reason."""
-    if key in getattr(cls, "not_supported", ()):
-        return f"{cls.__name__}: {key}={value!r} is not supported by this version of Tunesmith; leave it out"
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
-    return f'{cls.__name__} has no field "{key}"{did_you_mean(key, names)}'
-
-
-def wrong_types(config: Any) -> Iterator[str]:
-    """A sentence for each field whose value is not of the annotated type (files can hold anything)."""
-    kind: Any = type(config)
-    hints = _type_hints(kind)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not _fits(value, hints[field.name]):
-            yield f"{field.name}={value!r} must be of the type {str(field.type).replace(' | ', ' or ')}"
-
-
-_type_hints = functools.cache(typing.get_type_hints)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or origin is typing.Literal:
-        return hint is Any or value in inner
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in inner)
-    if origin in (list, set):
-        return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _means_off(cls: type, key: str, value: Any) -> bool:
-    """Whether a known but unsupported key says that its feature is not used (scripts spell out such defaults)."""
-    off: dict[str, tuple] = getattr(cls, "not_supported", {})
-    return key in off and (is_off(value) or value in off[key])
-
-
-def is_off(value: Any) -> bool:
-    """Whether a value of an unknown key means that its feature is not used."""
-    return value is None or value is False or value in ("", 0, [], {}, "none")
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
 
 
 @config_class
@@ -144,7 +95,7 @@ class PeftConfig:
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None
-    auto_mapping: dict | None = None
+    auto_mapping: dict[str, Any] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
@@ -153,7 +104,7 @@ class PeftConfig:
     is_prompt_learning: ClassVar[bool] = False
     usual_learning_rate: ClassVar[float] = 2e-3  # what a training job takes when the user names none
     # Keys of the ecosystem's files that this version cannot act on, with the values (beyond `is_off`) that mean "off".
-    not_supported: ClassVar[dict[str, tuple]] = {}
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     # Fields that the ecosystem's configuration of this method does not have: written only where they are used.
     ours_alone: ClassVar[tuple[str, ...]] = ()
 
@@ -193,7 +144,7 @@ class PeftConfig:
             raise ConfigError('the configuration has no "peft_type", so its method is unknown')
         target = _by_method[known_method(values["peft_type"])]
         if cls is not PeftConfig and not issubclass(target, cls):
-            raise ConfigError(f"this is a {values['peft_type']} configuration, not one of {cls.__name__}")
+            raise ConfigError(f"this is a {values['peft_type']} configuration, not a {cls.__name__}")
         values = target.understood(values)
         names = {f.name for f in dataclasses.fields(target) if f.init}
         unknown = {key: value for key, value in values.items() if key not in names and key not in _INFORMATIVE}
@@ -224,7 +175,7 @@ def read_config(folder: AdapterFolder, cls: type[PeftConfig] = PeftConfig) -> Pe
     """The configuration of the adapter in `folder`.
 
     Raises:
-        AdapterFileError: its file is missing or is no JSON object.
+        AdapterFileError: its file is missing or is not a JSON object.
         ConfigError: its values are not allowed, or ask for a feature this version does not have.
     """
     values = folder.values()
@@ -288,12 +239,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _no_expression(text: str) -> str | None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        return str(error)
-    return None
+@dataclass(frozen=True)
+class Settings:
+    """What one module's adapter is built with. A method whose modules can differ derives a frozen dataclass with its fields."""
+
+    def __str__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 @config_class
@@ -341,8 +293,8 @@ class TargetedConfig(PeftConfig):
         expressions = {name: [getattr(self, name)] for name in ("target_modules", "exclude_modules")}
         for name, keys in {**expressions, **self.pattern_keys()}.items():
             for key in keys:
-                if isinstance(key, str) and (reason := _no_expression(key)):
-                    found.append(f'{name}: "{key}" is no regular expression ({reason})')
+                if isinstance(key, str) and (reason := not_an_expression(key)):
+                    found.append(f'{name}: "{key}" is not a valid regular expression ({reason})')
         return found
 
     @property
@@ -356,13 +308,13 @@ class TargetedConfig(PeftConfig):
             usual = DEFAULT_TARGETS.get(model_type or "")
             self.target_modules = set(usual) if usual else "all-linear"
 
-    def narrowed(self, paths: list[str]) -> list[str]:
+    def chosen(self, paths: list[str]) -> list[str]:
         """Those of the matched modules that get an adapter, where a method takes only some."""
         return paths
 
-    def settings(self, path: str) -> dict[str, Any]:
-        """What the adapter at `path` is built with, where a pattern gives single modules other values."""
-        return {}
+    def settings(self, path: str) -> Settings:
+        """What the adapter at `path` is built with."""
+        return Settings()
 
     def pattern_keys(self) -> dict[str, list[str]]:
         """`{field: keys}` of every per-module pattern, so that keys which match nothing are found."""
@@ -393,7 +345,4 @@ class PromptConfig(PeftConfig):
         return False
 
     def faults(self) -> list[str]:
-        found = super().faults()
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
-            found.append(f"num_virtual_tokens={self.num_virtual_tokens!r} must be a whole number of at least 1")
-        return found
+        return [*super().faults(), *not_positive({"num_virtual_tokens": self.num_virtual_tokens}, may_lack=False)]

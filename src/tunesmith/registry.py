@@ -22,6 +22,7 @@ class Method:
 
 _variants: dict[str, dict[str, type[Adapter]]] = {}  # {method: {config field: adapter class where it is set}}
 _methods: dict[str, Method] = {}
+_parts: dict[str, type[Adapter]] = {}  # {kind in an adapter's tree: adapter class}
 A = TypeVar("A", bound=type)
 
 
@@ -29,13 +30,13 @@ def register(config: type[PeftConfig], flag: str | None = None) -> Callable[[A],
     """Class decorator of an adapter class: `@register(LoraConfig)`; of a variant: `@register(LoraConfig, flag="use_dora")`.
 
     Raises:
-        ConfigError: the configuration is not complete, its method's name is taken, or the class is no adapter.
+        ConfigError: the configuration is not complete, its method's name is taken, or the class is not an adapter class.
     """
     if "__dataclass_fields__" not in vars(config):
         raise ConfigError(f"{config.__name__} is not a configuration yet; decorate it with @config_class")
     name = config.method
     if name is None:
-        raise ConfigError(f'{config.__name__} names no method; add `method: ClassVar[str] = "..."`')
+        raise ConfigError(f'{config.__name__} does not name its method; add `method: ClassVar[str] = "..."`')
 
     def add(adapter: A) -> A:
         _check_adapter(config, adapter, taken=flag is None)
@@ -49,14 +50,36 @@ def register(config: type[PeftConfig], flag: str | None = None) -> Callable[[A],
     return add
 
 
+def register_part(kind: str) -> Callable[[A], A]:
+    """Class decorator of what a configuration may train beside the method's own adapters.
+
+    Args:
+        kind: its name in an adapter's tree, one of `attach.tree.Branch.KINDS`.
+    """
+
+    def add(adapter: A) -> A:
+        _parts[kind] = adapter
+        return adapter
+
+    return add
+
+
+def part_type(kind: str) -> Any:
+    """The adapter class of what an adapter's tree holds as `kind`."""
+    discover_methods()
+    return _parts[kind]
+
+
 def _check_adapter(config: type[PeftConfig], adapter: type, taken: bool) -> None:
     if not issubclass(adapter, Adapter):
-        raise ConfigError(f"{adapter.__name__} is no adapter; derive it from LinearAdapter, SublayerAdapter or PromptAdapter")
+        raise ConfigError(
+            f"{adapter.__name__} is not an adapter class; derive it from LinearAdapter, SublayerAdapter or PromptAdapter"
+        )
     if not config.__module__.startswith(f"{__package__}.methods."):
         discover_methods()  # a method from outside may come first, and must not take a name of these
     known = _methods.get(str(config.method))
     if taken and known is not None and _full_name(known.adapter) != _full_name(adapter):
-        raise ConfigError(f'"{config.method}" is the name of {_full_name(known.adapter)} already; take another')
+        raise ConfigError(f'"{config.method}" is already the name of {_full_name(known.adapter)}; choose another')
 
 
 def _full_name(cls: type) -> str:

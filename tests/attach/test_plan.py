@@ -45,7 +45,7 @@ UNFIT = {
         ["no target in layer 7", "layers with targets: 0 to 1"],
     ),
     "everything excluded": (
-        LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]), TargetError, ["exclude_modules leaves out every"],
+        LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]), TargetError, ["exclude_modules excludes every"],
     ),
     "saved module that is not there": (
         LoraConfig(modules_to_save=["lm_haed"]), TargetError, ['modules_to_save: no module matches "lm_haed"', "lm_head"],
@@ -65,17 +65,17 @@ UNFIT = {
     "tokenizer that is not there": (
         PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", prompt_tuning_init="TEXT", prompt_tuning_init_text="x",
                            tokenizer_name_or_path="/no/such/folder"),
-        ConfigError, ['"/no/such/folder" holds no tokenizer', "check the name"],
+        ConfigError, ['"/no/such/folder" has no tokenizer', "check the name"],
     ),
     "tokenizer of another base": (
         PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", prompt_tuning_init="TEXT",
                            prompt_tuning_init_text="Once upon a time there was", tokenizer_name_or_path="sprout"),
-        ConfigError, [r"makes token \d+, the base knows 96", "use its own"],
+        ConfigError, [r"gives token id \d+, but the base has 96 tokens", "use the tokenizer of the base"],
     ),
     "text without tokens": (
         PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", prompt_tuning_init="TEXT",
                            prompt_tuning_init_text="?", tokenizer_name_or_path="EMPTY"),
-        ConfigError, ["has no tokens", "give it words"],
+        ConfigError, ["is tokenized to nothing", "give it words"],
     ),
     "no config": ({"r": 8}, ConfigError, [r"peft_config must be a configuration such as LoraConfig\(...\), got dict"]),
 }  # fmt: skip

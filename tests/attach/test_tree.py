@@ -112,7 +112,7 @@ def test_unsafe_adapter_name(name, llama):
 @pytest.mark.parametrize("name", RESERVED)
 def test_adapter_name_that_pytorch_uses(name, llama):
     before = Snapshot(llama)
-    with one_error(AdapterNameError, f'"{name}" is a word of PyTorch', "take another"):
+    with one_error(AdapterNameError, f'"{name}" is reserved by PyTorch', "choose another"):
         ts.get_peft_model(llama, LoraConfig(), adapter_name=name)
     before.check()
 

@@ -427,7 +427,7 @@ def test_damaged_adapter_on_a_handle(case, name, llama, saved):
     before, adapted, count = Snapshot(llama), output(handle, INPUTS), sites(llama)
     trained = {key: p.requires_grad for key, p in handle.named_parameters()}
     if name == "default" and case.startswith("rank"):  # seen sooner, in comparison with the adapter here
-        kind, words = AdapterFileError, ["cannot take the place", r"'r': \d+.* there, .*'r': 4.* here"]
+        kind, words = AdapterFileError, ["cannot take the place", r"r=\d+.* there, .*r=4.* here"]
     with one_error(kind, *words):
         handle.load_adapter(saved, name)
     before.check()
@@ -469,7 +469,7 @@ def test_unknown_key_that_is_off_is_one_warning(llama, saved, caplog):
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"lora_alpha": 64}, "'scale': 16.0"), ({"use_rslora": True}, "scale"), ({"peft_type": "PROMPT_TUNING"}, "")],
+    [({"lora_alpha": 64}, "scale=16.0"), ({"use_rslora": True}, "scale"), ({"peft_type": "PROMPT_TUNING"}, "")],
 )
 def test_adapter_of_other_settings_cannot_replace_values(change, word, llama, saved):
     """Its tensors would fit, but compute something else under the settings of the adapter here."""

@@ -96,7 +96,7 @@ def test_a_name_belongs_to_one_method(methods_restored):
     class OtherConfig(TargetedConfig):
         method: ClassVar[str] = "LORA"
 
-    with pytest.raises(ConfigError, match=r'"LORA" is the name of tunesmith.methods.lora.Lora already; take another'):
+    with pytest.raises(ConfigError, match=r'"LORA" is already the name of tunesmith.methods.lora.Lora; choose another'):
         register(OtherConfig)(type("Other", (LinearAdapter,), {}))
     assert registry.method_named("LORA").config is LoraConfig
 
@@ -118,7 +118,7 @@ def test_what_is_forgotten_is_named(methods_restored):
 
     with pytest.raises(ConfigError, match=r"Undecorated is not a configuration yet; decorate it with @config_class"):
         register(Undecorated)
-    with pytest.raises(ConfigError, match=r'Nameless names no method; add `method: ClassVar\[str\] = "..."`'):
+    with pytest.raises(ConfigError, match=r'Nameless does not name its method; add `method: ClassVar\[str\] = "..."`'):
         register(Nameless)
-    with pytest.raises(ConfigError, match=r"Linear is no adapter; derive it from LinearAdapter"):
+    with pytest.raises(ConfigError, match=r"Linear is not an adapter class; derive it from LinearAdapter"):
         register(IA3Config)(nn.Linear)

@@ -85,7 +85,7 @@ def test_a_bias_that_has_no_place_in_the_module_is_not_lost_in_merging(llama, ll
     handle.tree("default").node(path)._modules["_adapter"] = Shifted(view_of(module), None, {})
     handle.forget()
     before, expected = state(llama), out(handle, llama_inputs)
-    with pytest.raises(UsageError, match="Shifted gives a bias to a Linear that has none"):
+    with pytest.raises(UsageError, match="Shifted adds a bias to a Linear that has none"):
         handle.merge_adapter()
     assert_same_state(before, state(llama))
     assert torch.equal(out(handle, llama_inputs), expected)

@@ -59,7 +59,7 @@ def test_bitfit_of_all_biases_is_read_again(name, tmp_path):
 
 
 def test_base_without_biases_is_refused_by_name():
-    with pytest.raises(ts.TargetError, match="there is nothing that BITFIT trains; name target_modules, or take another"):
+    with pytest.raises(ts.TargetError, match="BITFIT finds nothing to train here; name target_modules, or choose another"):
         ts.get_peft_model(tiny.make("llama"), ts.BitFitConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ts.TargetError, match=r"q_proj: it is a Linear without a bias; leave it out"):
         ts.get_peft_model(tiny.make("llama"), ts.BitFitConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))

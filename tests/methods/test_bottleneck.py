@@ -123,7 +123,7 @@ def test_pfeiffer_on_bert_keeps_what_the_user_excludes():
 
 
 def test_blocks_that_are_no_module_have_nothing_beside_them():
-    with pytest.raises(ConfigError, match=r'"opt" is no module of its own.*houlsby'):
+    with pytest.raises(ConfigError, match=r'"opt" is not a module of its own.*houlsby'):
         adapted(tiny.make("opt"), style="parallel")
 
 
@@ -136,7 +136,7 @@ def test_unknown_architectures_are_told_to_name_their_blocks():
         def forward(self, x):
             return {"logits": x + self.block(x)}
 
-    with pytest.raises(ConfigError, match=r"not known here; name them in target_modules"):
+    with pytest.raises(ConfigError, match=r"not known; name them in target_modules"):
         adapted(Own(), None)
     handle = adapted(Own(), None, target_modules=["block"], bottleneck_size=3)
     assert handle.tree("default").node("block")._adapter.down.weight.shape == (3, 6)
@@ -144,7 +144,7 @@ def test_unknown_architectures_are_told_to_name_their_blocks():
 
 
 def test_a_module_of_unknown_width_is_refused_by_name():
-    with pytest.raises(TargetError, match=r"act_fn: how wide the output of SiLU"):
+    with pytest.raises(TargetError, match=r"act_fn: the output width of SiLU"):
         adapted(tiny.make("llama"), target_modules=["act_fn"])
 
 
@@ -295,7 +295,7 @@ BAD = [
     ({"bottleneck_size": 2.5}, "bottleneck_size=2.5"),
     ({"reduction_factor": 0}, "reduction_factor=0"),
     ({"reduction_factor": float("inf")}, "reduction_factor=inf"),
-    ({"bottleneck_size": 8, "reduction_factor": 2}, "give one of them"),
+    ({"bottleneck_size": 8, "reduction_factor": 2}, "give only one of them"),
     ({"adapter_dropout": 1.0}, "adapter_dropout=1.0"),
     ({"scaling": "learnt"}, 'a finite number or "learned"'),
     ({"scaling": float("nan")}, "scaling=nan"),

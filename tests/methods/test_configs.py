@@ -26,7 +26,7 @@ from tunesmith import (
 
 BAD_VALUES = [
     (VeraConfig, {"r": 0}, r"r=0 must be a whole number of at least 1"),
-    (VeraConfig, {"r": 2.5}, r"r=2.5 must be of the type int"),
+    (VeraConfig, {"r": 2.5}, r"r=2.5 must be of type int"),
     (VeraConfig, {"vera_dropout": 1.0}, r"vera_dropout=1.0 must be at least 0 and below 1"),
     (VeraConfig, {"d_initial": float("nan")}, r"d_initial=nan must be a finite number"),
     (VeraConfig, {"bias": "lora_only"}, r'bias=\'lora_only\' must be "none", "all" or "vera_only"'),
@@ -34,7 +34,7 @@ BAD_VALUES = [
     (LoHaConfig, {"rank_pattern": {"q_proj": 0}}, r'rank_pattern\["q_proj"\]=0 must be a whole number'),
     (LoHaConfig, {"alpha_pattern": {"q_proj": float("inf")}}, r'alpha_pattern\["q_proj"\]=inf must be a finite number'),
     (LoHaConfig, {"rank_dropout": -0.1, "module_dropout": 2.0}, r"rank_dropout=-0.1 .*; module_dropout=2.0 must be"),
-    (LoHaConfig, {"rank_pattern": {"q_(": 2}}, r'rank_pattern: "q_\(" is no regular expression'),
+    (LoHaConfig, {"rank_pattern": {"q_(": 2}}, r'rank_pattern: "q_\(" is not a valid regular expression'),
     (LoHaConfig, {"decompose_both": True}, r'LoHaConfig has no field "decompose_both"'),
     (LoKrConfig, {"decompose_factor": 0}, r"decompose_factor=0 must be -1 or at least 1"),
     (LoKrConfig, {"init_weights": "lycorice"}, r'init_weights=\'lycorice\' must be True, False or "lycoris"'),
@@ -79,7 +79,7 @@ BAD_TARGETS = [
     (BOFTConfig(target_modules=["q_proj"], boft_block_size=5), r"its input of 32 is not a multiple of 5"),
     (BOFTConfig(target_modules=["q_proj"], boft_block_size=16, boft_n_butterfly_factor=3),
      r"2 blocks of 16 cannot be shuffled 2 times.*a multiple of 4"),
-    (OFTConfig(target_modules=["q_proj"], oft_block_size=1), r"its input of 32 gives blocks of one number"),
+    (OFTConfig(target_modules=["q_proj"], oft_block_size=1), r"its input of 32 gives blocks of size 1"),
     (HRAConfig(target_modules=["q_proj"], r=33, apply_GS=True), r"r=33 vectors cannot be orthogonal in its input of 32"),
     (LoHaConfig(target_modules=["q_proj"], rank_pattern={"k_proj": 4}), r'rank_pattern key "k_proj" matches no target'),
 ]  # fmt: skip

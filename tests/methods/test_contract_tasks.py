@@ -28,7 +28,7 @@ FIELDS = {
 # What a method refuses, in words of its error; everything else must work.
 BERTS = [name for name in tiny.MODELS if name.startswith("bert")]
 REFUSED = (
-    {("ADAPTION_PROMPT", "opt"): "no attention that LLaMA-Adapter knows"}
+    {("ADAPTION_PROMPT", "opt"): "not an attention module that LLaMA-Adapter supports"}
     | {("ADAPTION_PROMPT", name): 'no module matches "self_attn"' for name in ("bloom", "t5", "mt5", *BERTS)}
     | {("BITFIT", name): "nothing that BITFIT trains" for name in ("llama", "t5", "mt5", "llama-classifier")}
 )

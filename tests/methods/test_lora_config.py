@@ -17,12 +17,12 @@ BAD = {
     "dora from the weight": ({"init_lora_weights": "pissa", "use_dora": True}, "cannot be combined"),
     "dora and a bias": ({"lora_bias": True, "use_dora": True}, "without use_dora"),
     "bias and a start": ({"lora_bias": True, "init_lora_weights": "gaussian"}, "True or False"),
-    "dora of no type": ({"use_dora": "yes"}, "must be of the type bool"),
+    "dora of no type": ({"use_dora": "yes"}, "must be of type bool"),
     "loftq bits": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 5}}, "must be 2, 3, 4 or 8"),
     "loftq rounds": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 0}}, "at least 1"),
     "loftq field": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bit": 4}}, "did you mean 'loftq_bits'"),
     "loftq options alone": ({"loftq_config": {"loftq_bits": 4}}, 'acts only with init_lora_weights="loftq"'),
-    "loftq options of no type": ({"init_lora_weights": "loftq", "loftq_config": [4]}, "must be of the type"),
+    "loftq options of no type": ({"init_lora_weights": "loftq", "loftq_config": [4]}, "must be of type"),
     "eva rho": ({"init_lora_weights": "eva", "eva_config": {"rho": 0.5}}, "rho=0.5 must be"),
     "eva rho of no type": ({"init_lora_weights": "eva", "eva_config": {"rho": "2"}}, "rho='2' must be"),
     "eva tau": ({"init_lora_weights": "eva", "eva_config": {"tau": 1.5}}, "tau=1.5 must be"),
@@ -49,12 +49,15 @@ class Zoo(nn.Module):
 UNFIT = {
     "bias on an embedding": ({"lora_bias": True, "target_modules": ["words"]}, "leave embeddings out"),
     "dora on a grouped convolution": ({"use_dora": True, "target_modules": ["grouped"]}, "grouped convolution"),
-    "pissa on an embedding": ({"init_lora_weights": "pissa", "target_modules": ["words"]}, "leave it out of target_modules"),
-    "olora on a convolution": ({"init_lora_weights": "olora", "target_modules": ["grouped"]}, "linear module's weight"),
+    "pissa on an embedding": (
+        {"init_lora_weights": "pissa", "target_modules": ["words"]},
+        "leave this module out of target_modules",
+    ),
+    "olora on a convolution": ({"init_lora_weights": "olora", "target_modules": ["grouped"]}, "the weight of a linear module"),
     "orthogonal on an embedding": ({"init_lora_weights": "orthogonal", "target_modules": ["words"]}, "linear modules only"),
     "pissa of more parts than there are": (
         {"init_lora_weights": "pissa", "target_modules": ["linear"], "r": 7},
-        "finds 6 parts in its weight, fewer than r=7",
+        "allows at most r=6 for its weight, got r=7",
     ),
     "pissa scaled by nothing": (
         {"init_lora_weights": "pissa", "target_modules": ["linear"], "r": 2, "lora_alpha": 0},

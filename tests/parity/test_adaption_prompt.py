@@ -202,8 +202,8 @@ def test_it_cannot_be_merged():
 BAD = {
     "adapter_len=None must be a whole number": {"adapter_len": None},
     "adapter_layers=0 must be a whole number": {"adapter_layers": 0},
-    "must be the one name of the attention modules": {"target_modules": ["self_attn", "attn"]},
-    "adapter_len='4' must be of the type": {"adapter_len": "4"},
+    "must be a single name, that of the attention modules": {"target_modules": ["self_attn", "attn"]},
+    "adapter_len='4' must be of type": {"adapter_len": "4"},
 }
 
 
@@ -218,8 +218,8 @@ def test_bad_values_are_refused(message):
     [
         ("llama", {"adapter_layers": 3}, ConfigError, "adapter_layers=3, but there are 2 attention modules"),
         ("llama", {"target_modules": "attention"}, TargetError, 'no module matches "attention"'),
-        ("llama", {"target_modules": "mlp"}, TargetError, "LlamaMLP is no attention that LLaMA-Adapter knows"),
-        ("opt", {}, TargetError, "OPTAttention is no attention that LLaMA-Adapter knows"),
+        ("llama", {"target_modules": "mlp"}, TargetError, "LlamaMLP is not an attention module that LLaMA-Adapter supports"),
+        ("opt", {}, TargetError, "OPTAttention is not an attention module that LLaMA-Adapter supports"),
     ],
 )
 def test_what_does_not_fit_the_base_is_refused(name, fields, error, message):

@@ -187,8 +187,8 @@ def test_files_that_hold_no_such_values_are_refused(tmp_path):
     source = tmp_path / "source" / "adapter_model.safetensors"
     for config, message in (
         (_starting_from(tmp_path / "gone.safetensors"), "gone.safetensors cannot be read"),
-        (_starting_from(tmp_path / "code.bin"), "holds more than plain tensors"),
-        (_starting_from(tmp_path / "prompt" / "adapter_model.safetensors"), 'holds no "prefix_task_cols"'),
+        (_starting_from(tmp_path / "code.bin"), "contains more than tensors"),
+        (_starting_from(tmp_path / "prompt" / "adapter_model.safetensors"), 'has no "prefix_task_cols"'),
         (_starting_from(source, prompt_tuning_init_task=3), r"prompt_tuning_init_task=3, but .* holds tasks 0 to 2"),
         (_starting_from(source, num_ranks=5), r'"prefix_task_cols" of the shape \(4, 2\), expected \(4, 5\)'),
         (_starting_from(source, num_virtual_tokens=3), r'"prompt_embeddings" of the shape \(4, 32\), expected \(3, 32\)'),
@@ -236,7 +236,7 @@ def test_bad_values_are_refused(message):
 def test_rows_without_a_task_or_with_an_unknown_one_are_refused():
     handle, inputs = ours_on(tiny.make("llama"), "multitask", "CAUSAL_LM"), tiny.inputs_for("llama")
     for call in (handle, handle.generate):
-        with pytest.raises(UsageError, match="needs task_ids, one for each row"):
+        with pytest.raises(UsageError, match="needs task_ids, one per row"):
             call(**inputs)
         for wrong in (3, -1):
             with pytest.raises(UsageError, match="must be numbers from 0 to 2"):

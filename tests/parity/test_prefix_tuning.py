@@ -276,9 +276,9 @@ def test_bf16_bases(name):
 
 BAD = {
     "encoder_hidden_size=0 must be a whole number": {"encoder_hidden_size": 0},
-    "init_weights='ones' must be of the type": {"init_weights": "ones"},
+    "init_weights='ones' must be of type": {"init_weights": "ones"},
     "num_virtual_tokens=None must be": {"num_virtual_tokens": None},
-    "prefix_projection=3 must be of the type": {"prefix_projection": 3},
+    "prefix_projection=3 must be of type": {"prefix_projection": 3},
 }
 
 

@@ -137,7 +137,7 @@ def test_masters_are_fp32_beside_bf16_experts_unless_told_otherwise():
 
 def test_a_file_with_another_scale_cannot_take_its_place(tmp_path):
     ours_on(make("mixtral"), "lora", "CAUSAL_LM", **BOTH, lora_alpha=2).save_pretrained(tmp_path)
-    with pytest.raises(ts.AdapterFileError, match=r"experts.*'scale': 0.5.* there"):
+    with pytest.raises(ts.AdapterFileError, match=r"experts.*scale=0.5 there"):
         ours_on(make("mixtral"), "lora", "CAUSAL_LM", **BOTH).load_adapter(tmp_path)
 
 
@@ -153,7 +153,7 @@ BAD = {
     "dora": ({**BOTH, "use_dora": True}, ts.ConfigError, "use_dora cannot be combined"),
     "bias": ({**BOTH, "lora_bias": True}, ts.ConfigError, "lora_bias cannot be combined"),
     "start": ({**BOTH, "init_lora_weights": "pissa"}, ts.ConfigError, "got 'pissa'"),
-    "expression": ({"target_parameters": "experts.*"}, ts.ConfigError, "must be of the type list"),
+    "expression": ({"target_parameters": "experts.*"}, ts.ConfigError, "must be of type list"),
     "nothing": ({"target_modules": []}, ts.ConfigError, "target_modules is empty"),
     "no parameter": ({"target_parameters": ["inner.weigth"]}, ts.TargetError, "did you mean 'inner.weight'"),
     "the model's own": ({"target_parameters": ["table"]}, ts.TargetError, "belongs to the model itself"),

@@ -173,13 +173,13 @@ def test_a_second_adapter_and_a_copy_keep_their_rows(tmp_path):
 
 
 BAD = {
-    "negative": ({"trainable_token_indices": [3, -1]}, "-1 is no token"),
-    "twice": ({"trainable_token_indices": {"embed_tokens": [3, 3]}}, "names a token twice"),
+    "negative": ({"trainable_token_indices": [3, -1]}, "-1 is not a token id"),
+    "twice": ({"trainable_token_indices": {"embed_tokens": [3, 3]}}, "lists a token twice"),
     "empty by name": ({"trainable_token_indices": {"embed_tokens": []}}, "is empty"),
-    "no numbers": ({"trainable_token_indices": ["a"]}, "must be of the type"),
+    "no numbers": ({"trainable_token_indices": ["a"]}, "must be of type"),
 }
 UNFIT = {
-    "beyond": ({"trainable_token_indices": [96]}, "has 96 tokens, so there is no token 96; resize first"),
+    "beyond": ({"trainable_token_indices": [96]}, "has 96 tokens, so token 96 does not exist; resize it first"),
     "no module": ({"trainable_token_indices": {"embed_token": [3]}}, "did you mean 'embed_tokens'"),
     "no embedding": ({"trainable_token_indices": {"norm": [3]}}, "is a LlamaRMSNorm; name an embedding"),
     "target, too": ({"trainable_token_indices": [3], "target_modules": ["embed_tokens"]}, "cannot be a target"),

@@ -5,6 +5,7 @@ The adapters of a tree mirror the paths of the modules they belong to; the base 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,8 @@ from torch import nn
 from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter
 from ..bases.precision import adapter_dtype, master_dtype
 from ..bases.view import execution_device, view_of
-from ..config import PeftConfig, PromptConfig
-from ..methods.lora_parameters import LoraParameters
-from ..methods.trainable_tokens import TokenRows
-from ..registry import adapter_type
+from ..config import PeftConfig, PromptConfig, Settings
+from ..registry import adapter_type, part_type
 from .plan import Plan
 from .tree import AdapterTree
 
@@ -31,48 +30,76 @@ def build(
         initialise: draw initial values; False when weights are about to be loaded.
         materialized: build virtual tokens without the encoder that trains them.
     """
-    tree = AdapterTree()
-    kind = adapter_type(config)
+    builder = Builder(model, config, plan, full_precision, initialise)
     if isinstance(config, PromptConfig):
-        assert issubclass(kind, PromptAdapter)
-        with torch.device(execution_device(model.get_input_embeddings())):
-            prompt = kind(config, model, materialized)
-            if initialise:
-                prompt.reset_parameters(model)
-        tree.add_module("_prompt", prompt)
-    modules = {path: model.get_submodule(path) for path in plan.adapted}
-    shared = kind.shared_tensors(config, modules) if modules else None
-    if shared is not None:
-        first = next(iter(modules.values()))
-        tree.add_module("_shared", shared.to(execution_device(first), adapter_dtype(first, full_precision)))
-    for path, settings in plan.adapted.items():
-        adapter = _build_one(kind, modules[path], config, settings, shared, initialise)
-        tree.add(path, "_adapter", adapter.to(adapter_dtype(modules[path], full_precision)))
-    rows: dict[str, Adapter] = {}
-    for path, settings in plan.tokens.items():
-        module, settings = model.get_submodule(path), {**settings, "follows": rows.get(settings["follows"])}
-        rows[path] = _build_one(TokenRows, module, config, settings, None, initialise)
-        tree.add(path, "_tokens", rows[path].to(adapter_dtype(module, full_precision)))
-    for path, named in plan.parameters.items():
-        module, first = model.get_submodule(path), next(iter(named))
-        with torch.device(execution_device(module)):
-            changes = LoraParameters(module, config, named)  # type: ignore[arg-type]
-            if initialise:
-                changes.reset_parameters(module)
-        tree.add(path, "_parameters_changed", changes.to(master_dtype(getattr(module, first).dtype, full_precision)))
+        builder.add_virtual_tokens(materialized)
+    builder.add_adapters()
+    builder.add_token_rows()
+    builder.add_parameters()
     for path in plan.biases:
-        tree.add(path, "_biases", ParameterAdapter(model.get_submodule(path), ["bias"]))
+        builder.tree.add(path, "_biases", ParameterAdapter(model.get_submodule(path), ["bias"]))
     for path in plan.copied:
-        tree.add(path, "_copy", ModuleCopy(model.get_submodule(path)))
-    return tree
+        builder.tree.add(path, "_copy", ModuleCopy(model.get_submodule(path)))
+    return builder.tree
 
 
-def _build_one(kind: Any, module: nn.Module, config: Any, settings: dict[str, Any], shared: Any, initialise: bool) -> Adapter:
-    base = view_of(module) if issubclass(kind, LinearAdapter) else module
-    with torch.device(execution_device(module)):
-        adapter = kind(base, config, settings)
-        adapter.__dict__["shared"] = shared  # the tree's own module, registered there and nowhere else
-        adapter.derive(base)
-        if initialise:
-            adapter.reset_parameters(base)
-    return adapter
+@dataclass
+class Builder:
+    """One adapter under construction; each method adds one kind of part to the tree."""
+
+    model: Any
+    config: PeftConfig
+    plan: Plan
+    full_precision: bool
+    initialise: bool
+
+    def __post_init__(self) -> None:
+        self.tree = AdapterTree()
+
+    def add_virtual_tokens(self, materialized: bool) -> None:
+        with torch.device(execution_device(self.model.get_input_embeddings())):
+            prompt: PromptAdapter = adapter_type(self.config)(self.config, self.model, materialized)
+            if self.initialise:
+                prompt.reset_parameters(self.model)
+        self.tree.add_module("_prompt", prompt)
+
+    def add_adapters(self) -> None:
+        """The method's own adapters, and the tensors that they share."""
+        kind = adapter_type(self.config)
+        modules = {path: self.model.get_submodule(path) for path in self.plan.adapted}
+        shared = kind.shared_tensors(self.config, modules) if modules else None
+        if shared is not None:
+            first = next(iter(modules.values()))
+            self.tree.add_module("_shared", shared.to(execution_device(first), adapter_dtype(first, self.full_precision)))
+        for path, settings in self.plan.adapted.items():
+            adapter = self._at_module(kind, modules[path], settings, shared)
+            self.tree.add(path, "_adapter", adapter.to(adapter_dtype(modules[path], self.full_precision)))
+
+    def add_token_rows(self) -> None:
+        rows: dict[str, Adapter] = {}
+        for path, settings in self.plan.tokens.items():
+            module = self.model.get_submodule(path)
+            rows[path] = self._at_module(part_type("_tokens"), module, settings)
+            if settings.follows is not None:
+                rows[path].follow(rows[settings.follows])
+            self.tree.add(path, "_tokens", rows[path].to(adapter_dtype(module, self.full_precision)))
+
+    def add_parameters(self) -> None:
+        for path, settings in self.plan.parameters.items():
+            module = self.model.get_submodule(path)
+            with torch.device(execution_device(module)):
+                changes: Adapter = part_type("_parameters_changed")(module, self.config, settings)
+                if self.initialise:
+                    changes.reset_parameters(module)
+            first = getattr(module, next(iter(settings)))
+            self.tree.add(path, "_parameters_changed", changes.to(master_dtype(first.dtype, self.full_precision)))
+
+    def _at_module(self, kind: Any, module: nn.Module, settings: Settings, shared: nn.Module | None = None) -> Adapter:
+        base = view_of(module) if issubclass(kind, LinearAdapter) else module
+        with torch.device(execution_device(module)):
+            adapter: Adapter = kind(base, self.config, settings)
+            adapter.__dict__["shared"] = shared  # the tree's own module, registered there and nowhere else
+            adapter.derive(base)
+            if self.initialise:
+                adapter.reset_parameters(base)
+        return adapter

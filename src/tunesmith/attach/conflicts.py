@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..adapter import ModuleCopy
+from ..paths import is_inside
 from .tree import AdapterTree
 
 
@@ -24,14 +25,14 @@ def _conflicts(trees: Mapping[str, AdapterTree]) -> Iterator[str]:
     for name, path, adapter in sites:
         if isinstance(adapter, ModuleCopy):
             for other, inner, _ in sites:
-                if other != name and (inner == path or inner.startswith(f"{path}.")):
-                    yield f'"{name}" trains {path} whole, as a copy of its own, which would hide what "{other}" has at {inner}'
+                if other != name and is_inside(inner, path):
+                    yield f'"{name}" trains a private copy of {path}, which would hide the adapter of "{other}" at {inner}'
     owners: dict[tuple[str, str], str] = {}
     for name, path, adapter in sites:
         for value in adapter.private_values():
             owner = owners.setdefault((path, value), name)
             if owner != name:
-                yield f'"{owner}" and "{name}" both train {path}.{value}, and only one value of it can act'
+                yield f'"{owner}" and "{name}" both train {path}.{value}, and only one of the two values can be in effect'
 
 
 def _quoted(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,14 +15,16 @@ from ..adapter import LinearAdapter, ParameterAdapter
 from ..bases import architecture
 from ..bases.dense import LinearView
 from ..bases.view import view_of, view_type
-from ..config import PeftConfig, PromptConfig, TargetedConfig, TaskType
+from ..config import PeftConfig, PromptConfig, Settings, TargetedConfig, TaskType
 from ..errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
+from ..paths import ends_with, is_inside, is_named, matches
 from ..registry import adapter_type
 from ..runtime import site
 from .plan_parameters import ParameterPlan, plan_parameters
 from .plan_tokens import TokenPlan, plan_tokens
 
-HEAD_NAMES = ("classifier", "score", "qa_outputs")  # task heads that transformers initialises anew
+Modules = dict[str, nn.Module]  # by path
+HEAD_NAMES = ("classifier", "score", "qa_outputs")  # task heads that transformers initialises at random
 
 
 @dataclass
@@ -29,14 +32,14 @@ class Plan:
     """What an adapter will consist of, by module path; nothing is built yet.
 
     Args:
-        adapted: `{path: settings}` of modules that get the method's adapter.
+        adapted: settings of modules that get the method's adapter.
         biases: paths of modules whose bias is trained as a private copy.
         copied: paths of modules trained whole, as private copies.
-        tokens: `{path: settings}` of embeddings with trained rows, and of modules that follow them (`token_plan.py`).
-        parameters: `{path: {parameter: settings}}` of parameters that are adapted themselves (`parameter_plan.py`).
+        tokens: of embeddings with trained rows, and of modules that follow them (`plan_tokens.py`).
+        parameters: `{path: {parameter: settings}}` of parameters that are adapted themselves (`plan_parameters.py`).
     """
 
-    adapted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    adapted: dict[str, Settings] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     tokens: TokenPlan = field(default_factory=dict)
@@ -46,56 +49,84 @@ class Plan:
         return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters}
 
 
-def match(model: nn.Module, config: PeftConfig) -> Plan:
+def match(model: nn.Module, config: PeftConfig) -> tuple[Plan, PeftConfig]:
     """Resolve every pattern of `config` on `model`.
+
+    Returns:
+        The plan, and a copy of the config with what follows from the model filled in (its usual targets, for one).
 
     Raises:
         TargetError: naming every pattern and pattern key that matches nothing (with the nearest names), and every
             matched module that cannot carry the adapter.
     """
-    modules = dict(model.named_modules())
+    config, modules = copy.copy(config), dict(model.named_modules())
     plan, faults = Plan(), list(_parallel_faults(model))
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
-        config.resolve_targets(architecture.model_type(architecture.config_of(model)))
-        chosen = config.target_modules
-        if chosen is None:
-            config.target_modules = adapter_type(config).usual_targets(modules)
-            if not config.target_modules:
-                faults.append(f"there is nothing that {config.method} trains; name target_modules, or take another method")
-        paths = _matched(model, modules, config, faults)
-        free = [path for path in paths if not any(_inside(path, copied) for copied in plan.copied)]
-        twice = _trained_twice(config, paths, free)
-        if chosen in (None, "all-linear"):
-            config.target_modules = set(config.target_modules or ()) - set(twice)
-        else:
-            faults += [f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); '
-                       "leave it out" for name in twice]  # fmt: skip
-        paths = config.narrowed(free)
-        plan.adapted = {path: config.settings(path) for path in paths}
-        plan.parameters = plan_parameters(modules, config, faults)
-        parameters = [f"{path}.{name}" for path, names in plan.parameters.items() for name in names]
-        faults += _unmatched_pattern_keys(config, paths + parameters)
-        faults += _unfit(modules, config, plan)
-        plan.biases = _biases(modules, config, plan)
+        _plan_targets(model, modules, config, plan, faults)
     plan.tokens = plan_tokens(model, modules, getattr(config, "trainable_token_indices", None), faults)
+    faults += _claimed_twice(plan)
+    faults += _unreachable(modules, plan)
+    faults += _not_copyable(modules, config, plan)
+    if faults:
+        raise TargetError(f"the adapter does not fit {type(model).__name__}:\n" + bullet_list(faults))
+    return plan, config
+
+
+def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, plan: Plan, faults: list[str]) -> None:
+    """Which modules, parameters and biases `config` adapts; fills in its `target_modules`."""
+    config.resolve_targets(architecture.model_type(architecture.config_of(model)))
+    chosen = config.target_modules
+    if chosen is None:
+        config.target_modules = adapter_type(config).usual_targets(modules)
+        if not config.target_modules:
+            faults.append(f"{config.method} finds nothing to train here; name target_modules, or choose another method")
+    paths = _matched(model, modules, config, faults)
+    free = [path for path in paths if not _is_copied(path, plan)]
+    twice = _trained_twice(config, paths, free)
+    if chosen in (None, "all-linear"):
+        config.target_modules = set(config.target_modules or ()) - set(twice)
+    else:
+        faults += [
+            f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); leave it out'
+            for name in twice
+        ]
+    plan.adapted = {path: config.settings(path) for path in config.chosen(free)}
+    plan.parameters = plan_parameters(modules, config, faults)
+    parameters = [f"{path}.{name}" for path, names in plan.parameters.items() for name in names]
+    faults += _unmatched_pattern_keys(config, [*plan.adapted, *parameters])
+    faults += _unfit(modules, config, plan)
+    plan.biases = _biases(modules, config, plan)
+
+
+def _claimed_twice(plan: Plan) -> Iterator[str]:
+    """Modules whose tokens or parameters train, and that something else of the adapter changes, too."""
     for path in plan.tokens:
-        if path in plan.adapted or any(_inside(path, copied) for copied in plan.copied):
-            faults.append(f"{path}: its chosen tokens train (trainable_token_indices), so it cannot be a target or saved whole")
+        if path in plan.adapted or _is_copied(path, plan):
+            yield f"{path}: its chosen tokens train (trainable_token_indices), so it cannot be a target or saved whole"
     for path in plan.parameters:
-        if path in plan.adapted or path in plan.tokens or any(_inside(path, copied) for copied in plan.copied):
-            faults.append(f"{path}: its parameters are adapted (target_parameters), so it cannot be a target or saved whole")
+        if path in plan.adapted or path in plan.tokens or _is_copied(path, plan):
+            yield f"{path}: its parameters are adapted (target_parameters), so it cannot be a target or saved whole"
+
+
+def _unreachable(modules: Modules, plan: Plan) -> Iterator[str]:
+    """Modules whose call an adapter cannot see."""
     for path in sorted(plan.paths()):
         reason = site.fault(modules[path]) or _fused_fault(modules, path)
         if reason:
-            faults.append(f"{path}: {reason}")
+            yield f"{path}: {reason}"
+
+
+def _not_copyable(modules: Modules, config: PeftConfig, plan: Plan) -> Iterator[str]:
+    """Modules whose values are elsewhere, although the adapter starts from a copy of them."""
     private = plan.adapted if isinstance(config, TargetedConfig) and issubclass(adapter_type(config), ParameterAdapter) else ()
     for path in (*plan.biases, *plan.copied, *private):
         if _is_offloaded(modules[path]):
-            faults.append(f"{path}: it is offloaded, so it cannot be copied to be trained; keep it on a device")
-    if faults:
-        raise TargetError(f"the adapter does not fit {type(model).__name__}:\n" + bullet_list(faults))
-    return plan
+            yield f"{path}: it is offloaded, so no trainable copy of it can be made; keep it on a device"
+
+
+def _is_copied(path: str, plan: Plan) -> bool:
+    return any(is_inside(path, copied) for copied in plan.copied)
 
 
 _HEADS = {
@@ -112,7 +143,8 @@ def check_config(config: Any) -> None:
 
 def check_task(model: Any, config: PeftConfig) -> None:
     """Refuse a task that the model cannot do, before anything is built."""
-    task: Any = config.task_type
+    task = config.task_type
+    assert task is None or isinstance(task, TaskType), "a config makes one of its name"
     name = type(model).__name__
     base = architecture.config_of(model)
     encoder_decoder = architecture.is_encoder_decoder(base)
@@ -128,7 +160,9 @@ def check_task(model: Any, config: PeftConfig) -> None:
         )
     if isinstance(config, PromptConfig):
         if task is None:
-            raise ConfigError("virtual tokens need a task_type (where do labels go?), e.g. task_type=TaskType.CAUSAL_LM")
+            raise ConfigError(
+                "virtual tokens need a task_type, which says how labels are aligned, e.g. task_type=TaskType.CAUSAL_LM"
+            )
         if not hasattr(model, "get_input_embeddings"):
             raise ConfigError(f"virtual tokens need a model with input embeddings, {name} has none")
 
@@ -141,11 +175,11 @@ def _parallel_faults(model: nn.Module) -> Iterator[str]:
         yield "the base's weights are split by tensor parallelism; load it without tp_plan"
 
 
-def _fused_fault(modules: dict[str, Any], path: str) -> str | None:
+def _fused_fault(modules: Modules, path: str) -> str | None:
     """torch's encoder layer, in eval mode without gradients, reads its children's weights past their forwards."""
     parents = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""]
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(modules[p], nn.TransformerEncoderLayer) for p in parents):
-        return "its fast inference path would pass the adapter by; call torch.backends.mha.set_fastpath_enabled(False) first"
+        return "its fast inference path would bypass the adapter; call torch.backends.mha.set_fastpath_enabled(False) first"
     return None
 
 
@@ -155,37 +189,30 @@ def _is_offloaded(module: nn.Module) -> bool:
     return on_meta and any(hasattr(m, "_hf_hook") for m in module.modules())
 
 
-def _matched(model: nn.Module, modules: dict[str, Any], config: TargetedConfig, faults: list[str]) -> list[str]:
+def _matched(model: nn.Module, modules: Modules, config: TargetedConfig, faults: list[str]) -> list[str]:
     """Paths that `target_modules` names, less the excluded ones and those of other layers."""
     if config.target_modules == "all-linear":
         config.target_modules = set(_all_linear(model, modules))
-    wanted: Any = config.target_modules
-    paths = [path for path in modules if path and _names(wanted, path)]
+    wanted = config.target_modules or ()
+    paths = [path for path in modules if path and is_named(path, wanted)]
     if isinstance(wanted, str):
         if not paths:
             faults.append(f'no module matches the regular expression "{wanted}"; there are {_summary(modules)}')
     else:
         for name in sorted(wanted):
-            if not any(_names({name}, path) for path in paths):
+            if not any(ends_with(path, name) for path in paths):
                 faults.append(f'no module matches "{name}"; {_nearest_modules(name, modules)}')
     if config.exclude_modules:
-        kept = [path for path in paths if not _names(config.exclude_modules, path)]
+        kept = [path for path in paths if not is_named(path, config.exclude_modules)]
         if paths and not kept:
-            faults.append("exclude_modules leaves out every target")
+            faults.append("exclude_modules excludes every target")
         paths = kept
     if config.layers_to_transform is not None:
         paths = _of_layers(paths, config, faults)
     return paths
 
 
-def _names(wanted: set[str] | list[str] | str, path: str) -> bool:
-    """A regular expression names whole paths, a list names path endings at a dot."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in wanted)
-
-
-def _all_linear(model: Any, modules: dict[str, Any]) -> Iterator[str]:
+def _all_linear(model: Any, modules: Modules) -> Iterator[str]:
     """The shortest endings that name every linear module except the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {p for p, m in modules.items() if p and m is not head and issubclass(view_type(m) or object, LinearView)}
@@ -212,12 +239,12 @@ def _of_layers(paths: list[str], config: TargetedConfig, faults: list[str]) -> l
         present = sorted(set(found.values()))
         faults.append(
             f"layers_to_transform: no target in layer {', '.join(map(str, sorted(missing)))}; "
-            + (f"layers with targets: {present[0]} to {present[-1]}" if present else "the targets are in no numbered layer")
+            + (f"layers with targets: {present[0]} to {present[-1]}" if present else "the targets are not in numbered layers")
         )
     return [path for path in paths if found.get(path) in indices]
 
 
-def _copied(modules: dict[str, Any], config: PeftConfig, faults: list[str]) -> list[str]:
+def _copied(modules: Modules, config: PeftConfig, faults: list[str]) -> list[str]:
     """Modules trained whole: those that `modules_to_save` names, and the task head of a classifier."""
     wanted = list(getattr(config, "modules_to_save", None) or [])
     paths: list[str] = []
@@ -229,32 +256,26 @@ def _copied(modules: dict[str, Any], config: PeftConfig, faults: list[str]) -> l
         paths += found
     if heads:
         paths += [path for path in modules if path in HEAD_NAMES]
-    return [path for path in dict.fromkeys(paths) if not any(_inside(path, other) for other in paths if other != path)]
+    return [path for path in dict.fromkeys(paths) if not any(is_inside(path, other) for other in paths if other != path)]
 
 
 def _trained_twice(config: TargetedConfig, paths: list[str], free: list[str]) -> list[str]:
     """Targets all of whose modules are trained whole, so that they would get no adapter."""
-    found: list[str] = []
-    wanted: Any = config.target_modules
-    for name in [wanted] if isinstance(wanted, str) else sorted(wanted):
-        one = name if isinstance(wanted, str) else {name}
-        if any(_names(one, path) for path in paths) and not any(_names(one, path) for path in free):
-            found.append(name)
-    return found
-
-
-def _inside(path: str, ancestor: str) -> bool:
-    return path == ancestor or path.startswith(f"{ancestor}.")
+    wanted = config.target_modules or ()
+    if isinstance(wanted, str):
+        return [wanted] if paths and not free else []
+    by_name = {name: [path for path in paths if ends_with(path, name)] for name in sorted(wanted)}
+    return [name for name, named in by_name.items() if named and not set(named) & set(free)]
 
 
 def _unmatched_pattern_keys(config: TargetedConfig, paths: list[str]) -> Iterator[str]:
     for name, keys in config.pattern_keys().items():
         for key in keys:
-            if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths):
+            if not any(matches(path, key) for path in paths):
                 yield f'{name} key "{key}" matches no target{did_you_mean(key, {p.rpartition(".")[2] for p in paths})}'
 
 
-def _unfit(modules: dict[str, Any], config: TargetedConfig, plan: Plan) -> Iterator[str]:
+def _unfit(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str]:
     """Matched modules that cannot carry the adapter, grouped by type."""
     adapter = adapter_type(config)
     by_type: dict[str, list[str]] = {}
@@ -278,19 +299,15 @@ def _unfit(modules: dict[str, Any], config: TargetedConfig, plan: Plan) -> Itera
         )
 
 
-def _biases(modules: dict[str, Any], config: TargetedConfig, plan: Plan) -> list[str]:
+def _biases(modules: Modules, config: TargetedConfig, plan: Plan) -> list[str]:
     which = getattr(config, "bias", "none")
     if which == "none":
         return []
     paths = modules if which == "all" else plan.adapted  # "lora_only", "vera_only", ...
-    return [
-        path
-        for path in paths
-        if modules[path]._parameters.get("bias") is not None and not any(_inside(path, copied) for copied in plan.copied)
-    ]
+    return [path for path in paths if modules[path]._parameters.get("bias") is not None and not _is_copied(path, plan)]
 
 
-def _nearest_modules(name: str, modules: dict[str, Any]) -> str:
+def _nearest_modules(name: str, modules: Modules) -> str:
     """`nearest: "q_proj" (32 modules), "k_proj" (32 modules)`."""
     counts: dict[str, int] = {}
     for path, module in modules.items():
@@ -303,6 +320,6 @@ def _nearest_modules(name: str, modules: dict[str, Any]) -> str:
     return f"there are {_summary(modules)}"
 
 
-def _summary(modules: dict[str, Any]) -> str:
+def _summary(modules: Modules) -> str:
     leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if path and view_type(module))
     return ", ".join(f'"{leaf}"' for leaf in list(leaves)[:12]) or "no modules that can carry an adapter"

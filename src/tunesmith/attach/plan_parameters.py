@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from ..config import Settings
 from ..errors import did_you_mean
+from ..paths import ends_with
 
-ParameterPlan = dict[str, dict[str, dict[str, Any]]]  # {module path: {parameter: settings}}
+ParameterPlan = dict[str, dict[str, Settings]]  # {module path: {parameter: settings}}
 
 
 def plan_parameters(modules: dict[str, nn.Module], config: Any, faults: list[str]) -> ParameterPlan:
@@ -23,7 +25,7 @@ def plan_parameters(modules: dict[str, nn.Module], config: Any, faults: list[str
         for name, parameter in module._parameters.items():
             full = f"{path}.{name}" if path else name
             known.add(".".join(full.split(".")[-2:]))
-            names = {ending for ending in wanted if full == ending or full.endswith(f".{ending}")}
+            names = {ending for ending in wanted if ends_with(full, ending)}
             if parameter is None or not names:
                 continue
             found |= names
@@ -42,5 +44,5 @@ def _fault(path: str, parameter: nn.Parameter) -> str | None:
     if parameter.dim() not in (2, 3):
         return f"has the shape {tuple(parameter.shape)}; only matrices and stacks of them (experts) can be adapted"
     if not parameter.is_floating_point():
-        return f"is stored as {parameter.dtype}, which this version cannot adapt"
+        return f"is stored as {parameter.dtype}, which cannot be adapted"
     return None

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapter import TokenSettings
 from ..errors import did_you_mean
+from ..paths import ends_with
 
-TokenPlan = dict[str, dict[str, Any]]  # {module path: {"tokens": indices, "follows": the path whose rows it takes, or None}}
+TokenPlan = dict[str, TokenSettings]  # by module path, those that follow behind the ones that they follow
 
 
 def plan_tokens(model: Any, modules: dict[str, nn.Module], wanted: Any, faults: list[str]) -> TokenPlan:
@@ -19,24 +21,24 @@ def plan_tokens(model: Any, modules: dict[str, nn.Module], wanted: Any, faults: 
     if isinstance(wanted, dict):
         owners = _named(modules, wanted, faults)
     elif words is None:
-        faults.append("trainable_token_indices: the model names no input embeddings; give {embedding's name: tokens}")
+        faults.append("trainable_token_indices: the model has no input embeddings; give {embedding's name: tokens}")
         return {}
     else:
         owners = {next(path for path, module in modules.items() if module is words): list(wanted)}
     faults += [fault for path, tokens in owners.items() for fault in _faults(path, modules[path], tokens)]
-    plan: TokenPlan = {path: {"tokens": tokens, "follows": None} for path, tokens in owners.items()}
+    plan = {path: TokenSettings(tuple(tokens)) for path, tokens in owners.items()}
     source = next((path for path in owners if modules[path] is words), None)
     if source is not None:
         tied = _with_weight_of(modules, source)
         if all(owners.get(path, owners[source]) == owners[source] for path in tied):
-            plan |= {path: {"tokens": owners[source], "follows": source} for path in tied}
-    return dict(sorted(plan.items(), key=lambda item: item[1]["follows"] is not None))
+            plan |= {path: TokenSettings(tuple(owners[source]), follows=source) for path in tied}
+    return dict(sorted(plan.items(), key=lambda item: item[1].follows is not None))
 
 
 def _named(modules: dict[str, nn.Module], wanted: dict[str, list[int]], faults: list[str]) -> dict[str, list[int]]:
     owners: dict[str, list[int]] = {}
     for name, tokens in wanted.items():
-        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+        paths = [path for path in modules if ends_with(path, name)]
         if not paths:
             embeddings = {path.rpartition(".")[2] for path, module in modules.items() if isinstance(module, nn.Embedding)}
             faults.append(f'trainable_token_indices: no module matches "{name}"{did_you_mean(name, embeddings)}')
@@ -48,11 +50,11 @@ def _faults(path: str, module: nn.Module, tokens: list[int]) -> list[str]:
     if not isinstance(module, nn.Embedding | nn.Linear):
         return [f"trainable_token_indices: {path} is a {type(module).__name__}; name an embedding"]
     if module.weight.device.type == "meta":
-        return [f"trainable_token_indices: {path} is offloaded, so its rows are not here; keep it on a device"]
+        return [f"trainable_token_indices: {path} is offloaded, so its rows cannot be trained; keep it on a device"]
     rows = len(module.weight)
     beyond = [token for token in tokens if token >= rows]
     if beyond:
-        return [f"trainable_token_indices: {path} has {rows} tokens, so there is no token {beyond[0]}; resize first"]
+        return [f"trainable_token_indices: {path} has {rows} tokens, so token {beyond[0]} does not exist; resize it first"]
     return []
 
 

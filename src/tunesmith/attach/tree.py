@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import nn
 
@@ -23,30 +22,39 @@ class Branch(nn.Module):
 
     def add(self, path: str, kind: str, adapter: Adapter) -> None:
         assert kind in self.KINDS
-        node: Any = self
+        node = self
         for part in path.split("."):
             if part not in node._modules:
                 node._modules[part] = Branch()  # not add_module, which refuses names such as "items"
-            node = node._modules[part]
+            child = node._modules[part]
+            assert isinstance(child, Branch)
+            node = child
         node.add_module(kind, adapter)
 
     def node(self, path: str) -> Branch:
         """The node of a module; unlike `get_submodule`, with any name a base's module may have."""
-        node: Any = self
+        node = self
         for part in path.split("."):
-            node = node._modules[part]
+            child = node._modules[part]
+            assert isinstance(child, Branch)
+            node = child
         return node
 
     @property
     def own(self) -> Adapter | None:
         """The method's adapter at this node, rather than a bias or a copy beside it."""
-        found: Any = self._modules.get("_adapter")
+        return self.at("_adapter")
+
+    def at(self, kind: str) -> Adapter | None:
+        """What hangs here as `kind`."""
+        found = self._modules.get(kind)
+        assert found is None or isinstance(found, Adapter)
         return found
 
     def items(self, prefix: str = "") -> Iterator[tuple[str, Adapter]]:
         """`(path, adapter)` of every module adapter below."""
         for kind in self.KINDS:
-            found: Any = self._modules.get(kind)
+            found = self.at(kind)
             if found is not None:
                 yield prefix, found
         for name, child in self._modules.items():
@@ -59,8 +67,13 @@ class AdapterTree(Branch):
 
     @property
     def prompt(self) -> PromptAdapter | None:
-        found: Any = self._modules.get("_prompt")
+        found = self.at("_prompt")
+        assert found is None or isinstance(found, PromptAdapter)
         return found
+
+    def adapted(self) -> dict[str, Adapter]:
+        """The method's own adapters, by path; not what hangs beside them."""
+        return {path: adapter for path, adapter in self.items() if adapter is self.node(path).own}
 
     @property
     def shared(self) -> nn.Module | None:
@@ -72,11 +85,11 @@ def check_name(name: str, taken: Iterable[str]) -> None:
     """Refuse adapter names that are taken or that could not be a folder's and a tensor's name."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w][\w\- ]{0,127}", name):
         raise AdapterNameError(
-            f"adapter name {name!r} is not usable; use letters, digits, '_', '-' and spaces (it becomes a folder's name)"
+            f"adapter name {name!r} is not allowed; use letters, digits, '_', '-' and spaces (it becomes a folder name)"
         )
     if name == BASE_ROW:
-        raise AdapterNameError(f'adapter name "{name}" stands for rows without an adapter; take another')
+        raise AdapterNameError(f'adapter name "{name}" is reserved for rows without an adapter; choose another')
     if hasattr(nn.ModuleDict(), name):
-        raise AdapterNameError(f'adapter name "{name}" is a word of PyTorch\'s own; take another')
+        raise AdapterNameError(f'adapter name "{name}" is reserved by PyTorch; choose another')
     if name in taken:
         raise AdapterNameError(f'adapter name "{name}" is taken; names in use: {", ".join(taken)}')

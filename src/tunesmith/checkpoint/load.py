@@ -101,15 +101,13 @@ def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftC
     if stored.peft_type != config.peft_type:
         faults.append(f"it is {stored.method}, the adapter here is {config.method}")
     elif isinstance(config, TargetedConfig):
-        here = {path: config.settings(path) for path, adapter in tree.items() if adapter is tree.node(path).own}
-        for path in sorted(here.keys() | plan.adapted.keys()):
-            found, expected = plan.adapted.get(path, "not adapted"), here.get(path, "not adapted")
+        parameters = {f"{path}.{name}": each for path, named in plan.parameters.items() for name, each in named.items()}
+        stored_settings = plan.adapted | parameters
+        settings = {path: config.settings(path) for path in (*tree.adapted(), *parameters)}
+        for path in sorted(settings.keys() | stored_settings.keys()):
+            found, expected = stored_settings.get(path, "not adapted"), settings.get(path, "not adapted")
             if found != expected:
                 faults.append(f"{path}: {found} there, {expected} here")
-        for path, named in plan.parameters.items():
-            others = {name: config.settings(f"{path}.{name}") for name in named}
-            if others != named:
-                faults.append(f"{path}: {named} there, {others} here")
     there, here_too = (getattr(one, "trainable_token_indices", None) for one in (stored, config))
     if there != here_too:
         faults.append(f"trainable tokens: {there} there, {here_too} here")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..attach.plan import match
 from ..attach.tree import AdapterTree
-from ..config import TargetedConfig
+from ..config import Settings, TargetedConfig
 from ..errors import ConfigError, TargetError, UsageError, bullet_list
-from ..methods.ia3 import IA3
+from ..methods.ia3 import IA3, IA3Settings
 from ..methods.lora import Lora
 from ..methods.prompt_tuning import PromptTuning
 from . import lora
@@ -46,7 +46,7 @@ def fill(tree: AdapterTree, values: lora.Values, members: list[Member]) -> None:
     """Put the values, and the one member's copies of whole modules and biases, into a tree just built."""
     with torch.no_grad():
         for path, named in values.items():
-            adapter: Any = tree.node(path)._modules["_adapter"] if path else tree.prompt
+            adapter: Any = tree.node(path).own if path else tree.prompt
             for name, value in named.items():
                 getattr(adapter, name).copy_(value)
     for path, private in _extras(_owner(members)).items():
@@ -56,11 +56,11 @@ def fill(tree: AdapterTree, values: lora.Values, members: list[Member]) -> None:
 
 def _kind(members: list[Member]) -> type:
     """The one adapter class of all members, whose tensors are exactly those that the arithmetic knows."""
-    adapters = [(m, a) for m in members for a in ([m.tree.prompt] if m.tree.prompt is not None else lora.adapted(m).values())]
+    adapters = [(m, a) for m in members for a in ([m.tree.prompt] if m.tree.prompt is not None else m.tree.adapted().values())]
     kinds = {type(adapter) for _, adapter in adapters}
     if len(kinds) != 1:
         names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing at all"
-        raise UsageError(f"only adapters of one method can be combined, these hold {names}")
+        raise UsageError(f"only adapters of one method can be combined, got {names}")
     kind = kinds.pop()
     for member, adapter in adapters:
         held = {name for name, _ in (*adapter.named_parameters(), *adapter.named_buffers())}
@@ -75,11 +75,11 @@ _WHICH = "plain LoRA, IA3 and prompt tuning can be combined"
 
 def _united(base: Any, members: list[Member], config: Any) -> Any:
     """`config` with the targets of all members: their names where these name exactly their modules, else the paths."""
-    wanted = {path: settings for m in members for path, settings in _settings(m).items()}
-    clashes = [path for m in members for path, settings in _settings(m).items() if settings != wanted[path]]
+    wanted = {path: on_input for m in members for path, on_input in _sides(m).items()}
+    clashes = [path for m in members for path, on_input in _sides(m).items() if on_input != wanted[path]]
     if clashes:
-        raise UsageError("the adapters act on different sides of these modules:\n" + bullet_list(clashes))
-    feeds = [path for path, settings in wanted.items() if settings.get("scales_input")]
+        raise UsageError("some adapters scale the input of these modules, others the output:\n" + bullet_list(clashes))
+    feeds = [path for path, on_input in wanted.items() if on_input]
     fields = ["target_modules"] + ["feedforward_modules"] * hasattr(config, "feedforward_modules")
     by_name = {name: _union([getattr(m.config, name) for m in members]) for name in fields}
     by_path: dict[str, Any] = dict(zip(fields, (set(wanted), set(feeds))))
@@ -87,25 +87,27 @@ def _united(base: Any, members: list[Member], config: Any) -> Any:
     for changes in (by_name, by_path):
         united = dataclasses.replace(config, **changes)
         try:
-            plan = match(base, dataclasses.replace(united, **_without_patterns(united)))
+            plan, _ = match(base, dataclasses.replace(united, **_without_patterns(united)))
         except TargetError:
             continue
-        if {path: _side(settings) for path, settings in plan.adapted.items()} == wanted:
+        if {path: _scales_input(settings) for path, settings in plan.adapted.items()} == wanted:
             return united
-    raise UsageError("the modules of these adapters cannot be named together; combine adapters with the same target_modules")
+    raise UsageError(
+        "no single target_modules names the modules of all these adapters; combine adapters with the same target_modules"
+    )
 
 
 def _without_patterns(config: TargetedConfig) -> dict[str, Any]:
     return {name: {} for name in config.pattern_keys()}
 
 
-def _settings(member: Member) -> dict[str, dict[str, Any]]:
-    """`{path: settings}` of the member's modules, less those that the combination evens out."""
-    return {path: _side(member.config.settings(path)) for path in lora.adapted(member)}
+def _sides(member: Member) -> dict[str, bool]:
+    """Of the member's modules by path: whether the adapter scales the input, which no combination can even out."""
+    return {path: _scales_input(member.config.settings(path)) for path in member.tree.adapted()}
 
 
-def _side(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key == "scales_input"}
+def _scales_input(settings: Settings) -> bool:
+    return isinstance(settings, IA3Settings) and settings.scales_input
 
 
 def _union(values: list[Any]) -> Any:
@@ -119,8 +121,9 @@ def _union(values: list[Any]) -> Any:
 def _factors(members: list[Member]) -> lora.Values:
     """`sum_i w_i l_i`; a member without factors at a module leaves it alone, so its factors there are ones."""
     found: lora.Values = {}
-    for path in dict.fromkeys(path for member in members for path in lora.adapted(member)):
-        there = [lora.adapted(member).get(path) for member in members]
+    adapted = [member.tree.adapted() for member in members]
+    for path in dict.fromkeys(path for each in adapted for path in each):
+        there: list[Any] = [each.get(path) for each in adapted]
         one = next(adapter.ia3_l for adapter in there if adapter is not None)
         changes = [torch.ones_like(one) if adapter is None else adapter.ia3_l for adapter in there]
         found[path] = {"ia3_l": weighted_sum(changes, [member.weight for member in members])}
@@ -132,7 +135,7 @@ def _prompts(members: list[Member]) -> Tensor:
     shapes = {tuple(table.embedding.shape) for table in tables}
     if len(shapes) > 1:
         counts = ", ".join(f'"{m.name}" has {m.config.num_virtual_tokens}' for m in members)
-        raise UsageError(f"virtual tokens are combined one by one, but {counts}")
+        raise UsageError(f"only adapters with the same number of virtual tokens can be combined, but {counts}")
     return weighted_sum([table.embedding for table in tables], [member.weight for member in members])
 
 
@@ -147,7 +150,7 @@ def _owner(members: list[Member]) -> Member:
         names = ", ".join(f'"{member.name}"' for member in owners.values())
         raise UsageError(
             f"{names} each train modules or biases of their own (modules_to_save, bias, or the task's head), "
-            "which cannot be combined; train the adapters without, or all but one"
+            "which cannot be combined; at most one of the adapters may"
         )
     return next(iter(owners.values()), members[0])
 

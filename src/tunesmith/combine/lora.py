@@ -34,7 +34,7 @@ def config(members: list[Member], recipe: Recipe, united: Any) -> Any:
             found = ", ".join(f'"{m.name}" has {r}' for m, r in zip(members, ranks))
             raise ConfigError(
                 f'combination_type="{recipe.combination_type}" needs adapters of one rank, but {found}; '
-                'take "cat" (exact, the ranks add up) or "svd" (the nearest of rank svd_rank)'
+                'use "cat" (exact, the ranks add up) or "svd" (the best approximation of rank svd_rank)'
             )
     fields = {"r": rank, "lora_alpha": rank, "use_rslora": False, "init_lora_weights": True}
     return dataclasses.replace(united, **fields, rank_pattern={}, alpha_pattern={})
@@ -43,22 +43,16 @@ def config(members: list[Member], recipe: Recipe, united: Any) -> Any:
 def values(base: Any, members: list[Member], recipe: Recipe, new: Any) -> Values:
     """The values of both factors at every module that a member adapts."""
     found: Values = {}
-    for path in dict.fromkeys(path for member in members for path in adapted(member)):
+    adapted = [(member.tree.adapted(), member.weight) for member in members]
+    for path in dict.fromkeys(path for adapters, _ in adapted for path in adapters):
         view = view_of(base.get_submodule(path))
         if reason := view.compose_fault():
             raise UsageError(f"{path}: {reason}, so adapters on it cannot be combined")
-        loras = [(adapter, m.weight) for m in members if (adapter := adapted(m).get(path)) is not None]
+        loras = [(adapters[path], weight) for adapters, weight in adapted if path in adapters]
         with torch.no_grad():
             a, b = _combined(loras, recipe, new.r)
         found[path] = {"lora_A": a, "lora_B": b}
     return found
-
-
-def adapted(member: Member) -> dict[str, Any]:
-    """`{path: adapter}` of the modules that the method itself adapts."""
-    return {
-        path: adapter for path, adapter in member.tree.items() if member.tree.node(path)._modules.get("_adapter") is adapter
-    }
 
 
 def _combined(loras: list[tuple[Any, float]], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from ..config import PeftConfig
 from ..data.packing import PackedCollator
 from ..data.text import PadRight, mean_loss
 from ..errors import TunesmithError, UsageError
-from ..kernels import linear_cross_entropy
+from ..kernels.linear_cross_entropy import tile_on
 from ..labels import IGNORED
 from ..methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from ..model import PeftModel, get_peft_model
@@ -105,7 +105,7 @@ def predict(
     ledger = Ledger()
     model = skeleton(config, storage.dtype)
     dense = ledger.hold([*model.parameters(), *model.buffers()])
-    with _tiles_of(device), _explained(str(architecture.model_type(config))):
+    with _explained(str(architecture.model_type(config))):
         with ledger:
             handle = get_peft_model(model, _without_tokenizer(peft_config)).train()
         if gradient_checkpointing:
@@ -116,7 +116,7 @@ def predict(
         base, decoded = _stored(model, dense, storage)
         held = ledger.live
         activations = flops = moved = 0
-        loss_of, ledger.slack = CountedLoss(handle, ledger), GAPS[device]
+        loss_of, ledger.slack = CountedLoss(handle, ledger, device), GAPS[device]
         for batch in batches:
             between, flops_of, moved_of = _step(ledger, handle, loss_of, _collated(handle, packing, batch))
             activations, flops, moved = max(activations, between - held), max(flops, flops_of), max(moved, moved_of)
@@ -148,8 +148,9 @@ def predict(
 class CountedLoss(LiveLoss):
     """The loss, with its comparison in the first step apart: no memory was freed before it."""
 
-    def __init__(self, handle: PeftModel, ledger: Ledger) -> None:
+    def __init__(self, handle: PeftModel, ledger: Ledger, device: str) -> None:
         super().__init__(handle)
+        self.tile = tile_on(device)  # meta tensors are taken in the tiles in which the device takes real ones
         self.ledger = ledger
         self.before = (0, 0)
 
@@ -211,18 +212,6 @@ def _without_tokenizer(config: PeftConfig) -> PeftConfig:
     if isinstance(config, PromptTuningConfig):
         return replace(config, prompt_tuning_init=PromptTuningInit.RANDOM, prompt_tuning_init_text=None)
     return config
-
-
-@contextmanager
-def _tiles_of(device: str) -> Iterator[None]:
-    """Inside, meta tensors are taken in the tiles in which a device takes real ones."""
-    tiles = linear_cross_entropy.TILE
-    if device in tiles:
-        tiles["meta"] = tiles[device]
-    try:
-        yield
-    finally:
-        tiles.pop("meta", None)
 
 
 @contextmanager

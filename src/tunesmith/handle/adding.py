@@ -52,11 +52,11 @@ class Adding(Switching):
             kind.prepare(config, self.base_model)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
-        if self.merged and getattr(config, "starts_from_weight", False):
+        if self.merged and getattr(config, "init_from_weight", False):
             raise UsageError(
                 "such an adapter starts from the base's weights, which hold merged adapters now; call unmerge_adapter() first"
             )
-        return match(self.base_model, config), config
+        return match(self.base_model, config)
 
     def take_adapter(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
         """Make an adapter that has been built this handle's own."""

@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError, bullet_list
-from ..methods.trainable_tokens import TokenRows
 from ..runtime import site
 from ..runtime.frame import Frame, Place, current_frame
 from ..runtime.prefix import PrefixedStack
@@ -66,10 +65,10 @@ def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
 
 
 def _served_by_others(handle: Frames, fired: set[str]) -> set[str]:
-    """Embeddings whose trained rows acted elsewhere: of tied ones, a model may call another than it names."""
-    rows = [item for name in handle.effective for item in handle.tree(name).items() if isinstance(item[1], TokenRows)]
-    acted = {adapter.owner for path, adapter in rows if path in fired}
-    return {path for path, adapter in rows if adapter.owner in acted}
+    """Modules whose trained rows acted elsewhere: of tied embeddings, a model may call another than it names."""
+    adapters = [item for name in handle.effective for item in handle.tree(name).items()]
+    acted = {adapter.owner for path, adapter in adapters if path in fired}
+    return {path for path, adapter in adapters if adapter.owner in acted}
 
 
 def _note(module: nn.Module, path: str, frame: Frame, ran: set[str]) -> Any:

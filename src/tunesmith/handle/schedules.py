@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..adapter import ScheduledAdapter
 from ..attach.tree import AdapterTree
 from ..config import PeftConfig
 from ..errors import UsageError
@@ -43,7 +44,7 @@ class Progress:
 
 def watch(handle: HandleState, configs: Iterable[PeftConfig]) -> None:
     """Follow the optimiser steps of a handle, if one of these adapters of it is scheduled."""
-    if not any(adapter_type(config).scheduled for config in configs):
+    if not any(issubclass(adapter_type(config), ScheduledAdapter) for config in configs):
         return
     _watched.add(handle)
     if not _hooks:
@@ -85,9 +86,9 @@ def penalties(handle: HandleState, names: tuple[str, ...]) -> tuple[Callable[[],
     """What the named adapters add to the loss while they train."""
     kinds = [(adapter_type(handle.peft_config[name]), name) for name in names]
     return tuple(
-        partial(kind.penalty, _adapters(handle.tree(name)), handle.peft_config[name])
+        partial(kind.penalty, handle.tree(name).adapted(), handle.peft_config[name])
         for kind, name in kinds
-        if kind.scheduled and not handle.peft_config[name].inference_mode
+        if issubclass(kind, ScheduledAdapter) and not handle.peft_config[name].inference_mode
     )
 
 
@@ -109,20 +110,16 @@ def with_penalties(result: Any, added: tuple[Callable[[], Tensor], ...]) -> Any:
 def _scheduled(handle: HandleState) -> list[str]:
     """The active adapters with a schedule that train."""
     configs = {name: handle.peft_config[name] for name in handle.active}
-    return [name for name, config in configs.items() if adapter_type(config).scheduled and not config.inference_mode]
+    trained = {name: config for name, config in configs.items() if not config.inference_mode}
+    return [name for name, config in trained.items() if issubclass(adapter_type(config), ScheduledAdapter)]
 
 
 def _run(handle: HandleState, name: str, step: int, observe: bool) -> None:
     config = handle.peft_config[name]
-    kind, adapters = adapter_type(config), _adapters(handle.tree(name))
+    kind, adapters = adapter_type(config), handle.tree(name).adapted()
     if observe:
         kind.observe_step(adapters, config, step)
     kind.allocate(adapters, config, step)
-
-
-def _adapters(tree: AdapterTree) -> dict[str, Any]:
-    """The method's own adapters, by path."""
-    return {path: adapter for path, adapter in tree.items() if adapter is tree.node(path).own}
 
 
 def _progress(tree: AdapterTree) -> Progress:

@@ -1,1 +1,1 @@
-"""Where LoRA's factors may start, one file per way: functions of a dense weight, or of nothing but the shapes."""
+"""Inits of LoRA's factors, one file each: functions of a dense weight, or of nothing but the shapes."""

@@ -1,4 +1,4 @@
-"""Orthogonal start: both factors random and not zero, yet B A = 0.
+"""Orthogonal init: both factors random and not zero, yet B A = 0.
 
     A = P_odd^T X,   B = Y P_even,   with the rows of P orthonormal, so that P_even P_odd^T = 0
 

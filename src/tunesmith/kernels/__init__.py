@@ -1,1 +1,1 @@
-"""Fused operations, each with a plain twin in `reference.py` that defines it, tests it and stands in for it."""
+"""Fused operations. Each has a plain reference (`reference.py`) that defines it, tests it and replaces it where needed."""

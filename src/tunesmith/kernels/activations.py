@@ -2,7 +2,7 @@
 
     gelu_tanh(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 
-The models' own forward is the twin. In 16 bits the kernel rounds once where they round after every pass.
+The reference is the model's own forward. In 16 bits the kernel rounds once, the model after every pass.
 """
 
 from __future__ import annotations

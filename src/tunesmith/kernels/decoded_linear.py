@@ -22,7 +22,7 @@ class Decoded:
     """A frozen weight that exists while it is used: calling gives the dense tensor, `(out, in)`, of type `dtype`.
 
     Args:
-        lend: decodes into memory that the next call takes for itself; used where nothing records what it is multiplied with.
+        decode_to_scratch: decodes into memory that the next call overwrites; used where autograd does not record the product.
     """
 
     requires_grad = False
@@ -31,18 +31,18 @@ class Decoded:
         self,
         decode: Callable[[torch.dtype], Tensor],
         dtype: torch.dtype,
-        lend: Callable[[torch.dtype], Tensor] | None = None,
+        decode_to_scratch: Callable[[torch.dtype], Tensor] | None = None,
     ) -> None:
         self.decode = decode
         self.dtype = dtype
-        self.lend = decode if lend is None else lend
+        self.decode_to_scratch = decode if decode_to_scratch is None else decode_to_scratch
 
     def __call__(self) -> Tensor:
-        return self.decode(self.dtype) if torch.is_grad_enabled() else self.lend(self.dtype)
+        return self.decode(self.dtype) if torch.is_grad_enabled() else self.decode_to_scratch(self.dtype)
 
 
 def decoded_linear(x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
-    """`x W^T + bias` in x's type, which is the weight's; twin: `reference.decoded_linear`.
+    """`x W^T + bias` in x's type, which is the weight's; reference: `reference.decoded_linear`.
 
     Args:
         x: `(..., in)`.

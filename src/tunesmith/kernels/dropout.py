@@ -16,7 +16,7 @@ BITS = 16
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """`x` with each number dropped with probability `p`, to 2^-17; twin: `torch.nn.functional.dropout`."""
+    """`x` with each number dropped with probability `p`, to 2^-17; reference: `torch.nn.functional.dropout`."""
     if x.device.type != "cpu" or x.numel() < LARGE or is_tracing() or not 0 < p < 1 - 2**-BITS:
         return F.dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -5,7 +5,7 @@
 
 The change is added into the product's own memory, in both directions, so the change of `(tokens, out)` and its gradient of
 `(tokens, in)` never exist. Kept for the backward pass are x, which modules with one input share, and h, which is rank wide;
-factors of a wider type than x (fp32 masters) are rounded anew in each direction rather than kept twice.
+factors of a wider type than x (fp32 masters) are rounded in each direction rather than kept twice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLAIN = (Tensor, nn.Parameter)  # subclasses (sharded, quantised, traced tensors
 
 
 def lora_linear(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`x W^T + bias + scale x A^T B^T`, in x's type; twin: `reference.lora_linear`.
+    """`x W^T + bias + scale x A^T B^T`, in x's type; reference: `reference.lora_linear`.
 
     Args:
         x: `(..., in)`.
@@ -35,7 +35,7 @@ def lora_linear(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None, a: Ten
 
 
 def applies(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None) -> bool:
-    """Whether `lora_linear` can stand in for its twin: on plain tensors of one type, nothing trained but the factors, and
+    """Whether `lora_linear` can replace its reference: on plain tensors of one type, nothing trained but the factors, and
     nothing around the call that has to see each operation (autocast, `torch.func`, forward-mode gradients, tracing).
     """
     frozen = (weight,) if bias is None else (weight, bias)

@@ -1,4 +1,4 @@
-"""The plain twins: what each fused operation computes, as short as it can be said."""
+"""Reference implementations: what each fused operation computes, in plain PyTorch."""
 
 from __future__ import annotations
 

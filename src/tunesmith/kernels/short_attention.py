@@ -5,7 +5,7 @@ The text may stand behind others' keys and values (virtual tokens), which all of
     P = softmax(s Q K^T + mask),   Y = P V
     dV = P^T dY,   dS = P * (dY V^T - rowsum(dY * Y)),   dQ = s dS K,   dK = s dS^T Q
 
-Heads that share keys are the rows of one product. P is computed anew in the backward pass, so nothing of the size of
+Heads that share keys are the rows of one product. P is recomputed in the backward pass, so nothing of the size of
 scores is kept. The formulas are those of Dao et al. 2022, "FlashAttention", https://arxiv.org/abs/2205.14135 (appendix B),
 in plain products, which on a CPU beat blocks up to some hundred tokens (docs/design/log.md has the figures).
 """
@@ -15,16 +15,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .lora_linear import PLAIN
 from .tracing import is_tracing
 
 LONGEST = 400  # tokens; beyond, blocks win. Of keys twice as many, where they are more
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """`softmax(scale Q K^T + causal mask) V` for each head; twin: `torch.nn.functional.scaled_dot_product_attention`.
+    """`softmax(scale Q K^T + causal mask) V` for each head; reference: `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         query: `(1, heads, length, head_dim)`.
@@ -47,7 +48,7 @@ def applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[2] <= key.shape[2] <= 2 * LONGEST
         and query.shape[0] == 1
         and query.shape[3] == value.shape[3]
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (query, key, value))
+        and all(type(tensor) in PLAIN for tensor in (query, key, value))
         and not is_tracing()
     )
 

@@ -20,6 +20,7 @@ from ..bases.architecture import drop_quantised_marks
 from ..bases.prepare import WIDENED, narrowed
 from ..bases.quantised import dense_module, quantised_views
 from ..errors import UsageError
+from ..paths import is_inside
 from .weights import into_weights
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def changed(base: nn.Module, trees: Iterable[AdapterTree]) -> list[str]:
     quantised = [path for path, _ in quantised_views(base)]
     linear = {path for tree in trees for path, adapter in tree.items() if isinstance(adapter, LinearAdapter)}
     whole = {path for tree in trees for path, adapter in tree.items() if isinstance(adapter, ModuleCopy)}
-    return [p for p in quantised if p in linear or any(p == block or p.startswith(f"{block}.") for block in whole)]
+    return [p for p in quantised if p in linear or any(is_inside(p, block) for block in whole)]
 
 
 def into_dense(base: Any, trees: list[AdapterTree], safe: bool, dtype: torch.dtype | None = None) -> None:
@@ -76,7 +77,7 @@ def _round(module: nn.Module, path: str, dtype: torch.dtype, safe: bool) -> None
     for name, parameter in module.named_parameters():
         rounded = parameter.data.to(dtype)
         if safe and not torch.isfinite(rounded).all():
-            raise UsageError(f"merging gives values that are not finite in {path}.{name}; nothing was merged")
+            raise UsageError(f"merging produces non-finite values in {path}.{name}; nothing was merged")
         parameter.data = rounded
 
 

@@ -1,8 +1,8 @@
 """Adapters into weights and back out.
 
 Merging computes in at least fp32, rounds once to the stored type and puts *new* parameters in place of the old ones;
-the old ones are kept, so unmerging restores the very tensors, ties included. Quantised weights are quantised anew, and how
-much that rounds is said.
+the old ones are kept, so unmerging restores the very tensors, ties included. Quantised weights are requantised, and the
+rounding error is logged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..bases import architecture
 from ..bases.quantised import QuantisedView, view_if_quantised
 from ..bases.view import BaseView, view_of
 from ..errors import UsageError
-from ..methods.trainable_tokens import TokenRows
+from ..kernels.fp32 import fp32_or_wider
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
 
     Raises:
         UsageError: a weight is not there to be changed (offloaded), an adapter holds values that are not finite, or
-            what it computes is no change of its module's weight.
+            what it computes is not a change of its module's weight.
     """
     for path, adapter in tree.items():
         module = base.get_submodule(path)
         if any(p.device.type == "meta" for p in module.parameters()):
-            raise UsageError(f"{path} is offloaded, so its weight is not here to be merged; load the base without offloading")
+            raise UsageError(f"{path} is offloaded, so its weight cannot be merged; load the base without offloading")
         if any(not torch.isfinite(p).all() for p in adapter.parameters()):
-            raise UsageError(f"the adapter at {path} holds values that are not finite; it cannot be merged")
+            raise UsageError(f"the adapter at {path} has non-finite values and cannot be merged")
         reason = adapter.merge_fault(view_of(module)) if isinstance(adapter, LinearAdapter) else None
         if reason:
             raise UsageError(f"{path} cannot be merged: {reason}")
@@ -92,7 +92,7 @@ def into_weights(base: nn.Module, trees: Sequence[HasAdapters], safe: bool, keep
         for path, adapter, followers in (item for tree in trees for item in _together(base, tree)):
             for name, value in _merged_values(base.get_submodule(path), adapter).items():
                 if safe and not torch.isfinite(value).all():
-                    raise UsageError(f"merging gives values that are not finite in {path}.{name}; nothing was merged")
+                    raise UsageError(f"merging produces non-finite values in {path}.{name}; nothing was merged")
                 old = _put(base, [path, *followers], name, value, rounding)
                 if keep or safe:
                     for changed in (path, *followers):
@@ -119,8 +119,8 @@ class Rounding:
     def report(self) -> None:
         if self.modules:
             logger.warning(
-                "merging quantised %d weights anew, which moved them %.3g times as far as the adapters did; "
-                "merge_and_unload() keeps all of it in a dense model",
+                "merging requantised %d weights, with a rounding error %.3g times the size of the adapters' change; "
+                "merge_and_unload() gives a dense model without it",
                 self.modules, (self.lost / self.change) ** 0.5 if self.change else 0.0,
             )  # fmt: skip
 
@@ -148,13 +148,13 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in adapter.replaced(module).items()}
     assert isinstance(adapter, LinearAdapter)
     view: BaseView = view_of(module)
-    wide = torch.promote_types(view.dtype, torch.float32)
+    wide = fp32_or_wider(view.dtype)
     bias = None if view.bias is None else view.bias.to(wide)
     weight, new_bias = adapter.merge(view.weight_as(wide), bias, view)
     values = {"weight": weight if view_if_quantised(module) else view.stored(weight).to(module.weight.dtype)}
     if new_bias is not None and module._parameters.get("bias") is None:
         raise UsageError(
-            f"{type(adapter).__name__} gives a bias to a {type(module).__name__} that has none, so it cannot be merged; "
+            f"{type(adapter).__name__} adds a bias to a {type(module).__name__} that has none, so it cannot be merged; "
             "use the handle as it is"
         )
     if new_bias is not None and new_bias is not bias:
@@ -163,19 +163,21 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _together(base: nn.Module, tree: HasAdapters) -> Iterator[tuple[str, Adapter, list[str]]]:
-    """`(path, adapter, followers)`: followers hold the same weight and train the same rows, so they stay tied."""
-    done: set[str] = set()
-    for path, adapter in tree.items():
-        followers: list[str] = []
-        if isinstance(adapter, TokenRows):
-            if path in done:
-                continue
+    """`(path, adapter, followers)`: followers hold the same weight and use the same tensors, so they stay tied."""
+    items = list(tree.items())
+    following: dict[Adapter, list[tuple[str, Adapter]]] = {}
+    for path, adapter in items:
+        following.setdefault(adapter.owner, []).append((path, adapter))
+    done: set[Adapter] = set()
+    for path, adapter in items:
+        if adapter in done:
+            continue
+        together = following[adapter.owner]
+        if len(together) > 1:
             weight = base.get_submodule(path).weight
-            for other, rows in tree.items():
-                if isinstance(rows, TokenRows) and rows.owner is adapter.owner and base.get_submodule(other).weight is weight:
-                    done.add(other)
-                    followers += [other] * (other != path)
-        yield path, adapter, followers
+            together = [(other, each) for other, each in together if base.get_submodule(other).weight is weight]
+        done.update(each for _, each in together)
+        yield path, adapter, [other for other, _ in together if other != path]
 
 
 def _put(base: nn.Module, paths: list[str], name: str, value: Tensor, rounding: Rounding) -> Tensor:

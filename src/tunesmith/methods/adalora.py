@@ -13,16 +13,18 @@ Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuni
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter import LinearAdapter
+from ..adapter import LinearAdapter, ScheduledAdapter
 from ..bases.view import BaseView
+from ..checks import not_finite, not_positive, not_probability
 from ..config import TargetedConfig, config_class
 from ..registry import register
-from .parts import no_probabilities, no_weight_map, not_finite, ranks_below_one, wrong_bias
+from .parts import RankSettings, not_linear_or_convolution, wrong_bias
 
 # The ecosystem's choices where they differ from LoRA's, by `model_type`.
 _TARGETS = {
@@ -70,7 +72,7 @@ class AdaLoraConfig(TargetedConfig):
 
     method: ClassVar[str] = "ADALORA"
     usual_learning_rate: ClassVar[float] = 0.03
-    not_supported: ClassVar[dict[str, tuple]] = {
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "use_rslora": (), "alpha_pattern": (), "use_dora": (), "lora_bias": (), "trainable_token_indices": (),
         "target_parameters": (), "layer_replication": (), "loftq_config": (), "eva_config": (), "corda_config": (),
         "use_qalora": (), "qalora_group_size": (16,), "megatron_config": (), "megatron_core": ("megatron.core",),
@@ -80,9 +82,9 @@ class AdaLoraConfig(TargetedConfig):
     }  # fmt: skip
 
     def faults(self) -> list[str]:
-        found = [*super().faults(), *ranks_below_one({"init_r": self.init_r, "target_r": self.target_r, "deltaT": self.deltaT})]
+        found = [*super().faults(), *not_positive({"init_r": self.init_r, "target_r": self.target_r, "deltaT": self.deltaT})]
         found += not_finite({"lora_alpha": self.lora_alpha, "orth_reg_weight": self.orth_reg_weight})
-        found += no_probabilities({"lora_dropout": self.lora_dropout})
+        found += not_probability({"lora_dropout": self.lora_dropout})
         found += wrong_bias(self.bias, "lora_only")
         found += [f"{name}={getattr(self, name)!r} must be at least 0" for name in ("tinit", "tfinal", "orth_reg_weight")
                   if getattr(self, name) < 0]  # fmt: skip
@@ -103,10 +105,10 @@ class AdaLoraConfig(TargetedConfig):
             self.target_modules = set(_TARGETS[model_type])
         super().resolve_targets(model_type)
 
-    def settings(self, path: str) -> dict[str, Any]:
+    def settings(self, path: str) -> RankSettings:
         left = (self.rank_pattern or {}).get(f"{path}.lora_E")
         alpha = self.lora_alpha if self.lora_alpha > 0 else self.init_r
-        return {"r": self.init_r if left is None else sum(left), "scale": alpha / (self.init_r + 1e-5)}
+        return RankSettings(self.init_r if left is None else sum(left), scale=alpha / (self.init_r + 1e-5))
 
     def budget(self, step: int, at_first: int, in_the_end: int) -> int | None:
         """How many triplets are left after `step`; None where the step changes nothing."""
@@ -118,28 +120,26 @@ class AdaLoraConfig(TargetedConfig):
 
 
 @register(AdaLoraConfig)
-class AdaLora(LinearAdapter):
+class AdaLora(LinearAdapter, ScheduledAdapter):
     """One module's triplets: `lora_A` `(r, in)`, `lora_E` `(r, 1)`, `lora_B` `(out, r)`; an input counts its kernel.
 
     `kept` says which triplets are left; None before the first allocation.
     """
 
-    scheduled = True
-
     @classmethod
-    def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
-        return no_weight_map(base, "AdaLoRA")
+    def fault(cls, base: BaseView, config: AdaLoraConfig, settings: RankSettings) -> str | None:
+        return not_linear_or_convolution(base, "AdaLoRA")
 
-    def __init__(self, base: BaseView, config: AdaLoraConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: AdaLoraConfig, settings: RankSettings) -> None:
         super().__init__(base, config, settings)
-        r, (out, *inner) = settings["r"], base.shape
-        self.scale: float = settings["scale"]
+        r, (out, *inner) = settings.r, base.shape
+        self.scale = settings.scale
         self.starts_at_zero = config.init_lora_weights
         self.lora_A = nn.Parameter(torch.empty(r, math.prod(inner)))
         self.lora_E = nn.Parameter(torch.empty(r, 1))
         self.lora_B = nn.Parameter(torch.empty(out, r))
         self.dropout = nn.Dropout(config.lora_dropout)
-        self.finished = config.rank_pattern is not None  # read from a file: its ranks are allocated
+        self.allocated = config.rank_pattern is not None  # read from a file: its ranks are allocated
         self.kept: Tensor | None = None  # (r,)
         self.before: tuple[Tensor, Tensor | None] | None = None  # E and `kept` as the last optimiser step left them
         self.importance: dict[str, tuple[Tensor, Tensor]] = {}  # {parameter: (smoothed importance, its uncertainty)}
@@ -168,7 +168,7 @@ class AdaLora(LinearAdapter):
     # --- the budget, over all modules of one adapter ------------------------------------------------------------------
 
     @classmethod
-    def penalty(cls, adapters: dict[str, Any], config: AdaLoraConfig) -> Tensor:
+    def penalty(cls, adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor:
         """How far A's rows and B's columns are from orthogonal, on average."""
         distances = []
         for adapter in adapters.values():
@@ -179,9 +179,9 @@ class AdaLora(LinearAdapter):
 
     @classmethod
     @torch.no_grad()
-    def observe_step(cls, adapters: dict[str, Any], config: AdaLoraConfig, step: int) -> None:
+    def observe_step(cls, adapters: Mapping[str, Any], config: AdaLoraConfig, step: int) -> None:
         assert config.total_step is not None
-        if any(adapter.finished for adapter in adapters.values()):
+        if any(adapter.allocated for adapter in adapters.values()):
             return
         for adapter in adapters.values():
             adapter.before = (adapter.lora_E.detach().clone(), adapter.kept)
@@ -202,9 +202,9 @@ class AdaLora(LinearAdapter):
 
     @classmethod
     @torch.no_grad()
-    def allocate(cls, adapters: dict[str, Any], config: AdaLoraConfig, step: int) -> None:
+    def allocate(cls, adapters: Mapping[str, Any], config: AdaLoraConfig, step: int) -> None:
         """Switch off the least important triplets. Until the last allocation they may come back by training."""
-        if any(adapter.finished for adapter in adapters.values()):
+        if any(adapter.allocated for adapter in adapters.values()):
             return
         assert config.total_step is not None
         total = sum(len(adapter.lora_E) for adapter in adapters.values())

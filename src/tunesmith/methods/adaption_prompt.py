@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..adapter import SublayerAdapter
 from ..bases.architecture import hidden_size
-from ..config import PeftConfig, TargetedConfig, config_class
+from ..checks import not_positive
+from ..config import Settings, TargetedConfig, config_class
 from ..errors import ConfigError
 from ..registry import register
 
@@ -46,12 +47,9 @@ class AdaptionPromptConfig(TargetedConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        for name in ("adapter_len", "adapter_layers"):
-            value = getattr(self, name)
-            if value is None or value < 1:
-                found.append(f"{name}={value!r} must be a whole number of at least 1")
+        found += not_positive({"adapter_len": self.adapter_len, "adapter_layers": self.adapter_layers}, may_lack=False)
         if self.target_modules is not None and len(self.target_modules) > 1:
-            found.append(f"target_modules={sorted(self.target_modules)} must be the one name of the attention modules")
+            found.append(f"target_modules={sorted(self.target_modules)} must be a single name, that of the attention modules")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,10 +64,12 @@ class AdaptionPromptConfig(TargetedConfig):
         if self.target_modules is None:
             self.target_modules = {"attn" if model_type == "gpt2" else "self_attn"}
 
-    def narrowed(self, paths: list[str]) -> list[str]:
+    def chosen(self, paths: list[str]) -> list[str]:
         assert self.adapter_layers is not None
         if 0 < len(paths) < self.adapter_layers:
-            raise ConfigError(f"adapter_layers={self.adapter_layers}, but there are {len(paths)} attention modules; take fewer")
+            raise ConfigError(
+                f"adapter_layers={self.adapter_layers}, but there are {len(paths)} attention modules; use fewer layers"
+            )
         return paths[-self.adapter_layers :]
 
 
@@ -81,14 +81,14 @@ class AdaptionPrompt(SublayerAdapter):
     """
 
     @classmethod
-    def fault(cls, module: Any, config: PeftConfig, settings: dict[str, Any]) -> str | None:
+    def fault(cls, module: Any, config: AdaptionPromptConfig, settings: Settings) -> str | None:
         if hasattr(module, "c_attn") and not getattr(module, "is_cross_attention", True):
             return None
         if all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim")) and _rotary(module):
             return None
-        return f"{type(module).__name__} is no attention that LLaMA-Adapter knows (of the kind of Llama's or GPT-2's)"
+        return f"{type(module).__name__} is not an attention module that LLaMA-Adapter supports (such as Llama's and GPT-2's)"
 
-    def __init__(self, module: nn.Module, config: AdaptionPromptConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, config: AdaptionPromptConfig, settings: Settings) -> None:
         super().__init__(module, config, settings)
         width = hidden_size(module.config)
         self.adaption_prompt = nn.Parameter(torch.empty(1, config.adapter_len or 0, width))

@@ -8,12 +8,12 @@ Language-models", https://arxiv.org/abs/2106.10199 (section 3). The file format 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from ..adapter import ParameterAdapter
-from ..config import TargetedConfig, config_class
+from ..config import Settings, TargetedConfig, config_class
 from ..registry import register
 
 
@@ -33,14 +33,14 @@ class BitFit(ParameterAdapter):
     """A private copy of one module's bias."""
 
     @classmethod
-    def fault(cls, module: nn.Module, config: Any, settings: dict[str, Any]) -> str | None:
+    def fault(cls, module: nn.Module, config: BitFitConfig, settings: Settings) -> str | None:
         return None if _has_bias(module) else f"it is a {type(module).__name__} without a bias; leave it out of target_modules"
 
     @classmethod
     def usual_targets(cls, modules: dict[str, nn.Module]) -> set[str]:
         return {path for path, module in modules.items() if path and _has_bias(module)}
 
-    def __init__(self, module: nn.Module, config: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, config: BitFitConfig, settings: Settings) -> None:
         super().__init__(module, ["bias"])
 
 

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from ..adapter import LinearAdapter
 from ..bases.view import BaseView
-from ..config import TargetedConfig, config_class
+from ..checks import not_positive, not_probability
+from ..config import Settings, TargetedConfig, config_class
+from ..kernels.fp32 import at_least_fp32
 from ..registry import register
-from .parts import at_least_fp32, blockwise, convolved, no_probabilities, no_weight_map, ranks_below_one, wrong_bias
+from .parts import not_linear_or_convolution, wrong_bias
+from .rotations import blockwise, cayley, convolved, some_unrotated
 
 
 @config_class
@@ -52,8 +55,8 @@ class BOFTConfig(TargetedConfig):
                 f"boft_block_size={size} and boft_block_num={count}: exactly one must be above 0, because their product is a "
                 "module's input size; set the other to 0"
             )
-        found += ranks_below_one({"boft_n_butterfly_factor": self.boft_n_butterfly_factor})
-        found += no_probabilities({"boft_dropout": self.boft_dropout})
+        found += not_positive({"boft_n_butterfly_factor": self.boft_n_butterfly_factor})
+        found += not_probability({"boft_dropout": self.boft_dropout})
         return [*found, *wrong_bias(self.bias, "boft_only")]
 
 
@@ -62,8 +65,8 @@ class BOFT(LinearAdapter):
     """One module's rotations `boft_R` `(m, blocks, size, size)` and scales `boft_s` `(out, 1)`, a convolution's `(1, out)`."""
 
     @classmethod
-    def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
-        reason = no_weight_map(base, "BOFT", groups=False)
+    def fault(cls, base: BaseView, config: BOFTConfig, settings: Settings) -> str | None:
+        reason = not_linear_or_convolution(base, "BOFT", groups=False)
         width, factors = math.prod(base.shape[1:]), config.boft_n_butterfly_factor
         wanted = config.boft_block_size or config.boft_block_num
         if reason or width % wanted:
@@ -76,7 +79,7 @@ class BOFT(LinearAdapter):
             )
         return None
 
-    def __init__(self, base: BaseView, config: BOFTConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: BOFTConfig, settings: Settings) -> None:
         super().__init__(base, config, settings)
         out, *inner = base.shape
         self.size, count = _blocks(math.prod(inner), config)
@@ -115,15 +118,12 @@ class BOFT(LinearAdapter):
     def _rotations(self) -> Tensor:
         """The blocks' Cayley maps, `(m, blocks, size, size)`, in at least fp32."""
         values = at_least_fp32(self.boft_R)
-        skew = (values - values.mT) / 2
-        one = torch.eye(self.size, device=skew.device, dtype=skew.dtype)
-        return torch.linalg.solve(one + skew, one - skew, left=False)
+        return cayley((values - values.mT) / 2)
 
     def _kept(self, rotations: Tensor) -> Tensor:
         if not (self.training and self.dropout):
             return rotations
-        kept = torch.rand(*rotations.shape[:2], 1, 1, device=rotations.device) >= self.dropout
-        return torch.where(kept, rotations, torch.eye(self.size, device=rotations.device, dtype=rotations.dtype))
+        return some_unrotated(rotations, self.dropout)
 
 
 def _through_factor(x: Tensor, blocks: Tensor, shuffles: int) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from ..adapter import SublayerAdapter
 from ..bases.view import view_of, view_type
-from ..config import TargetedConfig, config_class
+from ..checks import not_positive, not_probability
+from ..config import Settings, TargetedConfig, config_class
 from ..errors import ConfigError
 from ..registry import register
 
@@ -54,6 +56,18 @@ _BLOCKS: dict[tuple[str, ...], tuple[str, str]] = {
 # Parallel adapters need the block's input, so where the modules above are only its last linear map, the whole block.
 _WHOLE = {"self_attention.dense": "self_attention", "mlp.dense_4h_to_h": "mlp", "ffn.down_proj": "ffn"}
 _NO_BLOCK = ("fc2", "output.dense", "attention.output.dense")  # blocks that are no module of their own
+
+
+@dataclass(frozen=True)
+class BottleneckSettings(Settings):
+    """Of the small network: fields of the configuration, the same for every block."""
+
+    bottleneck_size: int | None
+    reduction_factor: int | float | None
+    non_linearity: str
+    scaling: float | str
+    use_parallel_adapter: bool
+    layer_norm_before: bool
 
 
 @config_class
@@ -93,14 +107,12 @@ class BottleneckConfig(TargetedConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if self.bottleneck_size is not None and self.bottleneck_size < 1:
-            found.append(f"bottleneck_size={self.bottleneck_size} must be a whole number of at least 1")
+        found += not_positive({"bottleneck_size": self.bottleneck_size})
         if self.reduction_factor is not None and not 0 < self.reduction_factor < math.inf:
             found.append(f"reduction_factor={self.reduction_factor} must be a number above 0")
         if self.bottleneck_size is not None and self.reduction_factor is not None:
-            found.append("bottleneck_size and reduction_factor say the same in two ways; give one of them")
-        if not 0.0 <= self.adapter_dropout < 1.0:
-            found.append(f"adapter_dropout={self.adapter_dropout} must be at least 0 and below 1")
+            found.append("bottleneck_size and reduction_factor both set the size; give only one of them")
+        found += not_probability({"adapter_dropout": self.adapter_dropout})
         if self.scaling != "learned" and (isinstance(self.scaling, str) or not math.isfinite(self.scaling)):
             found.append(f'scaling={self.scaling!r} must be a finite number or "learned"')
         for name, allowed in {
@@ -111,7 +123,9 @@ class BottleneckConfig(TargetedConfig):
             if getattr(self, name) not in allowed:
                 found.append(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         if self.target_modules == "all-linear":
-            found.append('target_modules="all-linear" names the maps inside the blocks; name the blocks, or leave it out')
+            found.append(
+                'target_modules="all-linear" names the linear layers inside the blocks; name the blocks, or leave it out'
+            )
         return found
 
     def resolve_targets(self, model_type: str | None) -> None:
@@ -120,24 +134,23 @@ class BottleneckConfig(TargetedConfig):
         blocks = next((names for types, names in _BLOCKS.items() if model_type in types), None)
         if blocks is None:
             raise ConfigError(
-                f'the attention and feed-forward blocks of "{model_type}" are not known here; name them in target_modules, '
+                f'the attention and feed-forward blocks of "{model_type}" are not known; name them in target_modules, '
                 'e.g. target_modules=["self_attn", "mlp"]'
             )
         wanted: tuple[str, ...] = blocks if self.style == "houlsby" else blocks[1:]
         if self.use_parallel_adapter:
             if any(name in _NO_BLOCK for name in wanted):
                 raise ConfigError(
-                    f'the feed-forward block of "{model_type}" is no module of its own, so nothing can stand beside it; '
-                    'take style="houlsby" or "pfeiffer", or name whole blocks in target_modules'
+                    f'the feed-forward block of "{model_type}" is not a module of its own, so nothing can run beside it; '
+                    'use style="houlsby" or "pfeiffer", or name whole blocks in target_modules'
                 )
             wanted = tuple(_WHOLE.get(name, name) for name in wanted)
         elif self.style == "pfeiffer" and blocks[0].endswith(f".{blocks[1]}"):  # the one's name is an ending of the other's
             self.exclude_modules = _with_one_more(self.exclude_modules, blocks[0])
         self.target_modules = set(wanted)
 
-    def settings(self, path: str) -> dict[str, Any]:
-        names = ("bottleneck_size", "reduction_factor", "non_linearity", "scaling", "use_parallel_adapter", "layer_norm_before")
-        return {name: getattr(self, name) for name in names}
+    def settings(self, path: str) -> BottleneckSettings:
+        return BottleneckSettings(**{field.name: getattr(self, field.name) for field in fields(BottleneckSettings)})
 
 
 def _with_one_more(excluded: Any, name: str) -> Any:
@@ -151,12 +164,12 @@ class Bottleneck(SublayerAdapter):
     """The small network of one block: `down` `(size, in)`, `up` `(out, size)`, both with biases."""
 
     @classmethod
-    def fault(cls, base: nn.Module, config: Any, settings: dict[str, Any]) -> str | None:
+    def fault(cls, base: nn.Module, config: BottleneckConfig, settings: BottleneckSettings) -> str | None:
         if widths(base) is None:
-            return f"how wide the output of {type(base).__name__} is cannot be told; name a block of linear modules"
+            return f"the output width of {type(base).__name__} cannot be determined; name a block of linear modules"
         return None
 
-    def __init__(self, module: nn.Module, config: BottleneckConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, config: BottleneckConfig, settings: BottleneckSettings) -> None:
         super().__init__(module, config, settings)
         found = widths(module)
         assert found is not None

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.view import BaseView
-from ..config import PeftConfig
 from ..errors import TargetError
+from ..kernels.fp32 import fp32_or_wider
 from ..registry import register
-from .lora import Lora, LoraConfig
+from .lora import Lora
+from .lora_config import LoraConfig, LoraSettings
 
 
 @register(LoraConfig, flag="use_dora")
@@ -27,12 +28,12 @@ class Dora(Lora):
     """LoRA's factors and the sizes: `(out,)`, for convolutions `(1, out, 1, 1)`, for embeddings `(dim,)`."""
 
     @classmethod
-    def fault(cls, base: BaseView, config: PeftConfig, settings: dict[str, Any]) -> str | None:
+    def fault(cls, base: BaseView, config: LoraConfig, settings: LoraSettings) -> str | None:
         if getattr(base.module, "groups", 1) > 1:
             return "DoRA needs the norm of the changed weight, which a low-rank change of a grouped convolution does not have"
         return super().fault(base, config, settings)
 
-    def __init__(self, base: BaseView, config: LoraConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: LoraConfig, settings: LoraSettings) -> None:
         super().__init__(base, config, settings)
         out, spatial = self.lora_B.shape[0], self.lora_A.dim() - 2
         self.lora_magnitude_vector = nn.Parameter(torch.empty((1, out, 1, 1) if spatial else (out,)))
@@ -47,7 +48,7 @@ class Dora(Lora):
     @torch.no_grad()
     def norm(self, weight: Tensor, base: BaseView) -> Tensor:
         """`||W + s B A||` per output, `(out,)`, in at least fp32."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = fp32_or_wider(weight.dtype)
         w = (weight.T if base.tokens_in else weight.flatten(1)).to(wide)  # (out, in)
         a = self.lora_A.flatten(1).to(wide)  # (r, in)
         b = self.scale * self.lora_B.flatten(1).to(wide)  # (out, r)

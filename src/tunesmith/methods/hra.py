@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from ..adapter import LinearAdapter
 from ..bases.view import BaseView
-from ..config import TargetedConfig, config_class
+from ..checks import not_positive
+from ..config import Settings, TargetedConfig, config_class
+from ..kernels.fp32 import at_least_fp32
 from ..registry import register
-from .parts import at_least_fp32, convolved, no_weight_map, ranks_below_one, wrong_bias
+from .parts import not_linear_or_convolution, wrong_bias
+from .rotations import convolved
 
 
 @config_class
@@ -45,7 +48,7 @@ class HRAConfig(TargetedConfig):
     ours_alone: ClassVar[tuple[str, ...]] = ("fan_in_fan_out",)
 
     def faults(self) -> list[str]:
-        return [*super().faults(), *ranks_below_one({"r": self.r}), *wrong_bias(self.bias, "hra_only")]
+        return [*super().faults(), *not_positive({"r": self.r}), *wrong_bias(self.bias, "hra_only")]
 
 
 @register(HRAConfig)
@@ -53,13 +56,13 @@ class HRA(LinearAdapter):
     """One module's vectors, not normalised: `hra_u` `(in, r)`; a convolution's input counts its kernel."""
 
     @classmethod
-    def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
+    def fault(cls, base: BaseView, config: HRAConfig, settings: Settings) -> str | None:
         width = math.prod(base.shape[1:])
         if config.apply_GS and config.r > width:
-            return f"r={config.r} vectors cannot be orthogonal in its input of {width}; take a smaller r"
-        return no_weight_map(base, "HRA", groups=False)
+            return f"r={config.r} vectors cannot be orthogonal in its input of {width}; use a smaller r"
+        return not_linear_or_convolution(base, "HRA", groups=False)
 
-    def __init__(self, base: BaseView, config: HRAConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: HRAConfig, settings: Settings) -> None:
         super().__init__(base, config, settings)
         self.orthogonal = config.apply_GS
         # Gram-Schmidt of equal vectors is 0/0, so they start in pairs only without it.

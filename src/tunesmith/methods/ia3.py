@@ -9,8 +9,8 @@ https://arxiv.org/abs/2205.05638 (section 3.3).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ..adapter import LinearAdapter
 from ..bases.view import BaseView
-from ..config import PeftConfig, TargetedConfig, config_class
+from ..config import Settings, TargetedConfig, config_class
+from ..paths import ends_with, is_named
 from ..registry import register
-from .parts import no_weight_map
+from .parts import not_linear_or_convolution
 
 # The ecosystem's choices: (targets, those of them that scale their input), by `model_type`.
 _TARGETS: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -40,6 +41,13 @@ _TARGETS: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("gpt_neo",): (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
     ("mixtral",): (("k_proj", "v_proj", "w2"), ("w2",)),
 }
+
+
+@dataclass(frozen=True)
+class IA3Settings(Settings):
+    """Which side of a module the factors are on."""
+
+    scales_input: bool
 
 
 @config_class
@@ -88,16 +96,13 @@ class IA3Config(TargetedConfig):
             self.feedforward_modules = {name for name in feedforward if isinstance(wanted, str) or _is_among(name, wanted)}
         super().resolve_targets(model_type)
 
-    def settings(self, path: str) -> dict[str, Any]:
-        wanted = self.feedforward_modules or ()
-        if isinstance(wanted, str):
-            return {"scales_input": re.fullmatch(wanted, path) is not None}
-        return {"scales_input": any(path == name or path.endswith(f".{name}") for name in wanted)}
+    def settings(self, path: str) -> IA3Settings:
+        return IA3Settings(scales_input=is_named(path, self.feedforward_modules or ()))
 
 
 def _is_among(name: str, targets: Iterable[str] | None) -> bool:
     """Whether a feed-forward name is a target, names some of a target's modules, or the other way round."""
-    return any(name == target or name.endswith(f".{target}") or target.endswith(f".{name}") for target in targets or ())
+    return any(ends_with(name, target) or ends_with(target, name) for target in targets or ())
 
 
 @register(IA3Config)
@@ -105,14 +110,14 @@ class IA3(LinearAdapter):
     """One module's factors: `(1, in)` on the input or `(out, 1)` on the output, of a convolution `(1, channels, 1, 1)`."""
 
     @classmethod
-    def fault(cls, base: BaseView, config: PeftConfig, settings: dict[str, Any]) -> str | None:
-        return no_weight_map(base, "IA3")
+    def fault(cls, base: BaseView, config: IA3Config, settings: IA3Settings) -> str | None:
+        return not_linear_or_convolution(base, "IA3")
 
-    def __init__(self, base: BaseView, config: IA3Config, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: IA3Config, settings: IA3Settings) -> None:
         super().__init__(base, config, settings)
         out, inner, *kernel = base.shape
         self.groups: int = getattr(base.module, "groups", 1)
-        self.scales_input: bool = settings["scales_input"]
+        self.scales_input = settings.scales_input
         self.starts_at_one = config.init_ia3_weights
         if kernel:
             shape: tuple[int, ...] = (1, inner * self.groups if self.scales_input else out, 1, 1)

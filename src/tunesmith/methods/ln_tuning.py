@@ -8,13 +8,13 @@ https://arxiv.org/abs/2312.11420 (section 3).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import ParameterAdapter
 from ..bases.view import view_type
-from ..config import TargetedConfig, config_class
+from ..config import Settings, TargetedConfig, config_class
 from ..registry import register
 
 # The ecosystem's choices by `model_type`; elsewhere every norm is taken.
@@ -53,10 +53,10 @@ class LNTuning(ParameterAdapter):
     """Private copies of one norm's parameters."""
 
     @classmethod
-    def fault(cls, module: nn.Module, config: Any, settings: dict[str, Any]) -> str | None:
+    def fault(cls, module: nn.Module, config: LNTuningConfig, settings: Settings) -> str | None:
         kind = type(module).__name__
         if view_type(module) is not None:
-            return f"it is a {kind}, not a norm; name it in modules_to_save to train it whole, or take LoRA"
+            return f"it is a {kind}, not a norm; name it in modules_to_save to train it whole, or use LoRA"
         if not _own_parameters(module):
             return f"it is a {kind} without parameters of its own; name norms"
         return None
@@ -65,8 +65,11 @@ class LNTuning(ParameterAdapter):
     def usual_targets(cls, modules: dict[str, nn.Module]) -> set[str]:
         return {path for path, module in modules.items() if type(module).__name__.endswith("Norm") and _own_parameters(module)}
 
-    def __init__(self, module: nn.Module, config: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, config: LNTuningConfig, settings: Settings) -> None:
         super().__init__(module, _own_parameters(module))
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        return {f"ln_tuning_layers.{name}": tensor for name, tensor in super().in_file(beside).items()}
 
 
 def _own_parameters(module: nn.Module) -> list[str]:

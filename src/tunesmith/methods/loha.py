@@ -9,7 +9,7 @@ https://arxiv.org/abs/2108.06098 (propositions 1 and 3); LyCORIS: Yeh et al. 202
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..bases.view import BaseView
 from ..config import config_class
 from ..registry import register
 from .lycoris import LycorisAdapter, LycorisConfig, through_kernel
+from .parts import RankSettings
 
 
 @config_class
@@ -38,10 +39,10 @@ class LoHaConfig(LycorisConfig):
 class LoHa(LycorisAdapter):
     """One module's factors: a `(out, r)` and b `(r, in)`; with kernel cores t `(r, r, kh, kw)`: a `(r, out)`, b `(r, in)`."""
 
-    def __init__(self, base: BaseView, config: LoHaConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: LoHaConfig, settings: RankSettings) -> None:
         super().__init__(base, config, settings)
         self.init_weights = config.init_weights
-        r, (out, inner, *kernel) = settings["r"], base.shape
+        r, (out, inner, *kernel) = settings.r, base.shape
         self.has_cores = config.use_effective_conv2d and math.prod(kernel) > 1
         a_shape, b_shape = ((r, out), (r, inner)) if self.has_cores else ((out, r), (r, inner * math.prod(kernel)))
         self.hada_w1_a, self.hada_w1_b = nn.Parameter(torch.empty(a_shape)), nn.Parameter(torch.empty(b_shape))

@@ -9,7 +9,7 @@ https://arxiv.org/abs/2309.14859 (section 3.3).
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..bases.view import BaseView
 from ..config import config_class
 from ..registry import register
 from .lycoris import LycorisAdapter, LycorisConfig, through_kernel
+from .parts import RankSettings
 
 
 @config_class
@@ -54,10 +55,10 @@ class LoKrConfig(LycorisConfig):
 class LoKr(LycorisAdapter):
     """One module's factors `lokr_w1` `(out1, in1)` and `lokr_w2` `(out2, in2, ...)`, or `..._a` and `..._b` in their place."""
 
-    def __init__(self, base: BaseView, config: LoKrConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: LoKrConfig, settings: RankSettings) -> None:
         super().__init__(base, config, settings)
         self.init_weights = config.init_weights
-        r, (out, inner, *kernel) = settings["r"], base.shape
+        r, (out, inner, *kernel) = settings.r, base.shape
         out1, out2 = factorised(out, config.decompose_factor)
         in1, self.in2 = factorised(inner, config.decompose_factor)
         self.kernel = tuple(kernel)

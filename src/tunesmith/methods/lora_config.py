@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..checks import not_finite, not_positive, not_probability
 from ..config import TargetedConfig, config_class
 from ..errors import ConfigError, did_you_mean
-from .parts import by_pattern, no_probabilities, not_finite, ranks_below_one, with_pattern, wrong_bias
+from .parts import RankSettings, by_pattern, with_pattern, wrong_bias
 from .trainable_tokens import index_faults
 
-FROM_WEIGHT = ("pissa", "olora", "loftq")  # starts that are parts of the base's weight
-STARTS = (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT)
+FROM_WEIGHT = ("pissa", "olora", "loftq")  # inits that are parts of the base's weight
+INITS = (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT)
 
 
 @dataclass
@@ -34,7 +35,7 @@ class LoftQConfig:
         found = []
         if self.loftq_bits not in (2, 3, 4, 8):
             found.append(f"loftq_bits={self.loftq_bits!r} must be 2, 3, 4 or 8")
-        return [*found, *ranks_below_one({"loftq_iter": self.loftq_iter})]
+        return [*found, *not_positive({"loftq_iter": self.loftq_iter})]
 
 
 @dataclass
@@ -66,6 +67,28 @@ class EvaConfig:
         return found
 
 
+@dataclass(frozen=True)
+class WeightInit:
+    """An init that is computed from the weight.
+
+    Args:
+        name: one of `FROM_WEIGHT`.
+        rounds: of LoftQ's turns, or of the randomised PiSSA; None is the exact one.
+        bits: of LoftQ.
+    """
+
+    name: str
+    rounds: int | None = None
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class LoraSettings(RankSettings):
+    """Rank, scale and, where the factors start as parts of the weight, which ones."""
+
+    init: WeightInit | None = None
+
+
 @config_class
 class LoraConfig(TargetedConfig):
     """Configuration of LoRA.
@@ -90,7 +113,7 @@ class LoraConfig(TargetedConfig):
             (`lora_parameters.py`); `target_modules` may then be empty, and None means none.
         trainable_token_indices: tokens whose embeddings train, too; `{embedding's name: tokens}` for other embeddings than
             the input's (`trainable_tokens.py`).
-        loftq_config, eva_config: of the starts of these names; a `LoftQConfig`, an `EvaConfig` or a dictionary.
+        loftq_config, eva_config: of the inits of these names; a `LoftQConfig`, an `EvaConfig` or a dictionary.
     """
 
     r: int = 8
@@ -109,7 +132,7 @@ class LoraConfig(TargetedConfig):
     eva_config: EvaConfig | dict | None = None
 
     method: ClassVar[str] = "LORA"
-    not_supported: ClassVar[dict[str, tuple]] = {
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "layer_replication": (),
         "corda_config": (), "use_qalora": (), "qalora_group_size": (16,),
         "megatron_config": (), "megatron_core": ("megatron.core",), "ensure_weight_tying": (), "alora_invocation_tokens": (),
@@ -126,24 +149,24 @@ class LoraConfig(TargetedConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        found += ranks_below_one(with_pattern("r", self.r, self.rank_pattern, "rank_pattern"))
+        found += not_positive(with_pattern("r", self.r, self.rank_pattern, "rank_pattern"))
         found += not_finite(with_pattern("lora_alpha", self.lora_alpha, self.alpha_pattern, "alpha_pattern"))
-        found += no_probabilities({"lora_dropout": self.lora_dropout})
+        found += not_probability({"lora_dropout": self.lora_dropout})
         found += wrong_bias(self.bias, "lora_only")
         found += index_faults(self.trainable_token_indices)
-        return found + list(self._start_faults())
+        return found + list(self._init_faults())
 
-    def _start_faults(self) -> Iterator[str]:
-        start = self.init_lora_weights
-        if start not in STARTS and self._quick_rounds() is None:
-            allowed = ", ".join(f'"{name}"' for name in STARTS[2:])
-            yield f'init_lora_weights={start!r} must be True, False, {allowed} or "pissa_niter_<rounds>"'
-        if start == "orthogonal":
+    def _init_faults(self) -> Iterator[str]:
+        init = self.init_lora_weights
+        if init not in INITS and self._quick_rounds() is None:
+            allowed = ", ".join(f'"{name}"' for name in INITS[2:])
+            yield f'init_lora_weights={init!r} must be True, False, {allowed} or "pissa_niter_<rounds>"'
+        if init == "orthogonal":
             ranks = {self.r, *(self.rank_pattern or {}).values()}
             yield from (f'init_lora_weights="orthogonal" needs even ranks, got {r}' for r in sorted(ranks) if r % 2)
-        if self.use_dora and self.starts_from_weight:
-            yield f"use_dora=True cannot be combined with init_lora_weights={start!r}; choose one"
-        if self.lora_bias and (self.use_dora or not isinstance(start, bool)):
+        if self.use_dora and self.init_from_weight:
+            yield f"use_dora=True cannot be combined with init_lora_weights={init!r}; choose one"
+        if self.lora_bias and (self.use_dora or not isinstance(init, bool)):
             yield "lora_bias=True works with init_lora_weights=True or False and without use_dora"
         for value in (self.loftq_config, self.eva_config):
             yield from value.faults() if isinstance(value, (LoftQConfig, EvaConfig)) else ()
@@ -152,8 +175,8 @@ class LoraConfig(TargetedConfig):
             found = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
             used = [name for name, value in found.items() if value]
             yield from (f"{name} cannot be combined with target_parameters; leave one out" for name in used)
-            if start not in (True, False, "gaussian"):
-                yield f'target_parameters start with init_lora_weights=True, False or "gaussian", got {start!r}'
+            if init not in (True, False, "gaussian"):
+                yield f'target_parameters needs init_lora_weights=True, False or "gaussian", got {init!r}'
 
     @property
     def may_target_nothing(self) -> bool:
@@ -165,34 +188,33 @@ class LoraConfig(TargetedConfig):
         super().resolve_targets(model_type)
 
     @property
-    def starts_from_weight(self) -> bool:
+    def init_from_weight(self) -> bool:
         """Whether the factors start as parts of the weight, so that the change is counted from there."""
         return self.init_lora_weights in FROM_WEIGHT or self._quick_rounds() is not None
 
     def _quick_rounds(self) -> int | None:
-        """The rounds that "pissa_niter_<rounds>" asks for; None where it is another start."""
+        """The rounds that "pissa_niter_<rounds>" asks for; None where it is another init."""
         found = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
         return int(found[1]) if found else None
 
-    def settings(self, path: str) -> dict[str, Any]:
+    def settings(self, path: str) -> LoraSettings:
         r = by_pattern(self.rank_pattern, path, self.r)
         alpha = by_pattern(self.alpha_pattern, path, self.lora_alpha)
-        settings = {"r": r, "scale": alpha / math.sqrt(r) if self.use_rslora else alpha / r}
-        return {**settings, "start": self._start()} if self.starts_from_weight else settings
+        return LoraSettings(r, alpha / math.sqrt(r) if self.use_rslora else alpha / r, self._weight_init())
 
-    def _start(self) -> tuple[str, dict[str, int]]:
-        """Name and options of a start that is computed from the weight."""
+    def _weight_init(self) -> WeightInit | None:
+        if not self.init_from_weight:
+            return None
         if isinstance(self.loftq_config, LoftQConfig):
-            return "loftq", {"bits": self.loftq_config.loftq_bits, "rounds": self.loftq_config.loftq_iter}
-        rounds = self._quick_rounds()
-        return ("olora", {}) if self.init_lora_weights == "olora" else ("pissa", {} if rounds is None else {"rounds": rounds})
+            return WeightInit("loftq", rounds=self.loftq_config.loftq_iter, bits=self.loftq_config.loftq_bits)
+        return WeightInit("olora") if self.init_lora_weights == "olora" else WeightInit("pissa", rounds=self._quick_rounds())
 
     def pattern_keys(self) -> dict[str, list[str]]:
         return {"rank_pattern": list(self.rank_pattern or ()), "alpha_pattern": list(self.alpha_pattern or ())}
 
 
 def _made(name: str, kind: Any, value: Any, wanted: bool) -> Any:
-    """`value` as a `kind`: made of a dictionary, made anew where it is wanted and not given."""
+    """`value` as a `kind`: made from a dictionary, or from defaults where it is wanted and not given."""
     if isinstance(value, dict) and value:
         fields = [field.name for field in dataclasses.fields(kind)]
         wrong = [f'{name} has no field "{key}"{did_you_mean(key, fields)}' for key in value if key not in fields]

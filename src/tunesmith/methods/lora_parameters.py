@@ -3,12 +3,11 @@
     W' = W + s B A,   W in R^{out x in}
     W'_e = W_e + s B_e A_e   for each expert e, transposed where the module stores `(experts, in, out)` and says so
 
-The module is called as a shallow twin that holds W'. Hu et al. 2021, https://arxiv.org/abs/2106.09685 (section 4.1).
+The module is called as a view of it that holds W'. Hu et al. 2021, https://arxiv.org/abs/2106.09685 (section 4.1).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,17 +15,20 @@ from torch import Tensor, nn
 
 from ..adapter import ParameterAdapter
 from ..bases.view import module_view
-from .lora_config import LoraConfig
+from ..inits.lora import init_factors
+from ..kernels.fp32 import at_least_fp32
+from ..registry import register_part
+from .lora_config import LoraConfig, LoraSettings
 
 
 class LoraOnParameter(nn.Module):
     """A `(experts * r, in)` and B `(out, r * experts)` of one parameter; a matrix counts as one expert."""
 
-    def __init__(self, module: nn.Module, name: str, config: LoraConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, name: str, config: LoraConfig, settings: LoraSettings) -> None:
         super().__init__()
         weight = getattr(module, name)
-        self.r: int = settings["r"]
-        self.scale: float = settings["scale"]
+        self.r = settings.r
+        self.scale = settings.scale
         self.init = config.init_lora_weights
         self.experts = len(weight) if weight.dim() == 3 else 1
         self.inputs_first = weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
@@ -36,13 +38,7 @@ class LoraOnParameter(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(out, self.r * self.experts))
 
     def reset_parameters(self) -> None:
-        if self.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-        if self.init is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        init_factors(self.lora_A, self.lora_B, self.init, self.r)
 
     def forward(self, weight: Tensor) -> Tensor:
         """`W'`, in the weight's type."""
@@ -52,27 +48,34 @@ class LoraOnParameter(nn.Module):
         return weight + change.view_as(weight)
 
 
+@register_part("_parameters_changed")
 class LoraParameters(ParameterAdapter):
     """LoRA on some parameters of one module, by name, in the order in which the module holds them."""
 
-    def __init__(self, module: nn.Module, config: LoraConfig, settings: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, module: nn.Module, config: LoraConfig, settings: dict[str, LoraSettings]) -> None:
         super().__init__(module, [])  # it changes what is there, so it has no values to put in its place
         self.names = list(settings)
         for name in self.names:
             self._modules[name] = LoraOnParameter(module, name, config, settings[name])
 
     def reset_parameters(self, base: Any) -> None:
-        for change in self.children():
-            assert isinstance(change, LoraOnParameter)
+        for change in self.changes().values():
             change.reset_parameters()
 
+    def changes(self) -> dict[str, LoraOnParameter]:
+        """By parameter."""
+        return {name: change for name, change in self._modules.items() if isinstance(change, LoraOnParameter)}
+
     def forward(self, module: nn.Module) -> nn.Module:
-        return module_view(module, {name: self._modules[name](getattr(module, name)) for name in self.names})  # type: ignore[misc]
+        return module_view(module, {name: change(getattr(module, name)) for name, change in self.changes().items()})
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        """The ecosystem's files wrap the module once for each parameter, the last one outermost."""
+        tensors: dict[str, Tensor] = {}
+        for depth, change in enumerate(reversed(self.changes().values())):
+            tensors |= {f"{'base_layer.' * depth}{leaf}.weight": tensor for leaf, tensor in change.named_parameters()}
+        return tensors
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
-        values = {}
-        for name in self.names:
-            weight = getattr(module, name)
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            values[name] = self._modules[name](wide).to(weight.dtype)  # type: ignore[misc]
-        return values
+        weights = {name: getattr(module, name) for name in self.names}
+        return {name: change(at_least_fp32(weights[name])).to(weights[name].dtype) for name, change in self.changes().items()}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..adapter import LinearAdapter
 from ..bases.view import BaseView
+from ..checks import not_finite, not_positive, not_probability
 from ..config import TargetedConfig, config_class
-from .parts import by_pattern, no_probabilities, no_weight_map, not_finite, ranks_below_one, with_pattern
+from .parts import RankSettings, by_pattern, not_linear_or_convolution, with_pattern
 
 
 @config_class
@@ -44,14 +45,14 @@ class LycorisConfig(TargetedConfig):
     def faults(self) -> list[str]:
         return [
             *super().faults(),
-            *ranks_below_one(with_pattern("r", self.r, self.rank_pattern, "rank_pattern")),
+            *not_positive(with_pattern("r", self.r, self.rank_pattern, "rank_pattern")),
             *not_finite(with_pattern("alpha", self.alpha, self.alpha_pattern, "alpha_pattern")),
-            *no_probabilities({"rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}),
+            *not_probability({"rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}),
         ]
 
-    def settings(self, path: str) -> dict[str, Any]:
+    def settings(self, path: str) -> RankSettings:
         r = by_pattern(self.rank_pattern, path, self.r)
-        return {"r": r, "scale": by_pattern(self.alpha_pattern, path, self.alpha) / r}
+        return RankSettings(r, scale=by_pattern(self.alpha_pattern, path, self.alpha) / r)
 
     def pattern_keys(self) -> dict[str, list[str]]:
         return {"rank_pattern": list(self.rank_pattern or ()), "alpha_pattern": list(self.alpha_pattern or ())}
@@ -61,12 +62,12 @@ class LycorisAdapter(LinearAdapter):
     """`y = W x + b + s D x`, where `product(x, base)` is `D x` and `change(base)` is the dense D."""
 
     @classmethod
-    def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
-        return no_weight_map(base, cls.__name__)
+    def fault(cls, base: BaseView, config: LycorisConfig, settings: RankSettings) -> str | None:
+        return not_linear_or_convolution(base, cls.__name__)
 
-    def __init__(self, base: BaseView, config: LycorisConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: LycorisConfig, settings: RankSettings) -> None:
         super().__init__(base, config, settings)
-        self.scale: float = settings["scale"]
+        self.scale = settings.scale
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.rescales = getattr(config, "rank_dropout_scale", False)
 

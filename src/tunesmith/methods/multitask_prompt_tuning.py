@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..checks import not_positive
 from ..config import config_class
 from ..errors import ConfigError, UsageError
 from ..registry import register
@@ -57,13 +58,11 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     num_tasks: int = 1
 
     method: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
-    starts: ClassVar[type[Enum]] = MultitaskPromptTuningInit
+    inits: ClassVar[type[Enum]] = MultitaskPromptTuningInit
 
     def faults(self) -> list[str]:
         found = super().faults()
-        for name in ("num_ranks", "num_tasks"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
+        found += not_positive({"num_ranks": self.num_ranks, "num_tasks": self.num_tasks})
         if self.prompt_tuning_init_task < 0:
             found.append(f"prompt_tuning_init_task={self.prompt_tuning_init_task!r} must be a whole number of at least 0")
         if self.prompt_tuning_init in _FROM_SOURCE and not self.prompt_tuning_init_state_dict_path:
@@ -97,8 +96,8 @@ class MultitaskPromptTuning(PromptTuning):
         count = self.config.num_tasks
         if task_ids is None:
             raise UsageError(
-                "multitask prompt tuning needs task_ids, one for each row, e.g. task_ids=torch.tensor([0, 1]); "
-                "a Trainer keeps such a column only with remove_unused_columns=False"
+                "multitask prompt tuning needs task_ids, one per row, e.g. task_ids=torch.tensor([0, 1]); "
+                "a Trainer keeps that column only with remove_unused_columns=False"
             )
         ids = torch.as_tensor(task_ids, device=self.embedding.device)
         if not torch.compiler.is_compiling() and not bool(((ids >= 0) & (ids < count)).all()):
@@ -119,7 +118,9 @@ class MultitaskPromptTuning(PromptTuning):
             wanted |= {"prefix_task_cols": self.prefix_task_cols, "prefix_task_rows": self.prefix_task_rows}
         for name, parameter in wanted.items():
             if name not in source:
-                raise ConfigError(f'prompt_tuning_init_state_dict_path: {path} holds no "{name}"; give a multitask adapter\'s')
+                raise ConfigError(
+                    f'prompt_tuning_init_state_dict_path: {path} has no "{name}"; give the file of a multitask adapter'
+                )
             value = source[name]
             if name != "prompt_embeddings":
                 if start == "EXACT_SOURCE_TASK" and config.prompt_tuning_init_task >= len(value):
@@ -143,4 +144,6 @@ def _read(path: str) -> dict[str, Tensor]:
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise ConfigError(f"prompt_tuning_init_state_dict_path: {path} cannot be read as tensors ({error})") from error
     except Exception as error:  # whatever unpickling meets
-        raise ConfigError(f"prompt_tuning_init_state_dict_path: {path} holds more than plain tensors; not read") from error
+        raise ConfigError(
+            f"prompt_tuning_init_state_dict_path: {path} contains more than tensors, so it was not read"
+        ) from error

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from ..adapter import LinearAdapter
 from ..bases.view import BaseView
-from ..config import TargetedConfig, config_class
+from ..checks import not_finite, not_probability
+from ..config import Settings, TargetedConfig, config_class
+from ..kernels.fp32 import at_least_fp32
 from ..registry import register
-from .parts import at_least_fp32, blockwise, convolved, no_probabilities, not_finite, wrong_bias
+from .parts import wrong_bias
+from .rotations import blockwise, cayley, convolved, some_unrotated
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class OFTConfig(TargetedConfig):
         if not self.eps > 0:
             found.append(f"eps={self.eps!r} must be above 0")
         found += not_finite({"eps": self.eps})
-        found += no_probabilities({"module_dropout": self.module_dropout})
+        found += not_probability({"module_dropout": self.module_dropout})
         return [*found, *wrong_bias(self.bias, "oft_only")]
 
 
@@ -78,20 +81,23 @@ class OFT(LinearAdapter):
     """One module's blocks: the upper triangles of their Q, `(blocks, size * (size - 1) / 2)`."""
 
     @classmethod
-    def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
+    def fault(cls, base: BaseView, config: OFTConfig, settings: Settings) -> str | None:
         if getattr(base.module, "groups", 1) > 1:
             return "OFT cannot rotate the input channels of a grouped convolution; leave it out of target_modules"
         if _block_size(_width(base), config) < 2:
-            return f"its input of {_width(base)} gives blocks of one number, which cannot rotate; take another block size"
+            return f"its input of {_width(base)} gives blocks of size 1, which cannot rotate; use another block size"
         return None
 
-    def __init__(self, base: BaseView, config: OFTConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: OFTConfig, settings: Settings) -> None:
         super().__init__(base, config, settings)
         width = _width(base)
         self.size = _block_size(width, config)
         if width % (config.oft_block_size or config.r):
-            logger.warning("%d numbers are rotated in blocks of %d, the nearest to what was asked for", width, self.size)
+            logger.warning(
+                "an input of %d is rotated in blocks of %d, the divisor nearest to the requested size", width, self.size
+            )
         self.config = config
+        self.on_embedding = base.tokens_in
         self.oft_R = nn.Parameter(
             torch.empty(1 if config.block_share else width // self.size, self.size * (self.size - 1) // 2)
         )
@@ -113,6 +119,9 @@ class OFT(LinearAdapter):
     def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
         return self._rotated_weight(weight, self.rotation(), base), bias
 
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        return {"oft_embedding_R.weight" if self.on_embedding else "oft_R.weight": self.oft_R}
+
     def rotation(self) -> Tensor:
         """The blocks R_i, `(blocks or 1, size, size)`, in at least fp32."""
         triangle = at_least_fp32(self._constrained())
@@ -120,12 +129,11 @@ class OFT(LinearAdapter):
         skew = triangle.new_zeros(len(triangle), self.size, self.size)
         skew[:, upper[0], upper[1]] = triangle
         skew = skew - skew.mT
-        one = torch.eye(self.size, device=skew.device, dtype=skew.dtype)
         if not self.config.use_cayley_neumann:
-            return torch.linalg.solve(one + skew, one - skew, left=False)
+            return cayley(skew)
         # The ecosystem's series: powers below the last count twice; three and four terms give the same.
         last = {2: 1, 3: 3}.get(self.config.num_cayley_neumann_terms, self.config.num_cayley_neumann_terms - 1)
-        total, power = one.expand_as(skew), skew
+        total, power = torch.eye(self.size, device=skew.device, dtype=skew.dtype).expand_as(skew), skew
         for exponent in range(1, last + 1):
             total = total + (2 if exponent < max(last, 2) else 1) * power
             power = power @ skew
@@ -146,8 +154,7 @@ class OFT(LinearAdapter):
     def _kept(self, rotation: Tensor) -> Tensor:
         if not (self.training and self.config.module_dropout) or len(rotation) == 1:
             return rotation
-        kept = torch.rand(len(rotation), 1, 1, device=rotation.device) >= self.config.module_dropout
-        return torch.where(kept, rotation, torch.eye(self.size, device=rotation.device, dtype=rotation.dtype))
+        return some_unrotated(rotation, self.config.module_dropout)
 
     def _rotated_weight(self, weight: Tensor, rotation: Tensor, base: BaseView) -> Tensor:
         turned = rotation if base.tokens_in else rotation.mT  # an embedding's output is rotated, else the input

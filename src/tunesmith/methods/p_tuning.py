@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..adapter import PromptAdapter
+from ..checks import not_positive, not_probability
 from ..config import PromptConfig, config_class
 from ..registry import register
+from .parts import as_choice
 
 
 class PromptEncoderReparameterizationType(str, Enum):
@@ -44,8 +46,8 @@ class PromptEncoderConfig(PromptConfig):
     usual_learning_rate: ClassVar[float] = 0.005
 
     def __post_init__(self) -> None:
-        if self.encoder_reparameterization_type in [choice.value for choice in PromptEncoderReparameterizationType]:
-            self.encoder_reparameterization_type = PromptEncoderReparameterizationType(self.encoder_reparameterization_type)
+        kind = PromptEncoderReparameterizationType
+        self.encoder_reparameterization_type = as_choice(kind, self.encoder_reparameterization_type)
         super().__post_init__()
 
     @property
@@ -56,13 +58,8 @@ class PromptEncoderConfig(PromptConfig):
         found = super().faults()
         if not isinstance(self.encoder_reparameterization_type, PromptEncoderReparameterizationType):
             found.append(f"encoder_reparameterization_type={self.encoder_reparameterization_type!r} must be one of MLP, LSTM")
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            found.append(f"encoder_hidden_size={self.encoder_hidden_size!r} must be a whole number of at least 1")
-        if self.encoder_num_layers < 1:
-            found.append(f"encoder_num_layers={self.encoder_num_layers!r} must be a whole number of at least 1")
-        if not 0.0 <= self.encoder_dropout < 1.0:
-            found.append(f"encoder_dropout={self.encoder_dropout!r} must be at least 0 and below 1")
-        return found
+        sizes = {"encoder_hidden_size": self.encoder_hidden_size, "encoder_num_layers": self.encoder_num_layers}
+        return [*found, *not_positive(sizes), *not_probability({"encoder_dropout": self.encoder_dropout})]
 
 
 @register(PromptEncoderConfig)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import PromptAdapter
+from ..checks import not_positive
 from ..config import PromptConfig, config_class
 from ..registry import register
 from ..runtime import prefix
@@ -41,10 +42,7 @@ class PrefixTuningConfig(PromptConfig):
         return self.prefix_projection
 
     def faults(self) -> list[str]:
-        found = super().faults()
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            found.append(f"encoder_hidden_size={self.encoder_hidden_size!r} must be a whole number of at least 1")
-        return found
+        return [*super().faults(), *not_positive({"encoder_hidden_size": self.encoder_hidden_size})]
 
 
 @register(PrefixTuningConfig)

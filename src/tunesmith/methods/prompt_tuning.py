@@ -19,6 +19,7 @@ from ..assets import resolve
 from ..config import PromptConfig, config_class
 from ..errors import ConfigError
 from ..registry import register
+from .parts import as_choice
 
 
 class PromptTuningInit(str, Enum):
@@ -48,17 +49,16 @@ class PromptTuningConfig(PromptConfig):
 
     method: ClassVar[str] = "PROMPT_TUNING"
     usual_learning_rate: ClassVar[float] = 3e-2
-    starts: ClassVar[type[Enum]] = PromptTuningInit
+    inits: ClassVar[type[Enum]] = PromptTuningInit
 
     def __post_init__(self) -> None:
-        if self.prompt_tuning_init in [choice.value for choice in self.starts]:
-            self.prompt_tuning_init = self.starts(self.prompt_tuning_init)  # type: ignore[assignment]
+        self.prompt_tuning_init = as_choice(self.inits, self.prompt_tuning_init)  # type: ignore[assignment]
         super().__post_init__()
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if not isinstance(self.prompt_tuning_init, self.starts):
-            allowed = ", ".join(choice.value for choice in self.starts)
+        if not isinstance(self.prompt_tuning_init, self.inits):
+            allowed = ", ".join(choice.value for choice in self.inits)
             found.append(f"prompt_tuning_init={self.prompt_tuning_init!r} must be one of {allowed}")
         if self.prompt_tuning_init == PromptTuningInit.TEXT:
             if not self.prompt_tuning_init_text:
@@ -68,7 +68,7 @@ class PromptTuningConfig(PromptConfig):
         elif self.tokenizer_kwargs:
             found.append("tokenizer_kwargs is used only with prompt_tuning_init=TEXT")
         if self.tokenizer_kwargs and self.tokenizer_kwargs.get("trust_remote_code"):
-            found.append("tokenizer_kwargs may not ask for trust_remote_code: an adapter's file must not run code")
+            found.append("tokenizer_kwargs may not set trust_remote_code: an adapter file must not run code")
         return found
 
 
@@ -102,10 +102,13 @@ def _text_ids(config: PromptTuningConfig, rows: int, words: int) -> Tensor:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), **(config.tokenizer_kwargs or {}))
     except (OSError, ValueError) as error:
-        raise ConfigError(f'tokenizer_name_or_path: "{name}" holds no tokenizer that can be loaded; check the name') from error
+        raise ConfigError(f'tokenizer_name_or_path: "{name}" has no tokenizer that can be loaded; check the name') from error
     ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not ids:
-        raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens here; give it words")
+        raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} is tokenized to nothing; give it words")
     if max(ids) >= words:
-        raise ConfigError(f'tokenizer_name_or_path: "{name}" makes token {max(ids)}, the base knows {words}; use its own')
+        raise ConfigError(
+            f'tokenizer_name_or_path: "{name}" gives token id {max(ids)}, but the base has {words} tokens; '
+            "use the tokenizer of the base"
+        )
     return torch.tensor((ids * (rows // len(ids) + 1))[:rows])

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import LinearAdapter
+from ..adapter import LinearAdapter, TokenSettings
 from ..bases.view import BaseView
 from ..config import PeftConfig, config_class
-from ..registry import register
+from ..registry import register, register_part
 
 TokenIndices = list[int] | dict[str, list[int]] | None
 
@@ -62,52 +62,57 @@ def index_faults(wanted: TokenIndices) -> list[str]:
             faults.append(f"{where} is empty; name at least one token to train")
         negative = [token for token in tokens if token < 0]
         if negative:
-            faults.append(f"{where}: {negative[0]} is no token; they count from 0")
+            faults.append(f"{where}: {negative[0]} is not a token id; ids start at 0")
         if len(set(tokens)) < len(tokens):
-            faults.append(f"{where} names a token twice")
+            faults.append(f"{where} lists a token twice")
     return faults
 
 
+@register_part("_tokens")
 @register(TrainableTokensConfig)
 class TokenRows(LinearAdapter):
-    """The trained rows `(tokens, dim)` of one embedding, or an output head that follows an embedding's rows.
-
-    Settings: `tokens`, the trained tokens in the order of the rows; `follows`, the `TokenRows` whose rows these are.
-    """
+    """The trained rows `(tokens, dim)` of one embedding, or an output head that follows an embedding's rows."""
 
     tokens: Tensor  # (tokens,)
     sorted_tokens: Tensor
     order: Tensor  # (tokens,) sorted_tokens[i] is tokens[order[i]]
 
-    def __init__(self, base: BaseView, config: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: PeftConfig, settings: TokenSettings) -> None:
         super().__init__(base, config, settings)
-        tokens = torch.tensor(settings["tokens"])
+        tokens = torch.tensor(settings.tokens)
         self.starts_as_base = getattr(config, "init_weights", True)
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("sorted_tokens", tokens.sort().values, persistent=False)
         self.register_buffer("order", tokens.argsort(), persistent=False)
-        self.__dict__["follows"] = settings.get("follows")  # another node of the tree, whose parameter it stays
-        if settings.get("follows") is None:
+        self.alone = isinstance(config, TrainableTokensConfig)  # rather than beside a method's own adapters
+        if settings.follows is None:
             self.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), base.shape[1]))
 
     def private_values(self) -> list[str]:
         return [f"weight[{token}]" for token in self.tokens.tolist()]
 
     @property
-    def owner(self) -> TokenRows:
-        """Who holds the rows: the followed one, or this one."""
-        return self.__dict__["follows"] or self
+    def rows(self) -> Tensor:
+        """`(tokens, dim)`: its own, or those of the embedding that it follows."""
+        owner = self.owner
+        assert isinstance(owner, TokenRows)
+        return owner.trainable_tokens_delta
 
     def reset_parameters(self, base: BaseView) -> None:
-        if self.owner is not self:
-            return
+        if "trainable_tokens_delta" not in self._parameters:
+            return  # it follows another
         with torch.no_grad():
             rows = base.weight()[self.tokens] if self.starts_as_base else torch.randn_like(self.trainable_tokens_delta)
             self.trainable_tokens_delta.copy_(rows)
 
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        if self.alone:  # the rows that it follows have a second name in files
+            return {"trainable_tokens_delta": self.rows}
+        return {f"token_adapter.{name}": tensor for name, tensor in super().in_file(beside).items()}
+
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
-        rows = self.owner.trainable_tokens_delta.to(y.dtype)
+        rows = self.rows.to(y.dtype)
         if not base.tokens_in:
             outputs = F.linear(x, rows, None if base.bias is None else base.bias[self.tokens])
             return y.index_copy(-1, self.tokens, outputs)
@@ -116,4 +121,4 @@ class TokenRows(LinearAdapter):
         return torch.where(trained, F.embedding(self.order[place], rows) * base.output_scale, y)
 
     def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
-        return weight.index_copy(0, self.tokens, self.owner.trainable_tokens_delta.to(weight.dtype)), bias
+        return weight.index_copy(0, self.tokens, self.rows.to(weight.dtype)), bias

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..adapter import LinearAdapter
 from ..bases.view import BaseView, view_of
-from ..config import TargetedConfig, config_class
+from ..checks import not_finite, not_positive, not_probability
+from ..config import Settings, TargetedConfig, config_class
 from ..registry import register
-from .parts import no_probabilities, not_finite, not_linear, ranks_below_one, wrong_bias
+from .parts import not_linear, wrong_bias
 
 
 @config_class
@@ -49,8 +50,8 @@ class VeraConfig(TargetedConfig):
     def faults(self) -> list[str]:
         return [
             *super().faults(),
-            *ranks_below_one({"r": self.r}),
-            *no_probabilities({"vera_dropout": self.vera_dropout}),
+            *not_positive({"r": self.r}),
+            *not_probability({"vera_dropout": self.vera_dropout}),
             *not_finite({"d_initial": self.d_initial}),
             *wrong_bias(self.bias, "vera_only"),
         ]
@@ -77,7 +78,7 @@ class Vera(LinearAdapter):
     """One module's vectors: `vera_lambda_b` `(out,)` and `vera_lambda_d` `(r,)`."""
 
     @classmethod
-    def fault(cls, base: BaseView, config: Any, settings: dict[str, Any]) -> str | None:
+    def fault(cls, base: BaseView, config: VeraConfig, settings: Settings) -> str | None:
         return not_linear(base, "VeRA")
 
     @classmethod
@@ -86,7 +87,7 @@ class Vera(LinearAdapter):
         out, inner = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
         return Projections(config.r, inner, out, config.projection_prng_key, config.save_projection)
 
-    def __init__(self, base: BaseView, config: VeraConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, base: BaseView, config: VeraConfig, settings: Settings) -> None:
         super().__init__(base, config, settings)
         self.out, self.inner = base.shape
         self.d_initial, self.init_weights = config.d_initial, config.init_weights

@@ -135,7 +135,7 @@ class _Watch:
         for path in _lora_paths(model, name):
             module = model.base_model.get_submodule(path)
             if view_of(module).is_matrix:
-                r, inner = config.settings(path)["r"], view_of(module).shape[1]
+                r, inner = config.settings(path).r, view_of(module).shape[1]
                 self.budget += r
                 self.limits[path] = min(round(r * eva.rho), inner)
                 self.hooks.append(module.register_forward_pre_hook(self._looking_at(path)))
@@ -187,9 +187,9 @@ def _with_ranks(config: LoraConfig, model: PeftModel, name: str, ranks: dict[str
     changed: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
     for path in kept:
         settings = config.settings(path)
-        old, rank = settings["r"], ranks.get(path, settings["r"])
+        old, rank = settings.r, ranks.get(path, settings.r)
         steady = rank if eva.adjust_scaling_factors else old  # the scale is alpha over this
-        alpha = settings["scale"] * (math.sqrt(steady) if config.use_rslora else steady)
+        alpha = settings.scale * (math.sqrt(steady) if config.use_rslora else steady)
         if rank != config.r:
             changed["rank_pattern"][path] = rank
         if not math.isclose(alpha, config.lora_alpha):

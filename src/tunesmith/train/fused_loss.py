@@ -60,6 +60,8 @@ class LiveLoss:
         handle: of a causal or an encoder-decoder language model; others are left to their own loss.
     """
 
+    tile: int | None = None  # of the fused operation; None is what suits the device
+
     def __init__(self, handle: PeftModel) -> None:
         self.handle = handle
         self.base: Any = handle.base_model
@@ -155,7 +157,7 @@ class LiveLoss:
                 hidden, labels = hidden[:, :-1], labels[:, 1:]
         live = labels != IGNORED
         chosen = labels[live]
-        total = linear_cross_entropy(hidden[live], self.head.weight, self.head.bias, chosen, smoothing)
+        total = linear_cross_entropy(hidden[live], self.head.weight, self.head.bias, chosen, smoothing, self.tile)
         loss = total / (len(chosen) if items is None else items)
         for penalty in plain.penalties if handle.training else ():
             loss = loss + penalty().to(loss)

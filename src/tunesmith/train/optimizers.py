@@ -20,7 +20,6 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from ..errors import ConfigError, UsageError
 from ..methods.lora import Lora
-from ..methods.lora_parameters import LoraParameters
 from ..model import PeftModel
 
 RIDGE = 1e-8  # added to A A^T, so that it can be inverted
@@ -128,7 +127,7 @@ def create_lorafa_optimizer(
         for field, value in (("r", r), ("lora_alpha", lora_alpha)):
             if getattr(config, field, value) != value:
                 raise ConfigError(f'{field}={value!r}, but the adapter "{name}" has {field}={getattr(config, field)!r}')
-        if any(isinstance(adapter, LoraParameters) for _, adapter in model.tree(name).items()):
+        if getattr(config, "target_parameters", None):
             raise UsageError(f'the adapter "{name}" changes parameters (target_parameters); LoRA-FA is for modules')
         if any(getattr(module, "groups", 1) > 1 for module, _ in _loras(model)):
             raise UsageError("LoRA-FA has no correction for grouped convolutions; leave them out of target_modules")
