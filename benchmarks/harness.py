@@ -83,8 +83,8 @@ def measure(case: str, variants: list[str], repeats: int, path: Path, more: bool
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def in_fresh_process(case: str, variant: str) -> dict[str, Any]:
-    """What the variant's `run` returns, with `peak_mb`: the most memory its process held."""
+def in_fresh_process(case: str, variant: str, checkout: Path = ROOT) -> dict[str, Any]:
+    """What the variant's `run` returns in a checkout of this repository, with `peak_mb`: the most memory its process held."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
         script = (
             "import importlib, json, sys\n"
@@ -92,7 +92,13 @@ def in_fresh_process(case: str, variant: str) -> dict[str, Any]:
             f"result = case.run(**case.VARIANTS[{variant!r}])\n"
             f"open({file.name!r}, 'w').write(json.dumps(result))"
         )
-        process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         errors = process.stderr.read() if process.stderr else b""
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
