@@ -19,7 +19,7 @@ from tunesmith import (
 
 CLASSIFIER = {"task_type": "SEQ_CLS", "init_lora_weights": False}
 CONFLICTS = {
-    "two heads": ("bert-classifier", LoraConfig(**CLASSIFIER), LoraConfig(**CLASSIFIER), r"trains a private copy of classifier"),
+    "two heads": ("bert-classifier", LoraConfig(**CLASSIFIER), LoraConfig(**CLASSIFIER), "trains a private copy of classifier"),
     "a copy of what another adapts": (
         "llama",
         LoraConfig(modules_to_save=["mlp"]),
