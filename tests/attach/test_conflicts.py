@@ -19,23 +19,18 @@ from tunesmith import (
 
 CLASSIFIER = {"task_type": "SEQ_CLS", "init_lora_weights": False}
 CONFLICTS = {
-    "two heads": (
-        "bert-classifier",
-        LoraConfig(**CLASSIFIER),
-        LoraConfig(**CLASSIFIER),
-        r"trains a private copy of classifier",
-    ),
+    "two heads": ("bert-classifier", LoraConfig(**CLASSIFIER), LoraConfig(**CLASSIFIER), "trains a private copy of classifier"),
     "a copy of what another adapts": (
         "llama",
         LoraConfig(modules_to_save=["mlp"]),
         LoraConfig(target_modules=["down_proj"]),
-        r'"a" trains a private copy of model\.layers\.0\.mlp.*"b" has at model\.layers\.0\.mlp\.down_proj',
+        r'"a" trains a private copy of model\.layers\.0\.mlp.*adapter of "b" at model\.layers\.0\.mlp\.down_proj',
     ),
     "a block beside a copy of it": (
         "llama",
         BottleneckConfig(target_modules=["mlp"]),
         LoraConfig(modules_to_save=["mlp"]),
-        r'"b" trains a private copy of model\.layers\.0\.mlp.*"a" has',
+        r'"b" trains a private copy of model\.layers\.0\.mlp.*adapter of "a"',
     ),
     "the same norms": ("llama", LNTuningConfig(), LNTuningConfig(), r'"a" and "b" both train .*weight'),
     "the same biases": ("gpt2", LoraConfig(bias="all"), BitFitConfig(), r'"a" and "b" both train .*bias'),

@@ -111,7 +111,7 @@ def test_in_place_only_when_asked_and_unmerged_bit_for_bit(form, tmp_path, caplo
     assert torch.equal(out(handle, INPUTS), expected)
     with caplog.at_level("WARNING"):
         handle.merge_adapter(requantize=True)
-    assert "merging quantised 14 weights anew" in caplog.text
+    assert "merging requantised 14 weights" in caplog.text
     merged = out(handle, INPUTS)
     with handle.disable_adapter():
         without = out(handle, INPUTS)

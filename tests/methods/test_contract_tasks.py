@@ -30,7 +30,7 @@ BERTS = [name for name in tiny.MODELS if name.startswith("bert")]
 REFUSED = (
     {("ADAPTION_PROMPT", "opt"): "not an attention module that LLaMA-Adapter supports"}
     | {("ADAPTION_PROMPT", name): 'no module matches "self_attn"' for name in ("bloom", "t5", "mt5", *BERTS)}
-    | {("BITFIT", name): "nothing that BITFIT trains" for name in ("llama", "t5", "mt5", "llama-classifier")}
+    | {("BITFIT", name): "BITFIT finds nothing to train" for name in ("llama", "t5", "mt5", "llama-classifier")}
 )
 
 

@@ -85,7 +85,7 @@ def check_name(name: str, taken: Iterable[str]) -> None:
     """Refuse adapter names that are taken or that could not be a folder's and a tensor's name."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w][\w\- ]{0,127}", name):
         raise AdapterNameError(
-            f"adapter name {name!r} is not allowed; use letters, digits, '_', '-' and spaces (it becomes a folder name)"
+            f"adapter name {name!r} is not usable; use letters, digits, '_', '-' and spaces (it becomes a folder name)"
         )
     if name == BASE_ROW:
         raise AdapterNameError(f'adapter name "{name}" is reserved for rows without an adapter; choose another')
