@@ -57,13 +57,14 @@ def run(method: str, learning_rate: float | None = None, options: dict[str, Any]
     from tunesmith.auto import load_base, load_tokenizer
     from tunesmith.data.files import read_texts
     from tunesmith.jobs import job, quiet
+    from tunesmith.jobs.progress import JobConsole
 
     quiet.hush()
     texts = read_texts(DATA if DATA.is_file() else FOLDER / "demo" / "prompts.csv", "prompt")
     base, tokenizer = load_base("sprout").float().eval(), load_tokenizer("sprout")
     settings = job.Settings(method, num_train_epochs=EPOCHS, learning_rate=learning_rate, options=options or {}, held_out=0.15)
     started = time.monotonic()
-    result = job.train(base, tokenizer, texts, settings, title=method, console=Console(file=io.StringIO()))
+    result = job.train(base, tokenizer, texts, settings, JobConsole(method, Console(file=io.StringIO())))
     with tempfile.TemporaryDirectory() as folder:
         size = job.save(result, tokenizer, Path(folder))
     assert result.held_out_before is not None and result.held_out_after is not None

@@ -42,6 +42,7 @@ def run(data: str, how: str) -> dict[str, Any]:
     from tunesmith.data.templates import Piece
     from tunesmith.data.text import PadRight
     from tunesmith.jobs import job, quiet
+    from tunesmith.jobs.progress import JobConsole
     from tunesmith.train.batching import BucketTrainer
 
     quiet.hush()
@@ -57,7 +58,7 @@ def run(data: str, how: str) -> dict[str, Any]:
     )
     if how == "buckets":  # what a job does by itself only where it cannot pack
         job.batching = lambda handle, packing, pad_id: (BucketTrainer, PadRight(pad_id))
-    result = job.train(base, tokenizer, texts, settings, title=how, console=Console(file=io.StringIO()))
+    result = job.train(base, tokenizer, texts, settings, JobConsole(how, Console(file=io.StringIO())))
     assert result.held_out_before is not None and result.held_out_after is not None
 
     encoded = encode([[Piece(text, True)] for text in texts], tokenizer, settings.max_length)

@@ -95,7 +95,7 @@ BAD: dict[str, tuple[list[str], int, list[str]]] = {
     "malformed recipe": (["train", "bad.yaml"], 2, ["bad.yaml:1", "malformed yaml"]),
     "a list for a recipe": (["train", "list.yaml"], 2, ["holds a list"]),
     "unknown keys": (["train", "keys.yaml"], 2, ["learning_rat", "'learning_rate'", "lora_rr", "'lora_r'"]),
-    "recipe key twice": (["train", "again.yaml"], 2, ["again.yaml:2", "comes twice"]),
+    "recipe key twice": (["train", "again.yaml"], 2, ["again.yaml:2", "appears twice"]),
     "wrong type in a recipe": (["train", "types.yaml"], 2, ["lora_r='many'", "not a number"]),
     "binary recipe": (["train", "binary.yaml"], 2, ["not UTF-8"]),
     "no data": (["train", "--method", "lora"], 2, ["no data", "--data"]),

@@ -42,8 +42,8 @@ def test_the_best_adapter_is_the_final_one(folder):
     ("arguments", "words"),
     [
         (["--early-stopping-patience", 0], "above 0"),
-        (["--early-stopping-patience", 2, "--held-out", 0], "needs measurements"),
-        (["--load-best-model-at-end", "--eval-strategy", "no"], "needs measurements"),
+        (["--early-stopping-patience", 2, "--held-out", 0], "needs evaluations"),
+        (["--load-best-model-at-end", "--eval-strategy", "no"], "needs evaluations"),
         (["--eval-strategy", "epochs"], "did you mean 'epoch'"),
         (["--report-to", "tensorbord"], "tensorboard or wandb"),
     ],

@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_bit_for_bit(method, recipe, tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was over before it was killed"
     code, printed = finished("--resume", "--output-dir", cut)  # the recipe is in the folder
-    assert code == 0 and "going on from" in printed, printed
+    assert code == 0 and "resumed from" in printed, printed
     assert (cut / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert not (cut / checkpoints.STAGING).exists()
     steps = [record["step"] for record in callbacks.read_metrics(cut / "metrics.jsonl") if "loss" in record]
@@ -97,7 +97,7 @@ def test_settings_and_data_must_be_the_same_to_go_on(recipe, tmp_path):
     code, printed = finished(
         recipe, "--output-dir", folder, "--max-steps", 3, "--resume", "--learning-rate", "0.5", "--seed", 4
     )
-    assert code == 2 and "learning_rate: 0.002 there, 0.5 now" in printed and "seed: 0 there, 4 now" in printed
+    assert code == 2 and "learning_rate: was 0.002, is 0.5 now" in printed and "seed: was 0, is 4 now" in printed
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:-1]))
     code, printed = finished(recipe, "--output-dir", folder, "--max-steps", 3, "--resume")
     assert code == 2 and "the data file has changed" in printed

@@ -73,7 +73,7 @@ STEPS = """
 import json, sys, tempfile, torch, transformers as tf
 from tunesmith import LoraConfig, PromptTuningConfig, get_peft_model
 from tunesmith.train.batching import batching
-from tunesmith.jobs.callbacks import most_resident
+from tunesmith.estimate.machine import peak_resident
 shape, length, prompt = json.loads(sys.argv[1])
 torch.manual_seed(0)
 model = tf.LlamaForCausalLM._from_config(tf.LlamaConfig(**shape, use_cache=False), dtype=torch.bfloat16)
@@ -84,7 +84,7 @@ rows = [{"input_ids": list(range(2, length + 2)), "labels": list(range(2, length
 with tempfile.TemporaryDirectory() as folder:
     options = dict(output_dir=folder, num_train_epochs=1, per_device_train_batch_size=8, report_to=[], save_strategy="no")
     trainer(handle, tf.TrainingArguments(**options, use_cpu=True, disable_tqdm=True), collator, rows).train()
-print(most_resident())
+print(peak_resident())
 """
 
 

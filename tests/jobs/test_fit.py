@@ -28,9 +28,9 @@ def test_activations_are_computed_twice_where_they_do_not_fit(monkeypatch):
     asked = plan_training(settings)
     needed = asked.peak - asked.program - asked.base
     for free, expected in ((needed - 1, True), (needed + 1, False), (None, False)):
-        monkeypatch.setattr(fit, "memory", lambda device, free=free: free)
+        monkeypatch.setattr(fit, "available_memory", lambda device, free=free: free)
         assert fit.needs_checkpointing(settings, base) is expected
-    monkeypatch.setattr(fit, "memory", lambda device: 16 * 10**9)
+    monkeypatch.setattr(fit, "available_memory", lambda device: 16 * 10**9)
     monkeypatch.setattr(fit, "plan_training", lambda settings: pytest.fail("planned, although there is plenty of memory"))
     assert not fit.needs_checkpointing(settings, base)
 

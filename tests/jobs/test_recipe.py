@@ -47,7 +47,7 @@ def test_old_names_are_taken_with_a_warning(recipe):
     found = resolve(path, {}, {})
     assert found.values == {"warmup_steps": 0.03, "eval_strategy": "steps", "completion_only_loss": False}
     assert len(found.warnings) == 4 and "warmup_ratio is called warmup_steps here" in found.warnings[0]
-    assert "group_by_length does nothing here: rows of like lengths" in found.warnings[1]
+    assert "group_by_length has no effect here: rows of similar lengths" in found.warnings[1]
 
 
 def test_all_faults_are_told_at_once(recipe):
@@ -55,9 +55,9 @@ def test_all_faults_are_told_at_once(recipe):
     with pytest.raises(ConfigError) as error:
         resolve(path, {"TUNESMITH_LEARNING_RATES": "1"}, {"max_length": "long"})
     for words in (
-        "6 settings are wrong", f"{path}: learning_rat is no setting; did you mean 'learning_rate'", "'four' is not a number",
-        "packing='maybe' is neither true nor false", "seed=1.5 is not a whole number", "TUNESMITH_LEARNING_RATES is no setting",
-        "--max-length='long' is not a number",
+        "6 settings are invalid", f"{path}: learning_rat is not a setting; did you mean 'learning_rate'",
+        "'four' is not a number", "packing='maybe' is neither true nor false", "seed=1.5 is not a whole number",
+        "TUNESMITH_LEARNING_RATES is not a setting", "--max-length='long' is not a number",
     ):  # fmt: skip
         assert words in str(error.value)
 
@@ -67,7 +67,7 @@ def test_all_faults_are_told_at_once(recipe):
     [
         ("a: 1\nb: [", "malformed yaml"),
         ("- a\n- b\n", "holds a list"),
-        ("seed: 1\nlora_r: 2\nseed: 3\n", 'recipe.yaml:3: "seed" comes twice .first in line 1'),
+        ("seed: 1\nlora_r: 2\nseed: 3\n", 'recipe.yaml:3: "seed" appears twice .first on line 1'),
         ("just words", "holds a str"),
     ],
 )

@@ -29,7 +29,7 @@ from tunesmith.runtime.packed_attention import ATTENTION
 from tunesmith.runtime.packed_row import PROVED
 from tunesmith.runtime.site import site_of
 from tunesmith.train import shared_virtual_tokens
-from tunesmith.train.fused_loss import LiveLoss
+from tunesmith.train.fused_loss import FusedLoss
 
 # Before transformers 5.13 Nemotron's attention is a class of its own; it is refused then (REFUSED).
 OLD = tuple(map(int, tf.__version__.split(".")[:2])) < (5, 13)
@@ -430,7 +430,7 @@ def test_the_loss_on_live_labels_keeps_texts_apart(kind):
     handle, batch = handle_of(kind), PackedCollator()(examples())
     own = handle(**batch).loss
     expected = gradients(handle, own)
-    fused = LiveLoss(handle)(batch)
+    fused = FusedLoss(handle)(batch)
     assert fused is not None, "the loss was left to the model"
     assert_close(fused, own)
     for name, gradient in gradients(handle, fused).items():
@@ -449,7 +449,7 @@ def test_virtual_tokens_run_once_for_all_texts_with_the_same_loss_and_gradients(
     monkeypatch.setattr(shared_virtual_tokens, "run", lambda *given: shared.append(1) or run(*given))
     for worth, runs in ((1000, 0), (-1000, 2)):
         monkeypatch.setattr(shared_virtual_tokens, "WORTH", worth)
-        fused = LiveLoss(handle)(batch)
+        fused = FusedLoss(handle)(batch)
         if fused is None:
             assert kind in ("cohere", "cohere2", "gemma2"), "the loss was left to the model"
             continue
@@ -463,7 +463,7 @@ def test_virtual_tokens_run_once_for_all_texts_with_the_same_loss_and_gradients(
 def test_virtual_tokens_that_run_once_need_positions_beside_the_longest_text(collator, monkeypatch):
     monkeypatch.setattr(shared_virtual_tokens, "WORTH", -1000)
     handle = handle_of("gpt2", copy.deepcopy(VIRTUAL["prompt tuning"]))  # 64 positions
-    loss = LiveLoss(handle)
+    loss = FusedLoss(handle)
     assert loss(collator(examples((61, 60)))) is not None
     with pytest.raises(UsageError, match="62 tokens and 3 virtual tokens need 65 positions"):
         loss(collator(examples((4, 62))))

@@ -11,7 +11,7 @@ from tests.handles import lora, prompted
 from tunesmith import PrefixTuningConfig, Trainer, get_peft_model
 from tunesmith.data.packing import PackedCollator
 from tunesmith.train import fused_loss
-from tunesmith.train.fused_loss import LiveLoss
+from tunesmith.train.fused_loss import FusedLoss, HeadLoss
 
 
 def batch_for(name: str) -> dict[str, torch.Tensor]:
@@ -39,7 +39,7 @@ MAKERS = {
 def both(handle, batch, **options):
     """`(loss, gradients)` of the model's own way and of the fused one."""
     results = []
-    for compute in (lambda: handle(**batch).loss, lambda: LiveLoss(handle)(batch, **options)):
+    for compute in (lambda: handle(**batch).loss, lambda: FusedLoss(handle)(batch, **options)):
         handle.zero_grad()
         torch.manual_seed(1)  # some bases drop out
         loss = compute()
@@ -64,7 +64,7 @@ def test_equals_the_models_own_loss_and_gradients(name, maker):
 
 def test_items_divide_the_sum_and_smoothing_is_the_papers():
     handle, batch = lora(tiny.make("llama")).eval(), batch_for("llama")
-    live = LiveLoss(handle)
+    live = FusedLoss(handle)
     labels = batch["labels"][:, 1:]
     count = int((labels != -100).sum())
     torch.testing.assert_close(live(batch, items=torch.tensor(50)) * 50 / count, live(batch))
@@ -77,11 +77,11 @@ def test_does_not_apply_to_heads_that_are_trained_adapted_or_more_than_a_matrix(
     batch = batch_for("llama")
     for targets in (["lm_head", "q_proj"], "all-linear"):
         handle = lora(tiny.make("llama"), target_modules=targets).eval()
-        assert (LiveLoss(handle)(batch) is None) == (targets != "all-linear")
+        assert (FusedLoss(handle)(batch) is None) == (targets != "all-linear")
     copied = lora(tiny.make("llama"), modules_to_save=["lm_head"]).eval()
-    assert LiveLoss(copied)(batch) is None
+    assert FusedLoss(copied)(batch) is None
     mixed = lora(tiny.make("llama")).eval()
-    assert LiveLoss(mixed)({**batch, "adapter_names": ["default"] * 4}) is None
+    assert FusedLoss(mixed)({**batch, "adapter_names": ["default"] * 4}) is None
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_falls_back_where_logits_are_scaled_or_capped(config):
     base = tf.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         base.get_output_embeddings().weight.normal_(std=1.0)
-    live = LiveLoss(lora(base).eval())
-    assert live(batch_for("llama")) is None and live._same is False
+    live = FusedLoss(lora(base).eval())
+    assert live(batch_for("llama")) is None and live.agreement.found == {False: False}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -116,8 +116,8 @@ def test_training_takes_it_and_learns_the_same(name, smoothing, tmp_path, monkey
         return [p.detach().clone() for p in handle.adapters.parameters()]
 
     calls = []
-    fused = LiveLoss._fused
-    monkeypatch.setattr(LiveLoss, "_fused", lambda self, *rest: calls.append(1) or fused(self, *rest))
+    fused = HeadLoss.__call__
+    monkeypatch.setattr(HeadLoss, "__call__", lambda self, *rest, **more: calls.append(1) or fused(self, *rest, **more))
     for dropout in ("dropout", "dropout_rate"):
         monkeypatch.setattr(tf.T5Config, dropout, 0.0, raising=False)
     found = train(Trainer)

@@ -70,6 +70,13 @@ def test_a_job_with_the_usual_paged_optimiser_trains_as_with_torchs(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "adamw_torch"])
+def test_the_users_arguments_stay_as_they_were_made(optim, tmp_path):
+    trainer, _ = trained(tmp_path, optim)
+    assert trainer.args.optim == tf.training_args.OptimizerNames(optim)
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+
+
 def test_an_8_bit_optimiser_trains_nearly_as_torchs(tmp_path):
     """Its states are 32 bits wide below 4,096 numbers, so here the arithmetic is the same."""
     bnb = pytest.importorskip("bitsandbytes")

@@ -53,9 +53,9 @@ def plan(recipe: Path | None, budget: str | None, device: str | None, models: bo
     out.print(_memory_table(settings, found, device))
     out.print(f"\n{_time_sentence(settings, found, rows, device)}")
 
-    from ..estimate.machine import memory
+    from ..estimate.machine import available_memory
 
-    room = limit or memory(device)
+    room = limit or available_memory(device)
     if room is None:
         return
     name = budget or f"the {room / 1e9:.1f} GB that are free now"

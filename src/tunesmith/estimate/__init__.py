@@ -1,1 +1,1 @@
-"""What a training will take, before it is started: its steps are run on meta tensors, which have shapes and no memory."""
+"""Memory and time predicted before a run: its steps run on meta tensors, which have shapes and no memory."""

@@ -1,8 +1,8 @@
-"""Memory and work of a computation that is only thought: operations on meta tensors, each counted, none computed.
+"""Memory and work of a dry run: operations on meta tensors are counted and not computed.
 
-Weights are meta tensors, so they have shapes and no values. Token ids, masks and labels are real, so that whatever depends on
-their values (which positions have labels, where texts end) is decided as in the real run. An operation of real tensors alone
-is computed; one that meets a meta tensor gives a meta tensor.
+Weights are meta tensors: they have shapes and no values. Token ids, masks and labels are real, so that whatever depends on
+their values (which positions have labels, where texts end) is decided as in the real run. An operation on real tensors alone
+is computed; one that involves a meta tensor gives a meta tensor.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 functional: Any = torch.nn.functional
-ASKED = (aten._local_scalar_dense.default, aten.equal.default)  # a program asks a tensor for its value
+ASKED = (aten._local_scalar_dense.default, aten.equal.default)  # a program reads a tensor's value
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-OF_ITS_OWN = 32 * 2**20  # bytes from which glibc gives memory back at once (M_MMAP_THRESHOLD at its highest)
+OF_ITS_OWN = 32 * 2**20  # bytes from which glibc returns memory at once (M_MMAP_THRESHOLD at its highest)
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, counts what tensors hold and what operations do.
 
-    Args:
-        slack: what a heap loses in gaps between blocks, as a share of the blocks in it; large ones have memory of their own.
-
     Attributes:
+        slack: what a heap loses in gaps between blocks, as a share of the blocks in it; large blocks are outside it.
         live: bytes held now.
         peaks: the most that were held in each phase, slack included.
         flops: multiplications and additions of matrix products and attention.
@@ -41,7 +39,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.flops = self.moved = 0
         self.slack = 0.0
         self.peaks: Counter[str] = Counter()
@@ -52,16 +50,16 @@ class Ledger(TorchDispatchMode):
     def __enter__(self) -> Ledger:
         self._attention = _fused_attention()
         self._attention.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._attention.__exit__(*error)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside is counted under a name of its own in `peaks`."""
+        """What happens inside is counted under this name in `peaks`."""
         before, self._phase = self._phase, name
         self.peaks[name] = max(self.peaks[name], self.live)
         try:
@@ -70,7 +68,7 @@ class Ledger(TorchDispatchMode):
             self._phase = before
 
     def hold(self, tensors: Iterable[Tensor]) -> int:
-        """Count tensors that are there already and lie without gaps; returns their bytes."""
+        """Count tensors that already exist and lie without gaps; returns their bytes."""
         slack, self.slack = self.slack, 0.0
         held = sum(map(self._note, tensors))
         self.slack = slack
@@ -83,9 +81,9 @@ class Ledger(TorchDispatchMode):
             if func in ASKED:
                 return True
             if func in INDEXED:  # how much is chosen depends on the indices, which stay real
-                args = (_ghost(args[0]), args[1], *_ghost(args[2:]))
+                args = (_on_meta(args[0]), args[1], *_on_meta(args[2:]))
             elif not all(tensor.is_meta for tensor in tensors):
-                args, kwargs = _ghost((args, kwargs))
+                args, kwargs = _on_meta((args, kwargs))
         result = func(*args, **kwargs)
         made = sum(self._note(tensor) for tensor in tree_flatten(result)[0] if isinstance(tensor, Tensor))
         formula = flop_registry.get(func._overloadpacket)
@@ -116,23 +114,23 @@ class Ledger(TorchDispatchMode):
         return size
 
 
-def _ghost(values: Any) -> Any:
+def _on_meta(values: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), values)
 
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Inside, attention of meta tensors is one fused operation, as on CPUs and GPUs; torch would spell it out.
+    """Inside, attention of meta tensors is one fused operation, as on CPUs and GPUs; torch would decompose it.
 
-    A mode of torch functions would not do: it is not there while a backward pass recomputes a layer.
+    A `TorchFunctionMode` would not do: it is not active while a backward pass recomputes a layer.
     """
     plain = functional.scaled_dot_product_attention
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        spelt_out = not query.is_meta or (attn_mask is not None and attn_mask.requires_grad)  # no kernel gives it a gradient
-        chosen = plain if spelt_out else _attention
+        decomposed = not query.is_meta or (attn_mask is not None and attn_mask.requires_grad)  # no kernel gives it a gradient
+        chosen = plain if decomposed else _attention
         result: Tensor = chosen(query, key, value, attn_mask, *args, **kwargs)
         return result
 

@@ -1,12 +1,12 @@
-"""The memory of a training's steps.
+"""The memory that the steps of a training run take.
 
     peak = program + base + adapter + gradients + moments + (1 + gaps) transient
 
 - base: in its type, or in its stored form (`bases/stored_bytes.py`).
 - adapter, gradients and moments: `4 + 4 + 2 * 4` bytes for each trained value under AdamW in 32 bits.
-- transient: what lives between the steps' operations (activations kept for the backward pass, logits, gradients of
-  activations), counted by running the steps on meta tensors (`ledger.py`): the handle, the loss and the kernels are the
-  ones that train. The first step is heavier than others, because the loss is computed in two ways there and compared.
+- transient: what comes and goes within a step (activations kept for the backward pass, logits, gradients of
+  activations), counted by running steps on meta tensors (`ledger.py`) with the handle, the loss and the kernels that
+  train. The first step is heavier than others, because two ways to compute the loss are compared in it.
 - gaps: freed memory that a heap keeps between blocks. Nothing in the first step; after it, as much as measured.
 """
 
@@ -31,29 +31,40 @@ from ..labels import IGNORED
 from ..methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from ..model import PeftModel, get_peft_model
 from ..train.batching import batching
-from ..train.fused_loss import LiveLoss
+from ..train.fused_loss import FusedLoss
 from .ledger import Ledger
 from .skeleton import skeleton
 
-# Python, torch, transformers and a Trainer, and what kernels keep: measured on Linux. On a GPU its context (not measured here).
+# Python, torch, transformers, a Trainer, and what kernels keep: measured on Linux. On a GPU, its context (not measured).
 PROGRAM = {"cpu": 550 * 2**20, "cuda": 500 * 2**20}
-GAPS = {"cpu": 0.4, "cuda": 0.1}  # glibc: benchmarks/results/speed.jsonl; torch's caching allocator: not measured here
+GAPS = {"cpu": 0.4, "cuda": 0.1}  # glibc: benchmarks/results/speed.jsonl; torch's caching allocator: not measured
 Example = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How the base and the optimiser's moments are stored."""
+    """Where and how a training run keeps its values.
+
+    Args:
+        dtype: of the base and its activations.
+        bits: of the base's linear weights: 4, 8, or 16 for `dtype`.
+        double_quantisation: whether the scales of 4-bit weights are quantised, too.
+        bytes_of_moments: of the optimiser's moments, for each trained value.
+        gradient_checkpointing: whether activations are recomputed in the backward pass rather than kept.
+        device: "cpu" or "cuda".
+    """
 
     dtype: torch.dtype = torch.bfloat16
     bits: int = 16
     double_quantisation: bool = True
     bytes_of_moments: int = 8
+    gradient_checkpointing: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, values and work of a training; a step is one batch forward and backward."""
+    """Bytes, values and work of a training run; a step is one batch forward and backward."""
 
     program: int
     base: int
@@ -84,11 +95,8 @@ def predict(
     peft_config: PeftConfig,
     batches: Sequence[Sequence[Example]],
     storage: Storage,
-    *,
-    gradient_checkpointing: bool = False,
-    packing: bool | None = None,
     held_out: Sequence[Example] = (),
-    device: str = "cpu",
+    packing: bool | None = None,
 ) -> Plan:
     """What training on some batches takes.
 
@@ -96,7 +104,7 @@ def predict(
         config: transformers' configuration of the base.
         batches: the first step's batch, then others, the largest among them; `input_ids` and `labels` of each row.
         held_out: rows that are evaluated before and after.
-        device: "cpu" or "cuda".
+        packing: see `train/batching.py`.
 
     Raises:
         ConfigError, TargetError: the adapter does not fit the base.
@@ -108,75 +116,93 @@ def predict(
     with _explained(str(architecture.model_type(config))):
         with ledger:
             handle = get_peft_model(model, _without_tokenizer(peft_config)).train()
-        if gradient_checkpointing:
+        if storage.gradient_checkpointing:
             architecture.enable_recomputing(handle)
-        trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
-        adapter = sum(parameter.numel() * parameter.element_size() for parameter in handle.adapters.parameters())
-        count = sum(parameter.numel() for parameter in trained)
         base, decoded = _stored(model, dense, storage)
-        held = ledger.live
-        activations = flops = moved = 0
-        loss_of, ledger.slack = CountedLoss(handle, ledger, device), GAPS[device]
+        steps = Steps(handle, ledger, storage.device)
         for batch in batches:
-            between, flops_of, moved_of = _step(ledger, handle, loss_of, _collated(handle, packing, batch))
-            activations, flops, moved = max(activations, between - held), max(flops, flops_of), max(moved, moved_of)
-            for parameter in trained:
-                parameter.grad = None
-        transient = max(ledger.peaks["check"], ledger.peaks["step"]) - held
-        evaluation = 0
-        if held_out:
-            with ledger, ledger.phase("evaluation"):
-                mean_loss(handle, held_out, 0)
-            evaluation = ledger.peaks["evaluation"] - held + decoded
+            steps.take(_collated(handle, packing, batch))
+        evaluation = steps.evaluate(held_out)
+    count = sum(parameter.numel() for parameter in steps.trained)
     return Plan(
-        program=PROGRAM[device],
+        program=PROGRAM[storage.device],
         base=base,
-        adapter=adapter,
+        adapter=sum(parameter.numel() * parameter.element_size() for parameter in handle.adapters.parameters()),
         gradients=4 * count,
         moments=storage.bytes_of_moments * count,
-        activations=activations,
-        working=max(transient - activations - 4 * count, 0) + decoded,
-        evaluation=evaluation,
+        activations=steps.activations,
+        working=max(steps.transient - steps.activations - 4 * count, 0) + decoded,
+        evaluation=evaluation + decoded if held_out else 0,
         trainable=count,
         total=handle.get_nb_trainable_parameters()[1],
         tokens=max(sum(_length(row) for row in batch) for batch in batches),
-        flops=flops,
-        moved=moved,
+        flops=steps.flops,
+        moved=steps.moved,
     )
 
 
-class CountedLoss(LiveLoss):
-    """The loss, with its comparison in the first step apart: no memory was freed before it."""
+class Steps:
+    """Steps of a handle on meta tensors, counted.
+
+    Args:
+        device: the one that is planned for, "cpu" or "cuda".
+
+    Attributes:
+        activations: bytes held between the two passes.
+        flops, moved: the work of one step, without the comparison of losses in the first one.
+    """
 
     def __init__(self, handle: PeftModel, ledger: Ledger, device: str) -> None:
-        super().__init__(handle)
-        self.tile = tile_on(device)  # meta tensors are taken in the tiles in which the device takes real ones
+        self.handle = handle
         self.ledger = ledger
-        self.before = (0, 0)
+        self.trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
+        self.activations = self.flops = self.moved = 0
+        self._loss_of = FusedLoss(handle, self._comparing, tile_on(device))
+        self._held = ledger.live
+        self._work_before = (0, 0)
+        ledger.slack = GAPS[device]
 
-    def _agrees(self, inputs: dict[str, Any], shared: bool) -> bool:
+    @property
+    def transient(self) -> int:
+        """Bytes that come and go within a step, the comparison of losses included."""
+        return max(self.ledger.peaks["check"], self.ledger.peaks["step"]) - self._held
+
+    def take(self, inputs: dict[str, Any]) -> None:
+        """One step; the attributes are those of the largest step so far."""
+        ledger = self.ledger
+        self._work_before = (ledger.flops, ledger.moved)
+        with ledger, ledger.phase("step"):
+            loss = self._loss_of(inputs)
+            if loss is None:
+                loss = self.handle(**inputs).loss
+            between = ledger.live - self._held
+            loss.backward()
+        flops, moved = self._work_before
+        self.activations = max(self.activations, between)
+        self.flops, self.moved = max(self.flops, ledger.flops - flops), max(self.moved, ledger.moved - moved)
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def evaluate(self, rows: Sequence[Example]) -> int:
+        """Bytes that come and go while rows are evaluated."""
+        if not rows:
+            return 0
+        with self.ledger, self.ledger.phase("evaluation"):
+            mean_loss(self.handle, rows, 0)
+        return self.ledger.peaks["evaluation"] - self._held
+
+    @contextmanager
+    def _comparing(self) -> Iterator[None]:
+        """The comparison of losses in the first step is counted apart: no memory was freed before it."""
         ledger, slack = self.ledger, self.ledger.slack
         ledger.slack = 0.0
         with ledger.phase("check"):
-            same = super()._agrees(inputs, shared)
-        ledger.slack, self.before = slack, (ledger.flops, ledger.moved)
-        return same
-
-
-def _step(ledger: Ledger, handle: PeftModel, loss_of: CountedLoss, inputs: dict[str, Any]) -> tuple[int, int, int]:
-    """`(bytes held between the two passes, flops, bytes moved)` of one step."""
-    loss_of.before = (ledger.flops, ledger.moved)
-    with ledger, ledger.phase("step"):
-        loss = loss_of(inputs)
-        if loss is None:
-            loss = handle(**inputs).loss
-        between = ledger.live
-        loss.backward()
-    return between, ledger.flops - loss_of.before[0], ledger.moved - loss_of.before[1]
+            yield
+        ledger.slack, self._work_before = slack, (ledger.flops, ledger.moved)
 
 
 def _collated(handle: PeftModel, packing: bool | None, batch: Sequence[Example]) -> dict[str, Any]:
-    """A batch as a job makes it; encoder-decoders and speech have two texts a row."""
+    """A batch as a job makes it; rows of encoder-decoders and of speech models have a source and a target."""
     config: Any = handle.base_model.config
     if not architecture.is_encoder_decoder(config):
         collator = batching(handle, packing, 0)[1]
@@ -197,7 +223,7 @@ def _length(row: Example) -> int:
 
 
 def _stored(model: Any, dense: int, storage: Storage) -> tuple[int, int]:
-    """`(bytes of the base as it is stored, bytes of the largest weight while it is decoded)`."""
+    """`(bytes of the base as it is stored, bytes of its largest weight once decoded)`."""
     if storage.bits == 16:
         return dense, 0
     head = architecture.output_head(model)
@@ -208,7 +234,7 @@ def _stored(model: Any, dense: int, storage: Storage) -> tuple[int, int]:
 
 
 def _without_tokenizer(config: PeftConfig) -> PeftConfig:
-    """Starting from a text takes as much memory as starting at random, and needs no tokenizer."""
+    """The same with random initial values, which take as much memory as those of a text and need no tokenizer."""
     if isinstance(config, PromptTuningConfig):
         return replace(config, prompt_tuning_init=PromptTuningInit.RANDOM, prompt_tuning_init_text=None)
     return config

@@ -15,7 +15,7 @@ KNOWN = Path(__file__).with_name("models.json")
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    """Shapes of models that many know by name."""
+    """Shapes of widely used models, by name."""
     found: dict[str, dict[str, Any]] = json.loads(KNOWN.read_text(encoding="utf-8"))
     return found
 
@@ -40,13 +40,13 @@ def config_of(name: str) -> Any:
     except (OSError, ValueError) as error:
         near = did_you_mean(_plain(name), table)
         raise UsageError(
-            f'"{name}" is no folder with a config.json, the hub does not give it, and it is no model known by name'
-            + (near or f"; known are {', '.join(table)}")
+            f'"{name}" is not a folder with a config.json, cannot be fetched from the hub, and is not a known name'
+            + (near or f"; known names: {', '.join(table)}")
         ) from error
 
 
 def _plain(name: str) -> str:
-    """`meta-llama/Llama-2-7b-chat-hf` is, by its shapes, `llama-2-7b`."""
+    """`meta-llama/Llama-2-7b-chat-hf` has the shapes of `llama-2-7b`."""
     last = name.rsplit("/", 1)[-1].lower()
     for ending in ("-hf", "-instruct", "-chat", "-v0.1", "-v0.2", "-v0.3", "-it"):
         last = last.replace(ending, "")
@@ -57,18 +57,18 @@ def _of_values(values: dict[str, Any], name: str) -> Any:
     import transformers
 
     if "model_type" not in values:
-        raise UsageError(f'{name} has no "model_type", which says what kind of model it describes')
+        raise UsageError(f'{name} has no "model_type", so the architecture is unknown')
     try:
         return transformers.AutoConfig.for_model(**values)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{name} describes no model that transformers knows ({error})") from error
+        raise UsageError(f"{name} does not describe a model that transformers knows ({error})") from error
 
 
 def skeleton(config: Any, dtype: Any) -> Any:
     """The model of a configuration, on the meta device.
 
     Raises:
-        UsageError: it is no language model.
+        UsageError: it is not a language model.
     """
     import torch
     import transformers
@@ -79,4 +79,4 @@ def skeleton(config: Any, dtype: Any) -> Any:
             return auto.from_config(config, dtype=dtype)
     except ValueError as error:
         kind = architecture.model_type(config)
-        raise UsageError(f"models of type {kind} are no language models; nothing is planned for them") from error
+        raise UsageError(f"models of type {kind} are not language models and cannot be planned") from error

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: a run killed at any moment goes on from the last one, bit for bit."""
+"""Atomic checkpoints: a run killed at any moment resumes from the last one, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ STATE_FILE = "trainer_state.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and (path / STATE_FILE).is_file()]
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 class WholeCheckpoints:
-    """Put before a Trainer class: a checkpoint is written aside, flushed to the disk and renamed; old ones go afterwards.
+    """Put before a Trainer class: a checkpoint is staged, flushed to the disk and renamed; then old ones are removed.
 
-    `TrainingArguments.save_total_limit` is to be None; `keep` is the limit.
+    `TrainingArguments.save_total_limit` must be None; `keep` is the limit.
     """
+
+    # Of the Trainer class behind this one.
+    args: Any
+    state: Any
 
     keep: int = 2
     _folder: Path | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._folder or self.args.output_dir)  # type: ignore[attr-defined]
+        return str(self._folder or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = Path(self.args.output_dir)  # type: ignore[attr-defined]
+        run = Path(self.args.output_dir)
         shutil.rmtree(run / STAGING, ignore_errors=True)
         self._folder = run / STAGING
         try:
@@ -43,10 +47,10 @@ class WholeCheckpoints:
             shutil.rmtree(run / made.name, ignore_errors=True)
             made.rename(run / made.name)
         except (OSError, RuntimeError, ValueError) as error:
-            step = self.state.global_step  # type: ignore[attr-defined]
+            step = self.state.global_step
             raise UsageError(
-                f"the checkpoint of step {step} cannot be written into {run} ({error}); earlier ones are whole: make room, "
-                f"then go on: tunesmith train --resume --output-dir {run}"
+                f"the checkpoint of step {step} cannot be written to {run} ({error}); earlier checkpoints are intact. "
+                f"Free some space, then resume with: tunesmith train --resume --output-dir {run}"
             ) from error
         finally:
             self._folder = None

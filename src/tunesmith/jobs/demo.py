@@ -1,9 +1,10 @@
-"""The demo: source S0's story on the embedded base. Two specialists from one frozen model, measured and shown."""
+"""The demo: two specialists trained on one frozen, bundled base model, measured and compared."""
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch import nn
 
 from ..assets import FOLDER
 from ..auto import load_base, load_tokenizer
+from ..data.encode import encode_text
 from ..data.files import check_folder, read_texts
 from ..data.text import mean_loss, pad_id_of
 from . import job, quiet
+from .continuation import Sampling, continuation
+from .progress import JobConsole
 
+CREATIVE = Sampling(max_new_tokens=50, temperature=0.7, top_p=0.9, repetition_penalty=1.2)
 SPECIALISTS = {
     "prompt-writer": ("prompts.csv", "prompt", "I want you to act as a"),
     "quote-writer": ("quotes.jsonl", "quote", "There are two things that matter:"),
@@ -25,7 +30,11 @@ SPECIALISTS = {
 
 
 def tell(method: str, output_dir: Path, num_train_epochs: float, seed: int) -> dict[str, dict[str, float]]:
-    """Run the demo; returns the perplexities `{model: {data: perplexity}}`."""
+    """Run the demo.
+
+    Returns:
+        The perplexities `{model: {data: perplexity}}`.
+    """
     check_folder(output_dir)
     started, console = time.monotonic(), Console(highlight=False)
     quiet.hush()
@@ -36,7 +45,7 @@ def tell(method: str, output_dir: Path, num_train_epochs: float, seed: int) -> d
     results = {}
     for name, (file, column, _) in SPECIALISTS.items():
         texts = read_texts(FOLDER / "demo" / file, column)
-        results[name] = job.train(base, tokenizer, texts, settings, title=name, console=console)
+        results[name] = job.train(base, tokenizer, texts, settings, JobConsole(name, console))
         console.print(f"{name}: {results[name].sentence()}")
 
     perplexities = _perplexities(base, results, pad_id_of(tokenizer))
@@ -45,7 +54,7 @@ def tell(method: str, output_dir: Path, num_train_epochs: float, seed: int) -> d
     sizes = {name: job.save(result, tokenizer, output_dir / name) for name, result in results.items()}
     console.print(_size_table(base, results, sizes))
     picture = _draw_losses(results, output_dir / "losses.png")
-    console.print(f"loss curves: {picture}" if picture else "no picture: matplotlib is missing (pip install 'tunesmith[plot]')")
+    console.print(f"loss curves: {picture}" if picture else "no plot: needs matplotlib (pip install 'tunesmith[plot]')")
     console.print(f"adapters: {', '.join(str(output_dir / name) for name in results)}")
     console.print(f'next: tunesmith generate --adapter {output_dir}/quote-writer --prompt "A good friend" --compare')
     console.print(f"done in {time.monotonic() - started:.0f} s")
@@ -76,20 +85,13 @@ def _perplexity_table(perplexities: dict[str, dict[str, float]]) -> Table:
 def _generation_table(base: nn.Module, results: dict[str, job.Result], tokenizer: Any, seed: int) -> Table:
     table = Table(title="The same prompts, the same base in memory", title_justify="left", show_lines=True)
     table.add_column("model")
-    prompts = [prompt for _, _, prompt in SPECIALISTS.values()]
+    prompts, sampling = [prompt for _, _, prompt in SPECIALISTS.values()], replace(CREATIVE, seed=seed)
     for prompt in prompts:
         table.add_column(f'"{prompt} ..."', ratio=1)
     for name, model in {"base": base, **{name: result.handle for name, result in results.items()}}.items():
-        table.add_row(name, *[_continuation(model, tokenizer, prompt, seed) for prompt in prompts])
+        texts = [continuation(model, tokenizer, encode_text(prompt, tokenizer), sampling) for prompt in prompts]
+        table.add_row(name, *["... " + " ".join(text.split()) for text in texts])
     return table
-
-
-def _continuation(model: Any, tokenizer: Any, prompt: str, seed: int) -> str:
-    torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.2)
-    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return "... " + " ".join(text.split())
 
 
 def _size_table(base: nn.Module, results: dict[str, job.Result], sizes: dict[str, int]) -> Table:
@@ -120,7 +122,7 @@ def _draw_losses(results: dict[str, job.Result], path: Path) -> Path | None:
         axes.plot(*zip(*result.losses), label=name)
         if result.held_out_after is not None:
             color = axes.lines[-1].get_color()
-            axes.axhline(result.held_out_after, linestyle=":", color=color, label=f"{name}, held out, at the end")
+            axes.axhline(result.held_out_after, linestyle=":", color=color, label=f"{name}, held out, final")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Two adapters, one frozen base")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

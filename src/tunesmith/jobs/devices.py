@@ -1,4 +1,4 @@
-"""Where a command computes: on the machine's accelerator where there is one."""
+"""Where a command computes: on the machine's accelerator if there is one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def to_accelerator(model: Any) -> Any:
-    """The model on the first accelerator; where it is without one, or where it was loaded in parts."""
+    """The model, moved to the first accelerator; left where it is without one, or if it was loaded in parts."""
     import torch
 
     if not torch.accelerator.is_available() or hasattr(model, "hf_device_map"):

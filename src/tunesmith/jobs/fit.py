@@ -1,4 +1,4 @@
-"""A plan for a job's settings, and settings that fit into a given memory."""
+"""Memory planned for a job's settings, and settings that fit into a given amount of memory."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ..bases import architecture
 from ..bases.precision import dtype_named
 from ..config import TaskType
 from ..errors import ConfigError, TunesmithError
-from ..estimate.machine import memory
+from ..estimate.machine import available_memory
 from ..estimate.predict import Example, Plan, Storage, predict
 from ..estimate.skeleton import config_of
 from .settings import Settings
 
-SHORTEST = 64  # rows are not proposed to be cut below so many tokens
+SHORTEST = 64  # tokens; no proposal truncates rows to fewer
 VALUES_PER_LAYER = 60  # more than a layer keeps for the backward pass, in units of its width
-LIKE = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the data: how many rows, and their token ids and labels where they could be read."""
+    """What is known about the data: the number of rows, and their token ids and labels if they could be read."""
 
     count: int
     examples: Sequence[Example] = ()
 
     def batch(self, size: int, length: int) -> list[Example]:
-        """The longest rows: the largest batch that may come."""
+        """The longest rows: the largest batch that can occur."""
         size = min(size, self.count)
         if not self.examples:
             return [{"input_ids": [0] * length, "labels": [0] * length}] * size
@@ -51,30 +51,30 @@ def bytes_of(text: str) -> int:
     """`24GB` or `16 GiB` as bytes.
 
     Raises:
-        ConfigError: it is no size.
+        ConfigError: it is not a size.
     """
     plain = text.replace(" ", "").upper()
-    unit = next((unit for unit in sorted(LIKE, key=len, reverse=True) if plain.endswith(unit)), "")
+    unit = next((unit for unit in sorted(UNITS, key=len, reverse=True) if plain.endswith(unit)), "")
     try:
-        size = float(plain.removesuffix(unit)) * LIKE[unit]
+        size = float(plain.removesuffix(unit)) * UNITS[unit]
     except (ValueError, KeyError):
         size = math.nan
     if not 0 < size < math.inf:
-        raise ConfigError(f'"{text}" is no size of memory; write 24GB or 16GiB')
+        raise ConfigError(f'"{text}" is not a memory size; write 24GB or 16GiB')
     return int(size)
 
 
 def plan_training(settings: Settings, rows: Rows | None = None, device: str | None = None) -> Plan:
-    """What a job takes, without starting it: no download, no weights, seconds.
+    """The memory and work that a job takes, in seconds, without a download and without weights.
 
     Args:
         settings: as for `tunesmith train`; the base by a known name, folder, config file or hub id.
-        rows: the data; 1,000 rows of `max_length` tokens where nothing is known of it.
-        device: "cpu" or "cuda"; the one that this machine would train on where it is None.
+        rows: the data; None stands for 1,000 rows of `max_length` tokens.
+        device: "cpu" or "cuda"; None stands for the device that this machine would train on.
 
     Raises:
         ConfigError, TargetError: method and base do not fit.
-        UsageError: nothing is known of the base.
+        UsageError: the base is unknown.
     """
     rows, device = rows or Rows(1000), device or usual_device()
     config = config_of(settings.base)
@@ -90,21 +90,21 @@ def plan_training(settings: Settings, rows: Rows | None = None, device: str | No
         peft_config,
         [rows.batch(settings.per_device_train_batch_size, settings.room)],
         storage_of(settings, config, device),
-        gradient_checkpointing=bool(settings.gradient_checkpointing),
-        packing=settings.packing,
         held_out=held_out,
-        device=device,
+        packing=settings.packing,
     )
 
 
 def storage_of(settings: Settings, config: Any, device: str) -> Storage:
-    """In what types a job's values lie."""
+    """Where and how a job keeps its values."""
     dtype = dtype_named(settings.dtype) if settings.dtype != "auto" or device == "cpu" else torch.bfloat16
     return Storage(
         dtype=dtype or architecture.stored_dtype(config) or torch.float32,
         bits=settings.bits,
         double_quantisation=settings.bnb_4bit_use_double_quant,
         bytes_of_moments=2 if "8bit" in settings.optim else 8,
+        gradient_checkpointing=bool(settings.gradient_checkpointing),
+        device=device,
     )
 
 
@@ -113,7 +113,7 @@ def usual_device() -> str:
 
 
 def smaller(settings: Settings) -> Iterator[Settings]:
-    """Settings that take less and less: smaller batches of the same steps, checkpointing, 4 bits, shorter rows."""
+    """Settings that take less and less memory: smaller batches of the same steps, checkpointing, 4 bits, shorter rows."""
     now = settings
     while now.per_device_train_batch_size > 1:
         half = now.per_device_train_batch_size // 2
@@ -134,7 +134,7 @@ def smaller(settings: Settings) -> Iterator[Settings]:
 def fitting(
     settings: Settings, budget: int, rows: Rows | None = None, device: str | None = None
 ) -> tuple[Settings, Plan] | None:
-    """The first of `smaller` whose peak is within the budget, and its plan; None where none is."""
+    """The first of `smaller` whose peak is within the budget, and its plan; None if no settings are."""
     for candidate in smaller(settings):
         plan = plan_training(candidate, rows, device)
         if plan.peak <= budget:
@@ -143,11 +143,11 @@ def fitting(
 
 
 def needs_checkpointing(settings: Settings, base: Any) -> bool:
-    """Whether a job's activations do not fit into the free memory beside its base, which is loaded.
+    """Whether a job's activations would not fit into the free memory beside its base, which is loaded.
 
-    Where a bound tells that there is plenty, nothing is planned.
+    Nothing is planned where an upper bound shows that there is plenty.
     """
-    free = memory(usual_device())
+    free = available_memory(usual_device())
     if free is None or _most_transient(settings, base) < free / 2:
         return False
     try:
@@ -158,7 +158,7 @@ def needs_checkpointing(settings: Settings, base: Any) -> bool:
 
 
 def _most_transient(settings: Settings, base: Any) -> int:
-    """Bytes that activations and logits of a batch surely do not exceed."""
+    """An upper bound of the bytes of a batch's activations and logits."""
     config = base.config
     tokens = settings.per_device_train_batch_size * settings.max_length
     layers, width = architecture.layers_in(config) or 0, architecture.hidden_size(config)
@@ -167,22 +167,22 @@ def _most_transient(settings: Settings, base: Any) -> int:
 
 
 def advice(settings: Settings) -> str:
-    """What to change where a job ran out of memory, in words; by how much, where the job can be planned."""
+    """What to change in a job that ran out of memory, in words; and what that saves, if the job can be planned."""
     try:
         asked = plan_training(settings)
         less = int(asked.held + 0.7 * (asked.peak - asked.held))
-        found = fitting(settings, min(memory(usual_device()) or less, less))
+        found = fitting(settings, min(available_memory(usual_device()) or less, less))
     except TunesmithError:
         smallest = list(smaller(settings))[-1:]
-        return "try " + flags(smallest[0], settings) if smallest else "take a smaller base"
+        return "try " + flags(smallest[0], settings) if smallest else "use a smaller base"
     if found is None:
-        return f"it needs about {asked.peak / 1e9:.2f} GB, and no settings make it much less; take a smaller base"
+        return f"it needs about {asked.peak / 1e9:.2f} GB, and no settings reduce that much; use a smaller base"
     sizes = f"{found[1].peak / 1e9:.2f} GB rather than {asked.peak / 1e9:.2f}"
     return f"try {flags(found[0], settings)}: about {sizes} (tunesmith plan)"
 
 
 def flags(settings: Settings, than: Settings) -> str:
-    """What to add to a command so that it has these settings."""
+    """The flags to add to a command so that it has these settings."""
     changed = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

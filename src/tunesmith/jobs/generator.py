@@ -1,10 +1,9 @@
-"""A base model and an adapter that answer, in the form that the adapter was trained on."""
+"""A base model with an adapter that generates, in the template that the adapter was trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from ..auto import load_base, load_tokenizer
@@ -14,46 +13,21 @@ from ..config import read_config
 from ..data.encode import encode_text
 from ..data.formats import Message
 from ..data.templates import Template, chosen
-from ..errors import ConfigError
 from ..model import PeftModel
 from ..storage.folder import AdapterFolder
+from .continuation import Sampling as Sampling
+from .continuation import continuation
 from .devices import to_accelerator
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: the likeliest ones at a temperature of 0."""
-
-    max_new_tokens: int = 60
-    temperature: float = 0.0
-    top_p: float = 0.9
-    repetition_penalty: float = 1.3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise ConfigError("needs --max-new-tokens of at least 1, --temperature of at least 0, --top-p above 0 and at most "
-                              "1, --repetition-penalty above 0")  # fmt: skip
-
-    def arguments(self) -> dict[str, Any]:
-        """For `generate`."""
-        chance = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p} if self.temperature else {}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": False,
-            **chance,
-        }
 
 
 class Generator:
     """A base with or without an adapter.
 
     Args:
-        adapter: a folder or hub id; None speaks with the bare base.
-        base: the base's name; None takes the one that the adapter names, else sprout.
-        template: a name or file; None takes the one kept beside the adapter, else the tokenizer's chat template, else none.
-        bits: in how many the base's linear maps are stored: 4, 8, or 16 for what the files hold.
+        adapter: a folder or hub id; None generates with the bare base.
+        base: the base's name; None uses the one that the adapter names, else sprout.
+        template: a name or file; None uses the one saved with the adapter, else the tokenizer's chat template, else none.
+        bits: of the base's linear weights: 4, 8, or 16 for what its files hold.
 
     Raises:
         AdapterFileError, ConfigError, UsageError: the adapter or the base cannot be loaded.
@@ -71,32 +45,27 @@ class Generator:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Inside, the base speaks alone."""
+        """Inside, the base generates without the adapter."""
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
             yield
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What the model reads before it answers."""
+        """The text that the model reads before it answers."""
         return self.template.write(messages, self.tokenizer, answer_next=True)
 
     def go_on(self, text: str, sampling: Sampling) -> str:
-        """What the model writes behind a text."""
-        import torch
-
-        torch.manual_seed(sampling.seed)
-        ids = torch.tensor([encode_text(text, self.tokenizer)], device=next(self.base.parameters()).device)
-        made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling.arguments())
-        return str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        """What the model writes after a text."""
+        return continuation(self.model, self.tokenizer, encode_text(text, self.tokenizer), sampling)
 
     def answer(self, messages: Sequence[Message], sampling: Sampling) -> str:
-        """The assistant's next words in a conversation."""
+        """The assistant's next message in a conversation."""
         return self.go_on(self.prompt(messages), sampling)
 
     def length(self, messages: Sequence[Message]) -> int:
-        """Tokens of a conversation."""
+        """How many tokens a conversation has."""
         return len(encode_text(self.prompt(messages), self.tokenizer))
 
     @property
     def room(self) -> int | None:
-        """How many tokens the base can read; None where it does not say."""
+        """How many tokens the base can read; None where its configuration does not tell."""
         return longest_input(self.base.config)

@@ -1,4 +1,4 @@
-"""Held-out rows measured during a training; the best adapter kept, and an end when nothing gets better."""
+"""Evaluation on held-out rows during a run: keeps the best adapter, and ends the run when nothing gets better."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BEST = "best"  # the folder of the best adapter so far
 
 
 class MeasureHeldOut(TrainerCallback):
-    """After each epoch, or every `eval_steps`: the held-out loss into the records, the adapter into `best/` if it is the best.
+    """After each epoch, or every `eval_steps`: records the held-out loss, and saves the adapter to `best/` if it is the best.
 
-    A run that is gone on with finds the measurements before its checkpoint in its records. What `best/` held of later steps
-    is trained again, bit for bit, and takes its place again.
+    A resumed run reads the measurements before its checkpoint from its records. An adapter of later steps in `best/` is
+    trained again, bit for bit, and saved again.
 
     Args:
-        record: where measurements are written; must stand before this among a trainer's callbacks.
+        record: where measurements are written; must come before this among a trainer's callbacks.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MeasureHeldOut(TrainerCallback):
 
     @property
     def best(self) -> tuple[int, float]:
-        """`(step, loss)` of the best measurement; one that is no number is none."""
+        """`(step, loss)` of the best finite measurement."""
         return min((at for at in self.measured if math.isfinite(at[1])), key=lambda at: at[1], default=(0, math.inf))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -53,7 +53,7 @@ class MeasureHeldOut(TrainerCallback):
         self.measured = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Before a checkpoint of the same step, so that a run that goes on from it has the measurement."""
+        """Before a checkpoint of the same step, so that a run resumed from it has the measurement."""
         of_epoch = self.settings.eval_strategy == "epoch"
         if abs(state.epoch - round(state.epoch)) < 1e-6 if of_epoch else state.global_step % self.settings.eval_steps == 0:
             self._measure(state, control)
@@ -70,7 +70,7 @@ class MeasureHeldOut(TrainerCallback):
             control.should_training_stop = self.stopped = True
 
     def known(self, step: int) -> float | None:
-        """The held-out loss after `take_best` at the end of `step`; None where it was not measured."""
+        """The held-out loss of the adapter after `take_best` at the end of `step`; None where it was not measured."""
         if self._takes_best():
             return self.best[1]
         return dict(self.measured).get(step)
@@ -79,9 +79,9 @@ class MeasureHeldOut(TrainerCallback):
         return self.settings.load_best_model_at_end and math.isfinite(self.best[1])
 
     def take_best(self) -> str | None:
-        """Load the best adapter where that is wanted; says which one it is."""
+        """Load the best adapter where that was asked for; returns a sentence about it."""
         if not self._takes_best():
             return None
         load_all(self.handle, str(self.folder))
         step, loss = self.best
-        return f"the best adapter is that of step {step}: held-out perplexity {perplexity(loss):.1f}"
+        return f"kept the adapter of step {step}, the best on held-out rows: perplexity {perplexity(loss):.1f}"

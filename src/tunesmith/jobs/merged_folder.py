@@ -1,4 +1,4 @@
-"""A merged model into a folder, whole or not at all."""
+"""Writes a merged model into a folder, completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..errors import UsageError
 
 
 def write(model: Any, tokenizer: Any, folder: Path) -> int:
-    """Write model and tokenizer beside `folder` and rename; returns the size in bytes.
+    """Write model and tokenizer next to `folder` and rename; returns the size in bytes.
 
     Raises:
-        UsageError: the disk is full or not to be written to; nothing is left then.
+        UsageError: the disk is full or not writable; nothing is left behind.
     """
     staging = folder.with_name(f".{folder.name}-staging")
     shutil.rmtree(staging, ignore_errors=True)
@@ -27,6 +27,6 @@ def write(model: Any, tokenizer: Any, folder: Path) -> int:
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise UsageError(
-            f"the merged model cannot be written into {folder} ({error}); make room or give another folder"
+            f"the merged model cannot be written to {folder} ({error}); free some space or choose another folder"
         ) from error
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

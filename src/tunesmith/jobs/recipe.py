@@ -1,4 +1,4 @@
-"""Settings from four places: defaults < recipe file < environment (`TUNESMITH_LEARNING_RATE`) < flags. Imports no torch."""
+"""Settings from four sources: defaults < recipe file < environment (`TUNESMITH_LEARNING_RATE`) < flags. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..errors import ConfigError, bullet_list, did_you_mean
 from .settings import Settings
 
 ENVIRONMENT_PREFIX = "TUNESMITH_"
-RECIPE_FILE = "recipe.resolved.yaml"  # of a run: every setting it was made with
+RECIPE_FILE = "recipe.resolved.yaml"  # of a run: every setting that it was started with
 FIELDS = {known.name: known for known in dataclasses.fields(Settings)}
 TYPES = typing.get_type_hints(Settings)
 SYNONYMS = {other: name for name, known in FIELDS.items() for other in known.metadata["names"]}
 
-# Names that other tools, or older versions of them, have for the same; None: there is nothing to set, and why.
+# Names that other tools, or older versions of them, use for the same thing.
 OLD_NAMES: dict[str, str] = {
     "warmup_ratio": "warmup_steps",
     "max_seq_length": "max_length",
@@ -39,11 +39,12 @@ OLD_NAMES: dict[str, str] = {
     "sample_packing": "packing",
     "evaluation_strategy": "eval_strategy",
 }
+# Settings of other tools that have no counterpart, and why.
 NOTHING_TO_SET: dict[str, str] = {
-    "group_by_length": "rows of like lengths are batched together, or packed, without it",
-    "overwrite_output_dir": "a folder that holds another run's checkpoints is never overwritten",
-    "no_cuda": "the machine's accelerator is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
-    "remove_unused_columns": "columns that are not trained are left out by themselves",
+    "group_by_length": "rows of similar lengths are always batched together, or packed",
+    "overwrite_output_dir": "a folder that contains another run's checkpoints is never overwritten",
+    "no_cuda": "the machine's accelerator is used if there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "remove_unused_columns": "columns that are not trained on are dropped automatically",
     "logging_dir": "metrics.jsonl in output_dir holds every record",
 }
 
@@ -66,10 +67,10 @@ def columns_of(given: list[str] | None) -> dict[str, str] | None:
 
 
 def resolve(recipe: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> Resolved:
-    """The settings that were given, later places over earlier ones.
+    """The settings that were given; later sources override earlier ones.
 
     Raises:
-        ConfigError: all unknown names and wrong values of all places at once.
+        ConfigError: all unknown names and invalid values of all sources at once.
     """
     result = Resolved()
     faults: list[str] = []
@@ -78,12 +79,12 @@ def resolve(recipe: Path | None, environment: Mapping[str, str], flags: Mapping[
         for name, value in environment.items()
         if name.startswith(ENVIRONMENT_PREFIX)
     }
-    places: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
+    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
         (read_recipe(recipe) if recipe else {}, lambda name: f"{recipe}: {name}"),
         (from_environment, lambda name: ENVIRONMENT_PREFIX + name.upper()),
         (flags, lambda name: "--" + name.replace("_", "-").replace("options", "option")),
     ]
-    for given, shown in places:
+    for given, shown in sources:
         for key, value in _renamed(given, shown, result.warnings, faults).items():
             try:
                 converted = _converted(value, TYPES[key])
@@ -93,7 +94,7 @@ def resolve(recipe: Path | None, environment: Mapping[str, str], flags: Mapping[
                 both = isinstance(converted, dict) and key in result.values
                 result.values[key] = {**result.values[key], **converted} if both else converted
     if faults:
-        raise ConfigError(faults[0] if len(faults) == 1 else f"{len(faults)} settings are wrong:\n{bullet_list(faults)}")
+        raise ConfigError(faults[0] if len(faults) == 1 else f"{len(faults)} settings are invalid:\n{bullet_list(faults)}")
     return result
 
 
@@ -101,7 +102,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe file (yaml or json).
 
     Raises:
-        ConfigError: it is missing, malformed, not a mapping, or has a key twice.
+        ConfigError: it is missing, malformed, not a mapping, or has a duplicate key.
     """
     import yaml
 
@@ -109,7 +110,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"recipe {path} cannot be read ({reason}); give a yaml file of settings") from error
+        raise ConfigError(f"recipe {path} cannot be read ({reason}); pass a yaml file of settings") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
@@ -125,36 +126,37 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if key.value in seen:
-            raise ConfigError(f'{path}:{line}: "{key.value}" comes twice (first in line {seen[key.value]}); keep one')
+            raise ConfigError(f'{path}:{line}: "{key.value}" appears twice (first on line {seen[key.value]}); keep one')
         seen[key.value] = line
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def as_yaml(settings: Settings) -> str:
-    """A recipe file that says everything, the method's usual learning rate included."""
+    """A complete recipe file, the method's usual learning rate included."""
     import yaml
 
     values = {**dataclasses.asdict(settings), "learning_rate": settings.rate}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _renamed(given: Mapping[str, Any], shown: Callable[[str], str], warnings: list[str], faults: list[str]) -> dict[str, Any]:
-    """The values under today's names; old names become warnings, unknown ones faults."""
+    """The values under their present names; old names become warnings, unknown ones faults."""
     found: dict[str, Any] = {}
     for name, value in given.items():
         key = SYNONYMS.get(name, name)
         if name in NOTHING_TO_SET:
-            warnings.append(f"{shown(name)} does nothing here: {NOTHING_TO_SET[name]}")
+            warnings.append(f"{shown(name)} has no effect here: {NOTHING_TO_SET[name]}")
             continue
         if name in OLD_NAMES:
             key = OLD_NAMES[name]
-            warnings.append(f"{shown(name)} is called {key} here; taken as that")
+            warnings.append(f"{shown(name)} is called {key} here; using that name")
             if name == "train_on_inputs":
                 value = _opposite(value)
         if key not in FIELDS:
             known = [*FIELDS, *SYNONYMS, *OLD_NAMES]
             near = did_you_mean(name, known)
-            faults.append(f"{shown(name)} is no setting{near or '; `tunesmith train --settings` lists them'}")
+            faults.append(f"{shown(name)} is not a setting{near or '; `tunesmith train --settings` lists them'}")
         elif key in found:
             faults.append(f"{shown(name)} is given twice, under two names; keep one")
         elif value is not None:
@@ -173,7 +175,7 @@ def _converted(value: Any, hint: Any) -> Any:
     """A value of a recipe, of the environment or of a flag as its field's type.
 
     Raises:
-        ValueError: it is none; the text says what is expected.
+        ValueError: it cannot be converted; the text says what is expected.
     """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
@@ -185,7 +187,7 @@ def _converted(value: Any, hint: Any) -> Any:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return ",".join(value)
         if isinstance(value, (dict, list, bool)):
-            raise ValueError("is not a text")
+            raise ValueError("is not a string")
         return str(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("is not a number")
@@ -201,7 +203,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A wrong value as an error shows it; of a list the reason names the part."""
+    """An invalid value as an error shows it; of a list the reason names the part."""
     return "" if isinstance(value, list) else f"={value!r}"
 
 
@@ -220,7 +222,7 @@ def _pairs(value: Any, texts: bool) -> dict[str, Any]:
         return {str(name): str(item) if texts else item for name, item in value.items()}
     parts = [value] if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-        raise ValueError("is no list of name=value")
+        raise ValueError("is not a list of name=value")
     found: dict[str, Any] = {}
     for part in [piece for text in parts for piece in _split(text)]:
         name, equals, text = part.partition("=")

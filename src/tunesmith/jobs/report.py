@@ -1,4 +1,4 @@
-"""A run as one page of HTML that needs nothing else: its outcome, curves, samples before and after, and its recipe."""
+"""A run as one self-contained page of HTML: its outcome, curves, samples before and after, and its recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from .callbacks import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
-WIDTH, HEIGHT, LEFT, BELOW = 720, 260, 52, 34  # of a picture, and of the room for its labels
+WIDTH, HEIGHT, LEFT, BELOW = 720, 260, 52, 34  # of a plot, and of the margins for its labels
 COLOURS = {"training": "#2563eb", "held out": "#d97706", "learning rate": "#64748b"}
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;color:#1e293b;background:#fff}
@@ -26,17 +26,17 @@ overflow-x:auto;font-size:.85rem} .legend span{margin-right:1.2rem} text{font:12
 
 @dataclass(frozen=True)
 class Sample:
-    """A question, and what was answered before the training and after it."""
+    """A prompt, its answers before and after training, and the expected one."""
 
-    asked: str
+    prompt: str
     before: str
     after: str
-    wanted: str
+    expected: str
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report says beside the records."""
+    """What a report shows besides the records."""
 
     title: str
     outcome: str
@@ -46,7 +46,7 @@ class Facts:
 
 
 def write(folder: Path, facts: Facts) -> Path:
-    """Write the page of a run from its records; whole or not at all."""
+    """Write the page of a run from its records, completely or not at all."""
     page = folder / REPORT_FILE
     staged = folder / f".{REPORT_FILE}"
     staged.write_text(as_html(facts, read_metrics(folder / METRICS_FILE)), encoding="utf-8")
@@ -73,7 +73,7 @@ def as_html(facts: Facts, records: Sequence[dict[str, Any]]) -> str:
         f"<h2>Loss (nats per token)</h2>{picture(curves)}",
         f"<h2>Learning rate</h2>{picture(rates)}",
         _samples(facts.samples),
-        f"<h2>Recipe</h2><p><code>tunesmith train recipe.yaml</code> trains it again.</p><pre>{_safe(facts.recipe)}</pre>",
+        f"<h2>Recipe</h2><p><code>tunesmith train recipe.yaml</code> repeats this run.</p><pre>{_safe(facts.recipe)}</pre>",
     ]
     return "\n".join(part for part in parts if part) + "\n</html>\n"
 
@@ -82,11 +82,11 @@ ENDS = ("held_out_loss_before", "held_out_loss_after")
 
 
 def picture(curves: dict[str, list[tuple[int, float]]]) -> str:
-    """Curves over steps as SVG, with a legend; values that are no numbers are left out."""
+    """Curves over steps as SVG, with a legend; values that are not finite are left out."""
     curves = {name: [at for at in points if math.isfinite(at[1])] for name, points in curves.items()}
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
-        return "<p>nothing was recorded</p>"
+        return "<p>no records</p>"
     steps = [step for points in curves.values() for step, _ in points]
     values = [value for points in curves.values() for _, value in points]
     low, high, end = min(values), max(values), max(steps) or 1
@@ -119,10 +119,10 @@ def _samples(samples: Sequence[Sample]) -> str:
     if not samples:
         return ""
     rows = "".join(
-        "<tr>" + "".join(f'<td class="text">{_safe(text)}</td>' for text in (s.asked, s.before, s.after, s.wanted)) + "</tr>"
+        "<tr>" + "".join(f'<td class="text">{_safe(text)}</td>' for text in (s.prompt, s.before, s.after, s.expected)) + "</tr>"
         for s in samples
     )
-    heads = "".join(f"<th>{name}</th>" for name in ("asked", "before", "after", "wanted"))
+    heads = "".join(f"<th>{name}</th>" for name in ("prompt", "before", "after", "expected"))
     return f'<h2>Held-out rows, before and after</h2><table class="samples"><tr>{heads}</tr>{rows}</table>'
 
 

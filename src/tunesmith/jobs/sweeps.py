@@ -1,4 +1,4 @@
-"""A recipe whose values are lists: one run for each combination, and one table of them all."""
+"""A recipe with lists as values: one run for each combination, and one table of all runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def combinations(recipe: Path, flags: dict[str, Any]) -> list[tuple[str, dict[st
     """`(name, settings)` of each run; the name says what varies: `learning_rate=0.001,lora_r=8`.
 
     Raises:
-        ConfigError: nothing varies, a list is empty, what varies may not, or there are too many combinations.
+        ConfigError: nothing varies, a list is empty, a setting cannot be varied, or there are too many combinations.
     """
     given = {**read_recipe(recipe), **flags}
     lists = {name: value for name, value in given.items() if isinstance(value, list)}
@@ -26,21 +26,21 @@ def combinations(recipe: Path, flags: dict[str, Any]) -> list[tuple[str, dict[st
         if SYNONYMS.get(name, name) in NOT_VARIED:
             raise ConfigError(f"{recipe}: {name} cannot be varied; give one value")
         if not values:
-            raise ConfigError(f"{recipe}: {name} is an empty list; give it values")
+            raise ConfigError(f"{recipe}: {name} is an empty list; add values")
     if not lists:
         raise ConfigError(f"{recipe} varies nothing; give a list, e.g. `learning_rate: [1e-4, 1e-3]`, or use tunesmith train")
     total = 1
     for values in lists.values():
         total *= len(values)
     if total > MOST:
-        raise ConfigError(f"{recipe} asks for {total} runs; at most {MOST} are started at once")
+        raise ConfigError(f"{recipe} makes {total} runs; at most {MOST} are allowed")
     found = []
     for chosen in itertools.product(*lists.values()):
         varied = dict(zip(lists, chosen))
         name = ",".join(f"{key}={_shown(value)}" for key, value in varied.items())
         found.append((name, resolve(None, {}, {**given, **varied}).values))
     if len({name for name, _ in found}) < len(found):
-        raise ConfigError(f"{recipe}: a list holds a value twice; keep one")
+        raise ConfigError(f"{recipe}: a list contains a value twice; keep one")
     return found
 
 
@@ -50,7 +50,7 @@ def _shown(value: Any) -> str:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The last record of a run that came to its end; None of any other."""
+    """The last record of a finished run; None of any other."""
     from .callbacks import METRICS_FILE, read_metrics
 
     records = read_metrics(folder / METRICS_FILE)
@@ -63,7 +63,7 @@ def run_all(recipe: Path, flags: dict[str, Any]) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: see `combinations`.
-        TunesmithError: a run failed; those before it are kept, and the same command goes on.
+        TunesmithError: a run failed; those before it are kept, and the same command resumes the sweep.
     """
     from . import run
 

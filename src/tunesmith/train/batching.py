@@ -1,4 +1,4 @@
-"""How the rows of a training become batches: packed into one row, or in buckets of like lengths."""
+"""How training rows become batches: packed into one row, or in buckets of similar lengths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class BucketTrainer(Trainer):
 
 
 def batching(handle: PeftModel, packing: bool | None, pad_id: int) -> tuple[type[Trainer], PackedCollator | PadRight]:
-    """What trainer and collator a job takes; `packing` as in `Settings`.
+    """The Trainer class and the collator for a handle.
+
+    Args:
+        packing: whether the texts of a batch share one row; None packs where that is possible.
 
     Raises:
         ConfigError: texts are to be packed, but cannot be kept apart.

@@ -1,4 +1,4 @@
-"""EVA's start for an adapter that has been made: a look at the data, then new ranks and new A (`inits/eva.py`)."""
+"""EVA's init for an adapter that has been made: a pass over data, then new ranks and a new A (`inits/eva.py`)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def call_with_names(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 def tokens_that_count(inputs: dict[str, Any], config: LoraConfig) -> Tensor | None:
-    """`(rows, tokens)`: which tokens are no padding and (with `use_label_mask`) part of the loss; None where all are."""
+    """`(rows, tokens)`: which tokens are not padding and (with `use_label_mask`) part of the loss; None where all are."""
     eva: Any = config.eva_config
     mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-    mask = None if mask is None else mask.bool()
+    mask = mask.bool() if isinstance(mask, Tensor) else None
     if not eva.use_label_mask or labels is None or (mask is not None and labels.shape != mask.shape):
         return mask
-    counted = labels != eva.label_mask_value
+    counted: Tensor = labels != eva.label_mask_value
     return counted if mask is None else mask & counted
 
 
 def rows_that_count(layer_input: Tensor, mask: Tensor | None, path: str) -> Tensor:
-    """`(rows, in)` of a module's input; modules that see something else than the masked tokens give all their rows."""
+    """`(rows, in)` of a module's input; modules that see anything but the masked tokens give all their rows."""
     if mask is not None and layer_input.shape[:-1] == mask.shape:
         return layer_input[mask.to(layer_input.device)]
     return layer_input.reshape(-1, layer_input.shape[-1])
@@ -43,7 +43,7 @@ def rows_that_count(layer_input: Tensor, mask: Tensor | None, path: str) -> Tens
 
 def initialize_lora_eva_weights(
     model: PeftModel,
-    dataloader: Iterable | None = None,
+    dataloader: Iterable[Any] | None = None,
     eva_state_dict: dict[str, Tensor] | None = None,
     forward_fn: Callable[[Any, Any], Any] = call_with_names,
     prepare_model_inputs_fn: Callable[[Any, Any], Any] | None = tokens_that_count,
@@ -51,31 +51,31 @@ def initialize_lora_eva_weights(
     adapter_name: str = "default",
     show_progress_bar: bool = True,
 ) -> None:
-    """Give an adapter made with `init_lora_weights="eva"` its start; its old values are lost.
+    """Initialise an adapter made with `init_lora_weights="eva"` from data; its old values are lost.
 
     Modules whose inputs explain little lose their adapter, others get more rank; `rank_pattern`, `alpha_pattern` and
     `target_modules` of the handle's configuration say which. Make the optimiser afterwards.
 
     Args:
         dataloader: batches; they are read until every direction has converged (`EvaConfig.tau`) or they end.
-        eva_state_dict: what `get_eva_state_dict` gave, in place of a dataloader.
+        eva_state_dict: the result of `get_eva_state_dict`, in place of a dataloader.
         forward_fn: how a batch runs: `forward_fn(model, batch)`.
-        prepare_model_inputs_fn: makes of `(batch, config)` what the next function gets; None gives it the batch.
-        prepare_layer_inputs_fn: makes of `(a module's input, that, module path)` the rows `(rows, in)` to look at.
+        prepare_model_inputs_fn: turns `(batch, config)` into what the next function gets; None passes the batch itself.
+        prepare_layer_inputs_fn: turns `(a module's input, that, module path)` into the rows `(rows, in)` to decompose.
 
     Raises:
-        UsageError: the adapter is of another start, is merged, or there is nothing to look at.
+        UsageError: the adapter has another init or is merged, or no module got an input.
     """
     config = _eva_config(model, adapter_name)
     if eva_state_dict is None:
         if dataloader is None:
-            raise UsageError("initialize_lora_eva_weights needs a dataloader (or an eva_state_dict that was computed before)")
+            raise UsageError("initialize_lora_eva_weights needs a dataloader (or the eva_state_dict of an earlier call)")
         eva_state_dict = get_eva_state_dict(
             model, dataloader, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name, show_progress_bar
         )
     unknown = sorted(set(eva_state_dict) - {path for path, _ in model.tree(adapter_name).items()})
     if unknown:
-        raise UsageError("eva_state_dict holds modules that carry no adapter here:\n" + bullet_list(unknown))
+        raise UsageError("eva_state_dict names modules that carry no adapter here:\n" + bullet_list(unknown))
     plan, new = model.plan_adapter(_with_ranks(config, model, adapter_name, {p: len(a) for p, a in eva_state_dict.items()}))
     full_precision = any(parameter.dtype == torch.float32 for parameter in model.tree(adapter_name).parameters())
     tree = build(model.base_model, new, plan, full_precision=full_precision, initialise=True)
@@ -89,7 +89,7 @@ def initialize_lora_eva_weights(
 @torch.no_grad()
 def get_eva_state_dict(
     model: PeftModel,
-    dataloader: Iterable,
+    dataloader: Iterable[Any],
     forward_fn: Callable[[Any, Any], Any] = call_with_names,
     prepare_model_inputs_fn: Callable[[Any, Any], Any] | None = tokens_that_count,
     prepare_layer_inputs_fn: Callable[[Tensor, Any, str], Tensor] = rows_that_count,
@@ -99,27 +99,27 @@ def get_eva_state_dict(
     """`{module path: A}`, each A `(rank, in)` with the module's new rank; arguments as above."""
     config = _eva_config(model, adapter_name)
     eva: Any = config.eva_config
-    watch = _Watch(model, config, adapter_name, prepare_layer_inputs_fn)
+    inputs = _LayerInputs(model, config, adapter_name, prepare_layer_inputs_fn)
     was_training = model.training
     model.eval()
     try:
         for batch in tqdm(dataloader, desc="EVA", disable=not show_progress_bar):
             batch = _on_device(batch, next(model.base_model.parameters()).device)
-            watch.batch = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+            inputs.batch = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
             with model.disable_adapter():
                 forward_fn(model, batch)
-            if watch.all_settled(eva.tau):
+            if inputs.all_settled(eva.tau):
                 break
     finally:
-        watch.remove()
+        inputs.remove()
         model.train(was_training)
-    if not watch.parts:
+    if not inputs.parts:
         raise UsageError("EVA saw no inputs: the dataloader is empty, or no adapted linear module ran")
-    return watch.directions(eva.whiten)
+    return inputs.directions(eva.whiten)
 
 
-class _Watch:
-    """Looks at the inputs of one adapter's linear modules; modules with the very same input share one decomposition."""
+class _LayerInputs:
+    """Decomposes the inputs of one adapter's linear modules; modules with the very same input share one decomposition."""
 
     def __init__(self, model: PeftModel, config: LoraConfig, name: str, rows_of: Callable[[Tensor, Any, str], Tensor]) -> None:
         self.rows_of = rows_of
@@ -138,10 +138,10 @@ class _Watch:
                 r, inner = config.settings(path).r, view_of(module).shape[1]
                 self.budget += r
                 self.limits[path] = min(round(r * eva.rho), inner)
-                self.hooks.append(module.register_forward_pre_hook(self._looking_at(path)))
+                self.hooks.append(module.register_forward_pre_hook(self._hook(path)))
 
-    def _looking_at(self, path: str) -> Callable[[Any, tuple], None]:
-        def hook(_: Any, args: tuple) -> None:
+    def _hook(self, path: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
             if path not in self.alike:
                 self.alike[path] = next((first for tensor, first in self.seen if tensor is args[0]), path)
                 self.seen.append((args[0], path))
@@ -158,7 +158,7 @@ class _Watch:
         return share_out({path: part.explained()[: self.limits[path]] for path, part in shares.items()}, self.budget)
 
     def all_settled(self, tau: float) -> bool:
-        """Whether no module's directions, as many as its rank is now, turned in the last batch."""
+        """Whether the directions of every module, as many as its present rank, stayed the same in the last batch."""
         self.seen, self.settled, ranks = [], set(), self.ranks()
         for path, part in self.parts.items():
             asked = max(rank for other, rank in ranks.items() if self.alike[other] == path)
@@ -180,7 +180,7 @@ class _Watch:
 
 
 def _with_ranks(config: LoraConfig, model: PeftModel, name: str, ranks: dict[str, int]) -> LoraConfig:
-    """`config` with these ranks; modules of rank 0 are no targets any more."""
+    """`config` with these ranks; modules of rank 0 are no longer targets."""
     eva: Any = config.eva_config
     paths = _lora_paths(model, name)
     kept = [path for path in paths if ranks.get(path) != 0]
@@ -205,7 +205,7 @@ def _lora_paths(model: PeftModel, name: str) -> list[str]:
 
 def _eva_config(model: PeftModel, name: str) -> LoraConfig:
     if not isinstance(model, PeftModel):
-        raise UsageError(f"EVA starts an adapter of a handle (get_peft_model), got {type(model).__name__}")
+        raise UsageError(f"EVA initialises an adapter of a handle (get_peft_model), got {type(model).__name__}")
     model.require(name)
     config = model.peft_config[name]
     if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
@@ -213,7 +213,9 @@ def _eva_config(model: PeftModel, name: str) -> LoraConfig:
     if model.merged:
         raise UsageError("adapters are merged into the weights; call unmerge_adapter() first")
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise UsageError("EVA looks at the data of one process; initialise and save the adapter in one, then load it in all")
+        raise UsageError(
+            "EVA uses the data of one process; initialise and save the adapter in one process, then load it in all"
+        )
     return config
 
 

@@ -1,7 +1,7 @@
-"""Optimisers by the names that `TrainingArguments(optim=...)` knows, where a device or a package for them is missing.
+"""Optimisers named by `TrainingArguments(optim=...)` for which this machine lacks the device or the package.
 
-A paged optimiser moves its states between a GPU's memory and the CPU's; on a CPU there is nowhere to move them, and what is
-left is the optimiser of the same arithmetic that does not page. Without bitsandbytes, AdamW in 32 bits is torch's.
+A paged optimiser moves its states between GPU and CPU memory. On a CPU there is nowhere to move them, so the optimiser of the
+same arithmetic that does not page replaces it. Without bitsandbytes, torch's own AdamW with 32-bit states does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-# name -> the one of the same arithmetic that does not page
+# name -> the optimiser of the same arithmetic that does not page
 UNPAGED = {
     "paged_adamw_32bit": "adamw_torch",
     "paged_adamw_8bit": "adamw_bnb_8bit",
@@ -31,7 +31,7 @@ OF_TORCH = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_torch
 
 
 def check_optimizer(name: str) -> None:
-    """Whether transformers knows an optimiser of that name.
+    """Check that transformers knows an optimiser of that name.
 
     Raises:
         ConfigError: it does not.
@@ -42,32 +42,32 @@ def check_optimizer(name: str) -> None:
     if name not in known:
         near = did_you_mean(name, known)
         raise ConfigError(
-            f'optim "{name}" is unknown{near}; use adamw_torch, paged_adamw_32bit or another of transformers\' names'
+            f'optim "{name}" is unknown{near}; use adamw_torch, paged_adamw_32bit or another optimiser of transformers'
         )
 
 
 def usable_optimizer(name: str, device: str) -> str:
-    """`name`, or what stands in for it on this machine, which is said.
+    """`name`, or what replaces it on this machine, with a warning.
 
     Args:
         device: a type of device, "cpu" or "cuda".
 
     Raises:
-        ConfigError: the optimiser needs bitsandbytes, and nothing can stand in for it.
+        ConfigError: the optimiser needs bitsandbytes, and nothing can replace it.
     """
     if name not in OF_BITSANDBYTES:
         return name
     if importlib.util.find_spec("bitsandbytes") is None:
         if name not in OF_TORCH:
-            raise ConfigError(f'optim="{name}" needs bitsandbytes; pip install "tunesmith[quant]", or take optim="adamw_torch"')
+            raise ConfigError(f'optim="{name}" needs bitsandbytes; pip install "tunesmith[quant]", or use optim="adamw_torch"')
         logger.warning(
-            'optim="%s" needs bitsandbytes, which is not installed; going on with "%s", whose states are 32 bits wide',
+            'optim="%s" needs bitsandbytes, which is not installed; using "%s" instead, whose states take 32 bits',
             name, OF_TORCH[name],
         )  # fmt: skip
         return OF_TORCH[name]
     if device == "cpu" and name in UNPAGED:
         logger.warning(
-            'optim="%s" pages its states out of a GPU\'s memory, and this is a CPU; going on with "%s", which does not page',
+            'optim="%s" pages its states out of GPU memory, and this is a CPU; using "%s" instead, which does not page',
             name, UNPAGED[name],
         )  # fmt: skip
         return UNPAGED[name]

@@ -1,8 +1,8 @@
-"""Optimisers that know LoRA's two factors.
+"""Optimisers that treat LoRA's two factors differently.
 
 LoRA+: B learns faster than A. Hayou, Ghosh, Yu 2024, https://arxiv.org/abs/2402.12354.
 
-LoRA-FA: A is frozen, and B's gradient is corrected so that `s dB A` is as near as can be to the full gradient's step:
+LoRA-FA: A is frozen, and B's gradient is corrected so that `s dB A` is as close as possible to the full gradient's step:
 `dB = g (A A^T)^-1 / s^2`. Zhang et al. 2023, https://arxiv.org/abs/2308.03303.
 """
 
@@ -43,6 +43,9 @@ def create_loraplus_optimizer(
         loraplus_weight_decay: of everything but biases and norms.
         loraplus_lr_embedding: learning rate of both factors of embeddings.
         kwargs: further arguments of `optimizer_cls`.
+
+    Raises:
+        ConfigError: a learning rate or the ratio is out of range.
     """
     _check_handle(model)
     faults = [
@@ -52,9 +55,22 @@ def create_loraplus_optimizer(
     ]
     if faults:
         raise ConfigError("; ".join(faults))
+    slow, embedding, fast, fast_plain = _by_speed(model)
+    groups = [
+        {"params": slow, "lr": lr, "weight_decay": loraplus_weight_decay},
+        {"params": embedding, "lr": loraplus_lr_embedding, "weight_decay": loraplus_weight_decay},
+        {"params": fast, "lr": lr * loraplus_lr_ratio, "weight_decay": loraplus_weight_decay},
+        {"params": fast_plain, "lr": lr * loraplus_lr_ratio, "weight_decay": 0.0},
+    ]
+    return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+
+
+def _by_speed(model: PeftModel) -> tuple[list[nn.Parameter], ...]:
+    """Trained parameters as `(slow, of embeddings, fast, fast and without weight decay)`."""
     of_embeddings = {factor for module, adapter in _loras(model) if isinstance(module, nn.Embedding)
                      for factor in (adapter.lora_A, adapter.lora_B)}  # fmt: skip
-    decaying = {name for name in get_parameter_names(model, ALL_LAYERNORM_LAYERS) if "bias" not in name}
+    names: Any = get_parameter_names
+    decaying = {name for name in names(model, ALL_LAYERNORM_LAYERS) if "bias" not in name}
     slow: list[nn.Parameter] = []
     embedding: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
@@ -68,13 +84,7 @@ def create_loraplus_optimizer(
             slow.append(parameter)
         else:
             (fast if name in decaying else fast_plain).append(parameter)
-    groups = [
-        {"params": slow, "lr": lr, "weight_decay": loraplus_weight_decay},
-        {"params": embedding, "lr": loraplus_lr_embedding, "weight_decay": loraplus_weight_decay},
-        {"params": fast, "lr": lr * loraplus_lr_ratio, "weight_decay": loraplus_weight_decay},
-        {"params": fast_plain, "lr": lr * loraplus_lr_ratio, "weight_decay": 0.0},
-    ]
-    return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+    return slow, embedding, fast, fast_plain
 
 
 class LoraFAOptimizer(AdamW):
@@ -89,7 +99,7 @@ class LoraFAOptimizer(AdamW):
         self.pairs = pairs
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -112,25 +122,17 @@ def create_lorafa_optimizer(
 ) -> LoraFAOptimizer:
     """Freeze A of the active adapters and make the optimiser for what is left to train.
 
-    Factors of embeddings, whose A starts at zero, both train as under AdamW. `set_adapter` makes A trainable again.
+    Both factors of embeddings, whose A starts at zero, train as under AdamW. `set_adapter` makes A trainable again.
 
     Args:
-        r, lora_alpha: those of the adapters' configuration; single modules keep the scale that patterns give them.
+        r, lora_alpha: those of the adapters' configuration; modules keep the scale that patterns give them.
 
     Raises:
         ConfigError: the adapters have another `r` or `lora_alpha`.
         UsageError: no active adapter is LoRA on modules.
     """
     _check_handle(model)
-    for name in model.active_adapters:
-        config = model.peft_config[name]
-        for field, value in (("r", r), ("lora_alpha", lora_alpha)):
-            if getattr(config, field, value) != value:
-                raise ConfigError(f'{field}={value!r}, but the adapter "{name}" has {field}={getattr(config, field)!r}')
-        if getattr(config, "target_parameters", None):
-            raise UsageError(f'the adapter "{name}" changes parameters (target_parameters); LoRA-FA is for modules')
-        if any(getattr(module, "groups", 1) > 1 for module, _ in _loras(model)):
-            raise UsageError("LoRA-FA has no correction for grouped convolutions; leave them out of target_modules")
+    _check_lorafa(model, r, lora_alpha)
     pairs = []
     for module, adapter in _loras(model):
         if not isinstance(module, nn.Embedding):
@@ -140,6 +142,18 @@ def create_lorafa_optimizer(
         raise UsageError("no active adapter is LoRA, so there is no A to freeze")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return LoraFAOptimizer(trained, pairs, lr=lr, eps=1e-6, weight_decay=weight_decay)
+
+
+def _check_lorafa(model: PeftModel, r: int, lora_alpha: int | float) -> None:
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        for field, value in (("r", r), ("lora_alpha", lora_alpha)):
+            if getattr(config, field, value) != value:
+                raise ConfigError(f'{field}={value!r}, but the adapter "{name}" has {field}={getattr(config, field)!r}')
+        if getattr(config, "target_parameters", None):
+            raise UsageError(f'the adapter "{name}" changes parameters (target_parameters); LoRA-FA is for modules')
+        if any(getattr(module, "groups", 1) > 1 for module, _ in _loras(model)):
+            raise UsageError("LoRA-FA has no correction for grouped convolutions; leave them out of target_modules")
 
 
 def _loras(model: PeftModel) -> Iterator[tuple[nn.Module, Lora]]:
@@ -152,4 +166,4 @@ def _loras(model: PeftModel) -> Iterator[tuple[nn.Module, Lora]]:
 
 def _check_handle(model: Any) -> None:
     if not isinstance(model, PeftModel):
-        raise UsageError(f"needs a handle (get_peft_model), got {type(model).__name__}")
+        raise UsageError(f"expected a handle (get_peft_model), got {type(model).__name__}")

@@ -29,13 +29,13 @@ WORTH = 64  # tokens that must be saved beyond that
 
 def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
     """Whether a training batch is of several texts that all begin with the same virtual tokens."""
-    entrance, mask, boundaries = handle.input_spec, inputs.get("attention_mask"), inputs.get(BOUNDARIES)
+    spec, mask, boundaries = handle.input_spec, inputs.get("attention_mask"), inputs.get(BOUNDARIES)
     texts = len(inputs["input_ids"]) if boundaries is None else len(boundaries) - 1
     return (
         len(frame.prompts) == 1
         and virtual_counts(frame) > 0
         and not frame.prompts[0][0].by_task
-        and entrance.labels_per_token
+        and spec.labels_per_token
         and cache.cache_name(handle.base_model) is not None
         and not UNUSUAL & inputs.keys()
         and (boundaries is not None or "position_ids" not in inputs)
@@ -55,7 +55,7 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
     Args:
         inputs: of `(B, T)` tokens, without labels; padded at the right, or packed.
         tap: holds the hidden states of each call of the output head as `hidden`.
-        even: of this a packed row is made a multiple.
+        even: the length of a packed row is made a multiple of it.
 
     Returns:
         Hidden states before the output head that predict each token, `(B, T, dim)`: the first one's is the last virtual
@@ -65,20 +65,14 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
         UsageError: the base has too few positions, or keeps no keys and values.
     """
     base, packed = handle.base_model, inputs.get(BOUNDARIES) is not None
-    embed, (rows, length) = base.get_input_embeddings(), inputs["input_ids"].shape
-    name, kept = cache.cache_name(base) or "", cache.empty(base.config)
+    rows, length = inputs["input_ids"].shape
     with handle.entered(frame):
         virtual = virtual_tokens(frame, None)  # (n, dim)
     check_length(Segments.of(inputs).longest if packed else length, len(virtual), handle.input_spec)
-    of_virtual, first = frame, {"inputs_embeds": virtual[None].to(embed.weight.dtype)}
-    if packed:
-        alone = {**first, BOUNDARIES: inputs[BOUNDARIES].new_tensor([0, len(virtual)])}
-        of_virtual, first = packed_row.packed(base, frame, alone)
-    with handle.entered(of_virtual):
-        base(**cache.with_cache({**first, "use_cache": True}, name, kept))
+    kept = _run_virtual(handle, frame, virtual, inputs.get(BOUNDARIES))
     last = tap.hidden[:, -1:]  # (1, 1, dim)
     if not cache.expand(kept, rows):
-        raise UsageError(f"{type(base).__name__} does not keep keys and values of every layer")
+        raise UsageError(f"{type(base).__name__} does not cache the keys and values of every layer")
     before = torch.arange(length, device=last.device)  # of each token, where the one before it is behind `last`
     if packed:
         before[inputs[BOUNDARIES][:-1].long()] = 0
@@ -87,6 +81,18 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
     elif inputs.get("attention_mask") is not None:
         inputs = {**inputs, "attention_mask": prepend(inputs["attention_mask"], len(virtual), 1)}
     with handle.entered(frame):
-        base(**cache.with_cache({**inputs, "use_cache": True}, name, kept))
+        base(**cache.with_cache({**inputs, "use_cache": True}, cache.cache_name(base) or "", kept))
     hidden = torch.cat([last.expand(rows, -1, -1), tap.hidden], dim=1)
     return hidden[:, before] if packed else hidden[:, :-1]
+
+
+def _run_virtual(handle: PeftModel, frame: Frame, virtual: Tensor, boundaries: Tensor | None) -> Any:
+    """Run virtual tokens as one row, packed if the texts behind them are; returns a cache of their keys and values."""
+    base, kept = handle.base_model, cache.empty(handle.base_model.config)
+    inputs: dict[str, Any] = {"inputs_embeds": virtual[None].to(base.get_input_embeddings().weight.dtype)}
+    if boundaries is not None:
+        alone = {**inputs, BOUNDARIES: boundaries.new_tensor([0, len(virtual)])}
+        frame, inputs = packed_row.packed(base, frame, alone)
+    with handle.entered(frame):
+        base(**cache.with_cache({**inputs, "use_cache": True}, cache.cache_name(base) or "", kept))
+    return kept

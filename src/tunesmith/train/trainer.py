@@ -1,11 +1,12 @@
 """transformers' Trainer for handles: checkpoints hold adapters, and adapters are what is resumed and reloaded.
 
-The plain `transformers.Trainer` trains, evaluates and saves a handle rightly, too; resuming and reloading the best
-checkpoint want full weights there, so they need this one.
+The plain `transformers.Trainer` trains, evaluates and saves a handle correctly, too; to resume or to reload the best
+checkpoint it wants full weights, so those need this one.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..bases.quantised import quantised_views
 from ..errors import AdapterFileError
 from ..model import PeftModel
 from ..storage.folder import CONFIG_FILE
-from .fused_loss import LiveLoss
+from .fused_loss import FusedLoss
 from .heap import leave_no_gaps
 from .named_optimizers import usable_optimizer
 
@@ -28,10 +29,18 @@ logger = logging.get_logger(__name__)
 class AdapterTrainerMixin:
     """Put before any Trainer class: `class MyTrainer(AdapterTrainerMixin, SomeTrainer)`.
 
-    Models that are no handles are treated as that class treats them.
+    Models that are not handles are treated as that class treats them.
     """
 
-    _live_loss: LiveLoss | None = None
+    # Of the Trainer class behind this one.
+    args: Any
+    state: Any
+    model: Any
+    accelerator: Any
+    compute_loss_func: Any
+    model_accepts_loss_kwargs: bool
+
+    _fused_loss: FusedLoss | None = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         handle = self._handle(model)
@@ -41,13 +50,17 @@ class AdapterTrainerMixin:
             load_all(handle, resume_from_checkpoint)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimiser of `args.optim`, or what stands in for it on this machine."""
-        settings = self.args  # type: ignore[attr-defined]
-        settings.optim = type(settings.optim)(usable_optimizer(str(settings.optim.value), settings.device.type))
-        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        """The optimiser of `args.optim`, or what replaces it on this machine; `args` itself stays as the user made it."""
+        given = self.args
+        self.args = copy.copy(given)
+        self.args.optim = type(given.optim)(usable_optimizer(str(given.optim.value), given.device.type))
+        try:
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args = given
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        settings, handle = self.args, self._handle()  # type: ignore[attr-defined]
+        settings, handle = self.args, self._handle()
         if handle is not None and next(quantised_views(handle.base_model), None):
             if settings.device.type == "cpu":
                 leave_no_gaps()
@@ -59,33 +72,33 @@ class AdapterTrainerMixin:
 
     def _load_best_model(self) -> None:
         handle = self._handle()
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        best = self.state.best_model_checkpoint
         if handle is None or best is None:
             super()._load_best_model()  # type: ignore[misc]
         else:
-            logger.info("Loading the best adapter from %s (score: %s)", best, self.state.best_metric)  # type: ignore[attr-defined]
+            logger.info("Loading the best adapter from %s (score: %s)", best, self.state.best_metric)
             load_all(handle, best)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss, where labels are (`live_loss.py`); by the plain way where outputs or a loss of one's own are wanted."""
-        own = self.compute_loss_func  # type: ignore[attr-defined]
+        """The fused loss where it is the model's own (`fused_loss.py`) and neither outputs nor another loss are asked for."""
+        own = self.compute_loss_func
         if not return_outputs and own is None and isinstance(model, PeftModel) and model.training:
-            if self._live_loss is None or self._live_loss.handle is not model:
-                self._live_loss = LiveLoss(model)
-            smoothing = self.args.label_smoothing_factor  # type: ignore[attr-defined]
-            items = num_items_in_batch if self.model_accepts_loss_kwargs else None  # type: ignore[attr-defined]
-            loss = self._live_loss(inputs, items, smoothing)
+            if self._fused_loss is None or self._fused_loss.handle is not model:
+                self._fused_loss = FusedLoss(model)
+            smoothing = self.args.label_smoothing_factor
+            items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+            loss = self._fused_loss(inputs, items, smoothing)
             if loss is not None:
-                processes = self.accelerator.num_processes  # type: ignore[attr-defined]
-                average = self.args.average_tokens_across_devices and items is not None  # type: ignore[attr-defined]
+                processes = self.accelerator.num_processes
+                average = self.args.average_tokens_across_devices and items is not None
                 return loss * processes if average and processes > 1 else loss
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
 
     def _handle(self, model: nn.Module | None = None) -> PeftModel | None:
         """The handle being trained, out of whatever accelerate wrapped it in."""
-        bare: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)  # type: ignore[attr-defined]
+        bare: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         return bare if isinstance(bare, PeftModel) else None
 
 
@@ -94,7 +107,7 @@ class Trainer(AdapterTrainerMixin, transformers.Trainer):
 
 
 def load_all(handle: PeftModel, checkpoint: str) -> None:
-    """Load every adapter of `handle` from a checkpoint folder, as `save_pretrained` laid them out.
+    """Load every adapter of `handle` from a checkpoint folder written by `save_pretrained`.
 
     Raises:
         AdapterFileError: an adapter is not in the checkpoint, or its files are damaged.

@@ -1,4 +1,4 @@
-"""What watches a training: divergence is told, and good weights are put back."""
+"""Divergence ends a run, and the last good weights are put back."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from tunesmith.errors import DivergedError
-from tunesmith.jobs import callbacks
+from tunesmith.jobs import divergence
 
 
 def test_what_is_told_as_divergence():
-    steady = callbacks.Divergence(patience=3)
+    steady = divergence.Divergence(patience=3)
     assert [steady.reason(loss) for loss in [2.0, 2.2, 1.8, 9.0, 9.0, 1.0, 9.0, 9.0]] == [None] * 8
     assert "began at 1.8" in str(steady.reason(9.0))
-    assert callbacks.Divergence().reason(float("nan")) == "the loss is nan"
-    assert callbacks.Divergence().reason(float("inf")) == "the loss is inf"
+    assert divergence.Divergence().reason(float("nan")) == "the loss is nan"
+    assert divergence.Divergence().reason(float("inf")) == "the loss is inf"
 
 
 class LossElsewhere:
@@ -49,7 +49,7 @@ class Steps:
         self.saved.append(self.state.global_step)
 
 
-class Watched(callbacks.StopsWhenDiverging, Steps):
+class Watched(divergence.StopsWhenDiverging, Steps):
     def steps(self, *numbers) -> None:
         for step in numbers:
             self.state.global_step = step
