@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..assets import resolve
-from ..bases import architecture
 from ..errors import UsageError, did_you_mean
 
 KNOWN = Path(__file__).with_name("models.json")
@@ -72,6 +71,8 @@ def skeleton(config: Any, dtype: Any) -> Any:
     """
     import torch
     import transformers
+
+    from ..bases import architecture  # needs torch, which the names of models do not
 
     auto = getattr(transformers, architecture.auto_class(config))
     try:
