@@ -13,8 +13,8 @@ from typing import Any
 import transformers
 from benchmarks.cases import qlora
 
-from tunesmith.jobs.fit import plan_training
 from tunesmith.jobs.settings import Settings
+from tunesmith.jobs.sizing import plan_training
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks" / "memory.md"

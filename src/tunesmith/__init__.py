@@ -44,7 +44,7 @@ _PLACES = {
     "methods.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "methods.trainable_tokens": ["TrainableTokensConfig"],
     "methods.vera": ["VeraConfig"],
-    "jobs.fit": ["plan_training"],
+    "jobs.sizing": ["plan_training"],
     "registry": ["register"],
     "handle.status": ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"],
     "model": [
@@ -110,7 +110,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers; te
     from .handle.status import TunerModelStatus as TunerModelStatus
     from .handle.status import get_layer_status as get_layer_status
     from .handle.status import get_model_status as get_model_status
-    from .jobs.fit import plan_training as plan_training
+    from .jobs.sizing import plan_training as plan_training
     from .methods.adalora import AdaLoraConfig as AdaLoraConfig
     from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig

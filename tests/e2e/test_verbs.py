@@ -46,7 +46,7 @@ def test_help_fits_a_screen_and_begins_with_examples(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "unused"),
     [
-        (["inspect", "{adapter}"], {"transformers.trainer", "accelerate", "tunesmith.jobs.fit", "tunesmith.jobs.job"}),
+        (["inspect", "{adapter}"], {"transformers.trainer", "accelerate", "tunesmith.jobs.sizing", "tunesmith.jobs.job"}),
         (
             ["export", "{adapter}", "--output-dir", "{folder}/out"],
             {"transformers.trainer", "accelerate", "tunesmith.jobs.job"},
@@ -54,9 +54,9 @@ def test_help_fits_a_screen_and_begins_with_examples(verb, capsys):
         (["plan", "--models"], {"torch", "transformers", "tunesmith.estimate.ledger"}),
         (
             ["validate", "{data}"],
-            {"transformers.trainer", "tunesmith.jobs.job", "tunesmith.jobs.fit", "datasets", "matplotlib"},
+            {"transformers.trainer", "tunesmith.jobs.job", "tunesmith.jobs.sizing", "datasets", "matplotlib"},
         ),
-        (["generate", "--prompt", "x", "--max-new-tokens", "1"], {"transformers.trainer", "tunesmith.jobs.fit", "datasets"}),
+        (["generate", "--prompt", "x", "--max-new-tokens", "1"], {"transformers.trainer", "tunesmith.jobs.sizing", "datasets"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -17,7 +17,7 @@ from tests import tiny
 from tunesmith import LoraConfig, get_peft_model, plan_training
 from tunesmith.estimate import skeleton
 from tunesmith.estimate.predict import Storage, predict
-from tunesmith.jobs import fit
+from tunesmith.jobs import sizing
 from tunesmith.jobs.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -52,12 +52,12 @@ def test_counts_are_those_of_the_real_model(name):
 def test_methods_are_planned_on_any_known_base(method):
     options = {"use_dora": True} if method == "dora" else {}
     settings = Settings("lora" if options else method, base="gpt2", max_length=64, options=options, held_out=0.0)
-    assert plan_training(settings, fit.Rows(3)).peak > 500e6
+    assert plan_training(settings, sizing.Rows(3)).peak > 500e6
 
 
 def test_checkpointing_quantising_and_smaller_batches_take_less():
     settings = Settings("lora", base="Qwen2.5-0.5B", max_length=128, held_out=0.0)
-    rows = fit.Rows(8)
+    rows = sizing.Rows(8)
     asked = plan_training(settings, rows)
     checkpointed = plan_training(dataclasses.replace(settings, gradient_checkpointing=True), rows)
     assert checkpointed.activations < 0.3 * asked.activations and checkpointed.flops > 1.2 * asked.flops

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..estimate.predict import Plan
-    from ..jobs.fit import Rows
+    from ..jobs.sizing import Rows
 
 HELP = """Predict the peak memory and time of a training run.
 
@@ -42,13 +42,13 @@ def plan(recipe: Path | None, budget: str | None, device: str | None, models: bo
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f'device "{device}" is unknown; use cpu or cuda')
 
-    from ..jobs import fit, quiet
+    from ..jobs import quiet, sizing
 
     quiet.hush()
-    limit = None if budget is None else fit.bytes_of(budget)
-    device = device or fit.usual_device()
+    limit = None if budget is None else sizing.bytes_of(budget)
+    device = device or sizing.usual_device()
     rows, source = _rows(settings)
-    found = fit.plan_training(settings, rows, device)
+    found = sizing.plan_training(settings, rows, device)
     out.print(f"{settings.method} on {settings.base}; {source}; largest batch {found.tokens:,} tokens\n")
     out.print(_memory_table(settings, found, device))
     out.print(f"\n{_time_sentence(settings, found, rows, device)}")
@@ -63,16 +63,16 @@ def plan(recipe: Path | None, budget: str | None, device: str | None, models: bo
         out.print(f"\nfits in {name}")
         return
     out.print(f"\ndoes not fit in {name}; trying smaller settings")
-    other = fit.fitting(settings, room, rows, device)
+    other = sizing.fitting(settings, room, rows, device)
     if other is None:
         raise ConfigError(f"nothing fits in {name}: even a batch of one row needs more; use a smaller base")
-    out.print(f"{other[1].peak / 1e9:.2f} GB with {fit.flags(other[0], than=settings)}")
+    out.print(f"{other[1].peak / 1e9:.2f} GB with {sizing.flags(other[0], than=settings)}")
 
 
 def _rows(settings: Settings) -> tuple[Rows, str]:
     """The data's rows, and what is known of them."""
     from ..assets import resolve as place
-    from ..jobs.fit import Rows
+    from ..jobs.sizing import Rows
 
     if not settings.data:
         return Rows(1000), f"1,000 rows of {settings.room} tokens (assumed, as there is no --data)"
@@ -107,7 +107,7 @@ def _rows(settings: Settings) -> tuple[Rows, str]:
 def _memory_table(settings: Settings, found: Plan, device: str) -> Table:
     """The parts of the peak, in GB."""
     from ..estimate.skeleton import config_of
-    from ..jobs.fit import storage_of
+    from ..jobs.sizing import storage_of
 
     storage = storage_of(settings, config_of(settings.base), device)
     dtype = str(storage.dtype).removeprefix("torch.")
@@ -137,7 +137,7 @@ def _time_sentence(settings: Settings, found: Plan, rows: Rows, device: str) -> 
     """How long the run takes here, or on another device at a stated speed."""
     from ..estimate.machine import bytes_per_second, products_per_second
     from ..estimate.skeleton import config_of
-    from ..jobs.fit import storage_of, usual_device
+    from ..jobs.sizing import storage_of, usual_device
 
     if settings.max_steps > 0:
         tokens = settings.max_steps * found.tokens * settings.gradient_accumulation_steps

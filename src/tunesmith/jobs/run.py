@@ -87,8 +87,8 @@ def start(settings: Settings, data: Examples, run: RunFolder, console: Console) 
     from ..auto import load_tokenizer
     from ..data.templates import chosen
     from . import job
-    from .fit import needs_checkpointing
     from .progress import JobConsole
+    from .sizing import needs_checkpointing
 
     data_hash = file_hash(data.path)
     if run.resume_from is not None:
@@ -199,6 +199,6 @@ def _memory_explained(settings: Settings) -> Iterator[None]:
         if "can't allocate memory" not in str(error):  # torch's words for the CPU
             raise
         reason = "out of memory"
-    from .fit import advice
+    from .sizing import advice
 
     raise OutOfMemoryError(f"{reason}; {advice(settings)}")  # outside `except`: what failed has released its memory

@@ -9,18 +9,18 @@ import pytest
 from tests.e2e.test_cli import run
 from tunesmith import load_base, plan_training
 from tunesmith.errors import ConfigError
-from tunesmith.jobs import fit
+from tunesmith.jobs import sizing
 from tunesmith.jobs.settings import Settings
 
 
 def test_settings_that_fit_are_found_and_can_be_pasted():
     settings = Settings("lora", base="Qwen2.5-0.5B", max_length=128, held_out=0.0)
-    asked = plan_training(settings, fit.Rows(100), "cpu").peak
-    other, plan = fit.fitting(settings, int(0.8 * asked), fit.Rows(100), "cpu")
+    asked = plan_training(settings, sizing.Rows(100), "cpu").peak
+    other, plan = sizing.fitting(settings, int(0.8 * asked), sizing.Rows(100), "cpu")
     assert plan.peak <= 0.8 * asked and other.per_device_train_batch_size < 8
     size = other.per_device_train_batch_size
-    assert fit.flags(other, settings) == f"--per-device-train-batch-size {size} --gradient-accumulation-steps {8 // size}"
-    assert fit.fitting(settings, 10**6, fit.Rows(100), "cpu") is None
+    assert sizing.flags(other, settings) == f"--per-device-train-batch-size {size} --gradient-accumulation-steps {8 // size}"
+    assert sizing.fitting(settings, 10**6, sizing.Rows(100), "cpu") is None
 
 
 def test_activations_are_computed_twice_where_they_do_not_fit(monkeypatch):
@@ -28,22 +28,22 @@ def test_activations_are_computed_twice_where_they_do_not_fit(monkeypatch):
     asked = plan_training(settings)
     needed = asked.peak - asked.program - asked.base
     for free, expected in ((needed - 1, True), (needed + 1, False), (None, False)):
-        monkeypatch.setattr(fit, "available_memory", lambda device, free=free: free)
-        assert fit.needs_checkpointing(settings, base) is expected
-    monkeypatch.setattr(fit, "available_memory", lambda device: 16 * 10**9)
-    monkeypatch.setattr(fit, "plan_training", lambda settings: pytest.fail("planned, although there is plenty of memory"))
-    assert not fit.needs_checkpointing(settings, base)
+        monkeypatch.setattr(sizing, "available_memory", lambda device, free=free: free)
+        assert sizing.needs_checkpointing(settings, base) is expected
+    monkeypatch.setattr(sizing, "available_memory", lambda device: 16 * 10**9)
+    monkeypatch.setattr(sizing, "plan_training", lambda settings: pytest.fail("planned, although there is plenty of memory"))
+    assert not sizing.needs_checkpointing(settings, base)
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("16 GiB", 16 * 2**30), ("512mb", 512e6), ("1.5TB", 1.5e12)])
 def test_sizes(text, size):
-    assert fit.bytes_of(text) == int(size)
+    assert sizing.bytes_of(text) == int(size)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "many", "-1GB", "nanGB", "24 gallons"])
 def test_no_sizes(text):
     with pytest.raises(ConfigError, match="write 24GB"):
-        fit.bytes_of(text)
+        sizing.bytes_of(text)
 
 
 def test_the_verb_proposes_what_fits(tmp_path, capsys):
