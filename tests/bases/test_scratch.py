@@ -49,7 +49,7 @@ def test_memory_is_used_again_and_threads_have_their_own():
     assert torch.equal(one, expected)
     again = scratch.decoded(second.weight.data, second.weight.quant_state, torch.float32)
     assert again.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() and torch.equal(again, found[0])
-    scratch.give_back()
+    scratch.free()
     assert scratch._memory.bytes is None
 
 

@@ -289,7 +289,7 @@ def test_an_unloaded_base_has_no_sites_left():
 
 def test_generate_refuses_a_packed_row():
     batch = PackedCollator()(examples())
-    with pytest.raises(UsageError, match="one text in each row"):
+    with pytest.raises(UsageError, match="one text per row"):
         handle_of("llama").generate(batch["input_ids"], cu_seq_lens_q=batch["cu_seq_lens_q"], max_new_tokens=1)
 
 
@@ -311,7 +311,7 @@ def test_eager_bases_take_packed_rows():
 REFUSED = {
     "linear biases": (lambda: get_peft_model(tiny.make("bloom"), LoraConfig()), "no test proves that BloomForCausalLM"),
     "encoder-decoder": (lambda: get_peft_model(tiny.make("t5"), LoraConfig()), "T5ForConditionalGeneration"),
-    "classifier": (lambda: get_peft_model(tiny.make("llama-classifier"), LoraConfig()), "no causal language model"),
+    "classifier": (lambda: get_peft_model(tiny.make("llama-classifier"), LoraConfig()), "not a causal language model"),
     "private attention": (
         lambda: handles.lora(tiny.make("llama"), target_modules=["down_proj"], modules_to_save=["self_attn"]),
         "private copy of an attention",
@@ -323,7 +323,7 @@ REFUSED = {
     ),
     "both directions": (lambda: handle_of("gemma3_text", use_bidirectional_attention=True), "both directions"),
     "cross-attention": (lambda: handle_of("gpt2", add_cross_attention=True), "another text"),
-    **({"own attention": (lambda: handle_of("nemotron"), "computes its attention itself")} if OLD else {}),
+    **({"own attention": (lambda: handle_of("nemotron"), "has its own attention implementation")} if OLD else {}),
 }
 
 
