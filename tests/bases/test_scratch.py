@@ -54,7 +54,7 @@ def test_memory_is_used_again_and_threads_have_their_own():
 
 
 @has_function
-def test_what_is_recorded_is_never_lent():
+def test_recorded_weights_are_never_decoded_to_scratch():
     """A trained bias, and gradients of gradients: there the weight is kept for later, so it must be its own."""
     modules = [linear4bit((48, 64), compute=torch.float32, bias=True) for _ in range(2)]
     weights = [view_of(module).weight_as(torch.float32) for module in modules]

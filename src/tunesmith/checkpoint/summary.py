@@ -99,7 +99,7 @@ def _scale(config: PeftConfig | None) -> float:
 
 
 def _norms(tensors: dict[str, Tensor], scale: float) -> dict[str, tuple[float, int]]:
-    """`{module: (norm, rank)}`; the rank is 0 where there is none."""
+    """`{module: (norm, rank)}`; the rank is 0 if there is none."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parts = name.removeprefix("base_model.model.").split(".")

@@ -50,8 +50,8 @@ def _settings(config: PeftConfig) -> Iterable[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and value != 0
-        told = isinstance(value, (bool, str, Enum)) and value != field.default
-        if field.name not in shared and (number or told):
+        changed = isinstance(value, (bool, str, Enum)) and value != field.default
+        if field.name not in shared and (number or changed):
             yield f"{field.name}={value.value if isinstance(value, Enum) else value}"
 
 

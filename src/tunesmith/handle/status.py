@@ -31,7 +31,7 @@ class TunerLayerStatus:
         requires_grad: whether an adapter's tensors here train.
         available_adapters: the adapters that sit here.
         devices: types of the devices of each adapter's tensors here.
-        quantization_backend: how the module's weight is stored; None where it is a plain tensor.
+        quantization_backend: how the module's weight is stored; None if it is a plain tensor.
     """
 
     name: str

@@ -126,7 +126,7 @@ def cut(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 
 def fault(base: Any, frame: Frame) -> str | None:
-    """Why texts of one row cannot be kept apart on this base with the frame's adapters; None where they can."""
+    """Why texts of one row cannot be kept apart on this base with the frame's adapters; None if they can."""
     config, name = architecture.config_of(base), type(base).__name__
     kind = architecture.model_type(config)
     if kind is None or kind not in PROVED:

@@ -72,7 +72,7 @@ def site_of(module: nn.Module) -> Site | None:
 
 
 def fault(module: nn.Module) -> str | None:
-    """Why no site can be installed on `module`; None where it can."""
+    """Why no site can be installed on `module`; None if it can."""
     present = module.__dict__.get(_slot(module))
     if present is None or isinstance(present, Site) or _is_plain(module, present):
         return None

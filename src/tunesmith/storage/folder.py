@@ -60,9 +60,9 @@ class AdapterFolder:
         Raises:
             AdapterFileError: neither exists.
         """
-        strange = [key for key in hub if key not in _HUB_OPTIONS and key not in _IGNORED_OPTIONS]
-        if strange:
-            raise ConfigError(f'unknown option "{strange[0]}" for loading an adapter{did_you_mean(strange[0], _HUB_OPTIONS)}')
+        unknown = [key for key in hub if key not in _HUB_OPTIONS and key not in _IGNORED_OPTIONS]
+        if unknown:
+            raise ConfigError(f'unknown option "{unknown[0]}" for loading an adapter{did_you_mean(unknown[0], _HUB_OPTIONS)}')
         if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
             raise AdapterFileError(f"{name_or_path!r} does not name an adapter; give a folder or the id of a Hub repository")
         if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
