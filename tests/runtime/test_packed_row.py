@@ -322,7 +322,7 @@ REFUSED = {
         "length of the longest",
     ),
     "both directions": (lambda: handle_of("gemma3_text", use_bidirectional_attention=True), "both directions"),
-    "cross-attention": (lambda: handle_of("gpt2", add_cross_attention=True), "another text"),
+    "cross-attention": (lambda: handle_of("gpt2", add_cross_attention=True), "also has cross-attention"),
     **({"own attention": (lambda: handle_of("nemotron"), "has its own attention implementation")} if OLD else {}),
 }
 
@@ -364,7 +364,7 @@ def test_can_pack_speaks_of_how_adapters_act_now():
         ({"attention_mask": torch.ones(1, 27)}, "attention_mask out"),
         ({"past_key_values": tf.DynamicCache()}, "past_key_values out"),
         ({"output_attentions": True}, "output_attentions"),
-        ({"input_ids": torch.ones(2, 27, dtype=torch.long)}, "one row"),
+        ({"input_ids": torch.ones(2, 27, dtype=torch.long)}, "a single row"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 26])}, "from 0 to 27"),
         ({"cu_seq_lens_q": torch.tensor([1, 5, 27])}, "from 0 to 27"),
         ({"cu_seq_lens_q": torch.tensor([0, 9, 5, 27])}, "from 0 to 27"),
