@@ -1,4 +1,4 @@
-"""An adapter and its base in one call: the base is the one that the adapter's file names."""
+"""An adapter and its base in one call: the adapter's configuration names the base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _AUTO_CLASSES = {
 
 
 def load_base(name_or_path: str, task_type: TaskType | str | None = TaskType.CAUSAL_LM, **kwargs: Any) -> Any:
-    """The base model of that name, folder or hub id; "sprout" is the embedded one.
+    """The base model of that name, folder or Hub id; "sprout" is the embedded one.
 
     kwargs go to transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
     """
@@ -46,7 +46,7 @@ def load_base(name_or_path: str, task_type: TaskType | str | None = TaskType.CAU
 
 
 def base_folder(name_or_path: str) -> Path:
-    """The folder that holds a base model's files; a hub id is downloaded."""
+    """The folder that holds a base model's files; a Hub id is downloaded."""
     folder = Path(resolve(name_or_path))
     if folder.is_dir():
         return folder
@@ -79,7 +79,7 @@ def _explained(name_or_path: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f'base model "{name_or_path}" cannot be loaded: {reason}\n'
-            'give "sprout" (embedded), a folder written by save_pretrained, or a hub id (with the network there)'
+            'give "sprout" (embedded), a folder written by save_pretrained, or a Hub id (which needs network access)'
         ) from error
 
 
@@ -89,7 +89,7 @@ class AutoPeftModel:
     task_type: ClassVar[Any] = None
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        raise TypeError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(adapter)")
+        raise TypeError(f"{type(self).__name__} cannot be instantiated; call {type(self).__name__}.from_pretrained(adapter)")
 
     @classmethod
     def from_pretrained(
@@ -113,7 +113,7 @@ class AutoPeftModel:
         if cls.task_type and isinstance(config.task_type, TaskType) and config.task_type != cls.task_type:
             raise ConfigError(f"the adapter was made for {config.task_type.value}; {cls.__name__} loads {cls.task_type.value}")
         if not config.base_model_name_or_path:
-            message = "the adapter's file names no base model; load the base and call PeftModel.from_pretrained(base, ...)"
+            message = "the adapter's config names no base model; load the base and call PeftModel.from_pretrained(base, ...)"
             raise ConfigError(message)
         base = load_base(config.base_model_name_or_path, task, revision=config.revision or "main", **kwargs)
         return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, **where)

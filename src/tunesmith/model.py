@@ -1,8 +1,8 @@
 """Handles: a frozen base model seen through adapters.
 
-A `PeftModel` owns adapters and refers to a base that it never changes. Any number of handles share one base. Each public
-call enters the handle's frame, so its active adapters act during the call and nowhere else. Its abilities are the classes
-in `handle/`; here they become one, with what concerns files.
+A `PeftModel` owns adapters and refers to a base that it never changes. Any number of handles can share one base. Each public
+call enters the handle's frame, so its active adapters take effect during the call and nowhere else. Its abilities are the
+classes in `handle/`; this module combines them and adds loading and saving.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         if cls.base_class is not None:
             return nn.Module.__new__(cls)
         if not isinstance(model, nn.Module):
-            raise UsageError(f"{cls.__name__} needs a model first, got {type(model).__name__}")
+            raise UsageError(f"{cls.__name__} needs a model as its first argument, got {type(model).__name__}")
         if isinstance(model, PeftModel):
-            raise UsageError("this model has adapters already; use model.add_adapter(name, config) for one more")
+            raise UsageError("this model already has adapters; use model.add_adapter(name, config) to add another")
         return cast(PeftModel, nn.Module.__new__(handle_class(cls, type(model))))
 
     def __init__(
@@ -92,17 +92,17 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         return base
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Run AdaLoRA's schedule for this step, where a script numbers the steps itself; no training loop has to.
+        """Run AdaLoRA's schedule for this step, for scripts that number the steps themselves; otherwise they are counted.
 
-        To be called after `backward()` and before `zero_grad()`. The number of optimiser steps is counted without it.
+        Call it after `backward()` and before `zero_grad()`.
         """
         schedules.update_and_allocate(self, global_step)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `resize_token_embeddings`, which gives all its handles another vocabulary.
+        """The base's `resize_token_embeddings`, which changes the vocabulary for all its handles.
 
         Raises:
-            UsageError: an adapter sits on the embeddings or the output head, which would be replaced under it.
+            UsageError: an adapter sits on the embeddings or the output head, which would be replaced.
         """
         base = self.base_model
         replaced: set[Any] = {base.get_input_embeddings(), base.get_output_embeddings()}
@@ -127,10 +127,10 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Load an adapter from a folder or the hub; under a name in use, its values are replaced.
+        """Load an adapter from a folder or the Hub; if the name is in use, that adapter's values are replaced.
 
         Raises:
-            AdapterFileError: all faults of the files at once; the handle is then as it was.
+            AdapterFileError: all faults of the files at once; the handle is then unchanged.
         """
         folder = AdapterFolder.find(model_id, **kwargs)
         self._load(folder, read_config(folder), adapter_name, is_trainable, autocast_adapter_dtype)
@@ -169,11 +169,11 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> PeftModel:
-        """A handle on `model` with the adapter of a folder or hub repository.
+        """A handle on `model` with the adapter from a folder or Hub repository.
 
         Args:
-            is_trainable: go on training it; by default it only acts.
-            config: taken in place of the one in the folder.
+            is_trainable: continue training it; by default it is for inference only.
+            config: used instead of the one in the folder.
             kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
         """
         folder = AdapterFolder.find(model_id, **kwargs)
@@ -197,8 +197,8 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
     ) -> None:
         """Write adapters, and nothing of the base: `default` into the folder, others into `<folder>/<name>/`.
 
-        Each adapter is written whole or not at all. A sharded handle is gathered by all ranks together, so each of them
-        must call this, `is_main_process` says which one writes; or `state_dict` holds its gathered values.
+        Each adapter is written completely or not at all. A sharded handle is gathered by all ranks together, so each of
+        them must call this (`is_main_process` selects the one that writes), unless `state_dict` holds the gathered values.
         """
         names = tuple(self.peft_config) if selected_adapters is None else self.named(selected_adapters)
         save.write(self, list(names), save_directory, state_dict, is_main_process)
@@ -213,16 +213,16 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
 
     def enable_peft_hotswap(self, *_: Any, **__: Any) -> None:
         """Part of transformers' adapter mixin; there is nothing to enable here."""
-        raise UsageError("nothing to prepare: load_adapter under a name in use replaces its values, and switching is free")
+        raise UsageError("there is nothing to enable: load_adapter replaces the values of a name in use, and switching is free")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload what `save_pretrained` writes; returns the commit's address (kwargs: `private`, `token`, `revision`, ...)."""
+        """Upload what `save_pretrained` writes; returns the commit's URL (kwargs: `private`, `token`, `revision`, ...)."""
         return push_folder(self.save_pretrained, repo_id, **kwargs)
 
     # --- being a module -------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """What the handle lacks is the base's; the base's methods run with the adapters acting."""
+        """Attributes that the handle lacks are the base's; the base's methods run with the adapters in effect."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -234,10 +234,10 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         return _empty_handle, (self.task_class, self.base_class), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copied or unpickled handle sets its sites on its own base."""
+        """A copied or unpickled handle installs its sites on its own base."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.forget()
-        schedules.watch(self, self.peft_config.values())
+        schedules.observe_steps(self, self.peft_config.values())
         self.find_checkpointing_modules()
         adopt(self, self.shared_base)
         self.hold_stored()
@@ -290,7 +290,7 @@ def get_peft_model(
     """A handle on `model` with one new adapter; call it again on the same base for another, independent handle.
 
     Raises:
-        ConfigError, TargetError: the configuration does not fit the model; the model is then as it was.
+        ConfigError, TargetError: the configuration does not fit the model; the model is then unchanged.
     """
     check_config(peft_config)
     return PeftModel.for_task(peft_config.task_type)(

@@ -1,4 +1,4 @@
-"""The releases of the packages underneath that every release of this one is tested with (`make test-matrix`)."""
+"""The range of releases of its dependencies that tunesmith is tested with (`make test-matrix`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tested:
-    """The oldest and the newest tested release of a package. The last figure of a release counts for nothing: it mends."""
+    """The oldest and the newest tested release of a package. Patch releases are not told apart."""
 
     package: str
     oldest: str
@@ -22,7 +22,7 @@ class Tested:
         return f"{self.package} {self.oldest}" + (f" to {self.newest}" if self.newest != self.oldest else "")
 
     def fault(self, installed: str) -> str | None:
-        """Why an installed release may not work; None where it lies in the range."""
+        """Why an installed release may not work; None if it is in the range."""
         found = _minor(installed)
         if found > _minor(self.newest):
             return (
@@ -43,7 +43,7 @@ TORCH = Tested("torch", "2.13.0", "2.13.0")
 
 @functools.cache
 def warn_once() -> None:
-    """Say, at the first call of a process, that transformers is of a release whose internals nobody has looked at yet."""
+    """Warn, once per process, if transformers is outside the tested range."""
     fault = TRANSFORMERS.fault(metadata.version("transformers"))
     if fault:
         logger.warning(fault)

@@ -129,13 +129,13 @@ def test_generation_task_on_a_base_without_a_head():
 
 
 def test_base_that_is_no_model():
-    with one_error(UsageError, "needs a model first, got str"):
+    with one_error(UsageError, "needs a model as its first argument, got str"):
         ts.get_peft_model("llama", LoraConfig())
 
 
 def test_handle_in_place_of_a_base(llama):
     handle = ours_on(llama, "lora", "CAUSAL_LM")
-    with one_error(UsageError, "has adapters already", "add_adapter"):
+    with one_error(UsageError, "already has adapters", "add_adapter"):
         ts.get_peft_model(handle, LoraConfig())
 
 

@@ -82,7 +82,7 @@ def test_capped_and_scaled_logits(config, changes):
 
 @pytest.mark.parametrize("kind, turns", [("default", False), ("dynamic", True), ("longrope", True)])
 def test_rotary_positions_that_depend_on_the_longest_text(kind, turns):
-    assert architecture.turns_by_length(SimpleNamespace(rope_parameters={"rope_type": kind})) is turns
+    assert architecture.rope_depends_on_length(SimpleNamespace(rope_parameters={"rope_type": kind})) is turns
 
 
 def test_another_attention_is_named_in_a_copy():
@@ -93,7 +93,7 @@ def test_another_attention_is_named_in_a_copy():
 
 
 def test_attentions_and_the_stacks_around_them():
-    found = {type(module).__name__ for _, module in architecture.attending(tiny.make("llama"))}
+    found = {type(module).__name__ for _, module in architecture.attention_modules(tiny.make("llama"))}
     assert found == {"LlamaModel", "LlamaAttention"}
 
 
@@ -102,7 +102,7 @@ def test_attentions_that_do_not_ask_transformers_for_their_function():
         is_causal, config = True, SimpleNamespace()
 
     reason = architecture.attention_fault(nn.Sequential(Own()))
-    assert reason is not None and "0 computes its attention itself" in reason
+    assert reason is not None and "0 has its own attention implementation" in reason
 
 
 @pytest.mark.parametrize("kind, faulty", [("eager", False), ("sdpa", True)])
@@ -135,7 +135,8 @@ def test_gradient_checkpointing_under_either_name(kind, name):
 
 def test_recomputing_of_the_installed_release():
     model = tiny.make("llama")
-    able = architecture.may_recompute(model)
+    able = architecture.checkpointing_modules(model)
     assert able and not any(map(architecture.recomputes, able))
     architecture.enable_recomputing(model)
-    assert all(map(architecture.recomputes, able)) and any(architecture.RECOMPUTES_BY in vars(module) for module in able)
+    assert all(map(architecture.recomputes, able))
+    assert any(architecture.CHECKPOINTING_FUNCTION in vars(module) for module in able)

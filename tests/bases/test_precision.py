@@ -24,7 +24,7 @@ def test_a_large_base_in_float32_is_worth_a_word_where_16_bits_are_fast(monkeypa
     cpu, base = torch.device("cpu"), torch.nn.Linear(30, 20)
     monkeypatch.setattr(precision, "fast_dtype", lambda device: torch.bfloat16)
     assert precision.slower_than_need_be(base, cpu) is None
-    monkeypatch.setattr(precision, "WORTH_A_WORD", 600)
+    monkeypatch.setattr(precision, "MIN_SIZE_FOR_ADVICE", 600)
     assert "load it with dtype=torch.bfloat16" in str(precision.slower_than_need_be(base, cpu))
     assert precision.slower_than_need_be(base.to(torch.bfloat16), cpu) is None
     monkeypatch.setattr(precision, "fast_dtype", lambda device: None)

@@ -61,7 +61,7 @@ def test_folders_in_use_are_left_alone(dense, tmp_path):
             quantise_folder(dense, target)
     assert (tmp_path / "a-file").read_text() == "mine"
     quantise_folder(dense, tmp_path / "ours")
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="already quantised"):
         quantise_folder(tmp_path / "ours", tmp_path / "twice")
 
 

@@ -178,7 +178,7 @@ def test_what_was_repacked_before_is_unpacked_and_said(nested, caplog):
 
 def test_modules_that_are_not_quantised_yet_are_refused():
     for module in (bnb.nn.Linear4bit(8, 8), bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False)):
-        assert "not quantised yet" in view_of(module).storage_fault()
+        assert "not quantised until it is moved" in view_of(module).storage_fault()
     assert "llm_int8_has_fp16_weight" in view_of(bnb.nn.Linear8bitLt(8, 8).to("cpu")).storage_fault()
     assert view_of(linear4bit()).storage_fault() is None and view_of(linear8bit()).storage_fault() is None
 

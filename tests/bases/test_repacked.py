@@ -29,7 +29,7 @@ def test_a_product_of_few_rows_is_within_rounding_and_leaves_the_stored_form_alo
             x = torch.randn(rows, 1, shape[1], dtype=torch.bfloat16)
             with torch.no_grad():
                 found = view_of(module)(x)
-            assert module in repacked._packed and found.dtype == torch.bfloat16
+            assert module in repacked._repacked and found.dtype == torch.bfloat16
             sizes = F.linear(x.float().abs(), weight.abs(), bias.abs())
             assert ((found.float() - F.linear(x.float(), weight, bias)).abs() <= 4 * 2**-9 * sizes).all()
         after = module.state_dict()
@@ -42,18 +42,18 @@ def test_the_packed_form_lasts_until_the_next_training_step_or_another_weight():
     x = torch.randn(2, 128, dtype=torch.bfloat16)
     with torch.no_grad():
         view_of(module.train())(x)
-        assert module not in repacked._packed
+        assert module not in repacked._repacked
         view_of(module.eval())(x)
-        first = repacked._packed[module]
+        first = repacked._repacked[module]
         view_of(module)(x)
-        assert repacked._packed[module] is first
+        assert repacked._repacked[module] is first
         module.weight = view_of(module).parameter(torch.randn(64, 128))
         weight = view_of(module).weight_as(torch.float32)
         error = (view_of(module)(x).float() - F.linear(x.float(), weight)).abs()
         assert (error <= 4 * 2**-9 * F.linear(x.float().abs(), weight.abs())).all()
-        assert repacked._packed[module] is not first
+        assert repacked._repacked[module] is not first
     view_of(module)(x.clone().requires_grad_())
-    assert module not in repacked._packed
+    assert module not in repacked._repacked
 
 
 @has_kernel
@@ -68,4 +68,4 @@ def test_what_does_not_fit_the_kernel_is_decoded(shape, rows, x_type, compute):
     x = torch.randn(rows, shape[1], dtype=x_type)
     with torch.no_grad():
         assert torch.equal(view_of(module)(x), F.linear(x.to(compute), view_of(module).weight()).to(x_type))
-    assert module not in repacked._packed
+    assert module not in repacked._repacked

@@ -49,12 +49,12 @@ def test_memory_is_used_again_and_threads_have_their_own():
     assert torch.equal(one, expected)
     again = scratch.decoded(second.weight.data, second.weight.quant_state, torch.float32)
     assert again.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() and torch.equal(again, found[0])
-    scratch.give_back()
+    scratch.free()
     assert scratch._memory.bytes is None
 
 
 @has_function
-def test_what_is_recorded_is_never_lent():
+def test_recorded_weights_are_never_decoded_to_scratch():
     """A trained bias, and gradients of gradients: there the weight is kept for later, so it must be its own."""
     modules = [linear4bit((48, 64), compute=torch.float32, bias=True) for _ in range(2)]
     weights = [view_of(module).weight_as(torch.float32) for module in modules]

@@ -39,7 +39,7 @@ DAMAGES = {
     "state is no text": (lambda t: t[STATE].fill_(255), r"quant_state cannot be read \(UnicodeDecodeError\)"),
     "state is cut off": (lambda t: t.update({STATE: t[STATE][:-20]}), r"quant_state cannot be read \(JSONDecodeError\)"),
     "state is a list": (lambda t: t.update({STATE: torch.tensor([91, 93], dtype=torch.uint8)}), "quant_state cannot be read"),
-    "state of another kind": (state_with(quant_type="fp4"), "quant_state is of fp4, its name says nf4"),
+    "state of another kind": (state_with(quant_type="fp4"), "quant_state says fp4, its name nf4"),
     "absurd shape": (state_with(shape=[10**9, 64]), "bytes, 32,000,000,000 expected"),
     "no shape": (state_with(shape=None), "no usable shape"),
     "block size of seven": (state_with(blocksize=7), "no usable blocksize"),

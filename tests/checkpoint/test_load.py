@@ -60,7 +60,7 @@ def _(folder):
 @damage("weights that are no safetensors")
 def _(folder):
     (folder / WEIGHTS).write_bytes(b"<html>404 not found</html>" * 20)
-    return AdapterFileError, ["damaged or no safetensors file", "again"]
+    return AdapterFileError, ["damaged or not a safetensors file", "again"]
 
 
 @damage("absurd header length")
@@ -294,7 +294,7 @@ def _(folder):
     return AdapterFileError, [
         r'made for "some/llama"',
         r"shape \(4, 64\), the base needs \(4, 32\)",
-        "take the base it was made for",
+        "use the base it was made for",
     ]
 
 
@@ -387,7 +387,7 @@ def _(folder):
 def _(folder):
     (folder / WEIGHTS).unlink()
     torch.save([torch.zeros(3)], folder / BIN)
-    return AdapterFileError, [BIN, "something else than named tensors"]
+    return AdapterFileError, [BIN, "something other than named tensors"]
 
 
 @damage("pickle with more than tensors")
@@ -395,7 +395,7 @@ def _(folder):
     values = tensors(folder)
     (folder / WEIGHTS).unlink()
     torch.save({**values, "epoch": 3}, folder / BIN)
-    return AdapterFileError, [BIN, "something else than named tensors"]
+    return AdapterFileError, [BIN, "something other than named tensors"]
 
 
 @damage("truncated pickle")
@@ -427,7 +427,7 @@ def test_damaged_adapter_on_a_handle(case, name, llama, saved):
     before, adapted, count = Snapshot(llama), output(handle, INPUTS), sites(llama)
     trained = {key: p.requires_grad for key, p in handle.named_parameters()}
     if name == "default" and case.startswith("rank"):  # seen sooner, in comparison with the adapter here
-        kind, words = AdapterFileError, ["cannot take the place", r"r=\d+.* there, .*r=4.* here"]
+        kind, words = AdapterFileError, ["cannot replace an adapter", r"r=\d+.* there, .*r=4.* here"]
     with one_error(kind, *words):
         handle.load_adapter(saved, name)
     before.check()
@@ -480,7 +480,7 @@ def test_adapter_of_other_settings_cannot_replace_values(change, word, llama, sa
         ours_on(tiny.make("llama"), "prompt", "CAUSAL_LM").save_pretrained(saved)
     else:
         edit_config(saved, **change)
-    with one_error(AdapterFileError, "cannot take the place", "load it under another name", word):
+    with one_error(AdapterFileError, "cannot replace an adapter", "load it under another name", word):
         handle.load_adapter(saved, "default")
     assert torch.equal(output(handle, INPUTS), adapted)
 

@@ -68,6 +68,6 @@ def test_wrong_settings(flags, words, data, capsys, tmp_path):
 
 def test_without_bitsandbytes(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r'4 bits needs bitsandbytes.*pip install "tunesmith\[quant\]"'):
+    with pytest.raises(UsageError, match=r'4-bit base needs bitsandbytes.*pip install "tunesmith\[quant\]"'):
         stored_in(4)
     assert stored_in(16) == {}

@@ -298,12 +298,12 @@ def test_first_step_of_a_loop_equals_the_references(tmp_path):
 
 def test_prompt_as_long_as_max_length_is_an_error_that_says_so():
     ours = ours_on(tiny.make("llama"), "prompt", "CAUSAL_LM")
-    with pytest.raises(ts.UsageError, match=r"7 tokens already.*raise max_length"):
+    with pytest.raises(ts.UsageError, match=r"7 tokens, which reaches.*increase max_length"):
         ours.generate(**prompt_of("llama"), max_length=7)
 
 
 def test_input_that_leaves_no_positions_for_virtual_tokens_is_an_error_that_says_so():
     ours = ours_on(tiny.make("gpt2"), "prompt", "CAUSAL_LM")
     ids = torch.full((1, 62), 5)
-    with pytest.raises(ts.UsageError, match=r"66 positions, the base has 64; cut the input to 60 tokens"):
+    with pytest.raises(ts.UsageError, match=r"66 positions, but the base has 64; truncate the input to 60 tokens"):
         ours(input_ids=ids)

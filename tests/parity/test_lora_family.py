@@ -14,7 +14,7 @@ import tunesmith as ts
 from tests import tiny
 from tests.parity.oracle import agree, ours_on, output, own_names, read_by_peft, tensors, theirs_on, written_by_peft
 from tests.parity.test_files import IMAGE, ConvNet, with_labels
-from tunesmith.checkpoint.names import named_tensors, todays_name
+from tunesmith.checkpoint.names import current_name, named_tensors
 from tunesmith.inits.loftq import loftq, normal_float, quantise
 from tunesmith.inits.pissa import pissa
 
@@ -66,7 +66,7 @@ def test_every_gradient_equals_the_references(case, tmp_path):
         result = model(**batch)
         loss = result.loss if getattr(result, "loss", None) is not None else result.last_hidden_state.cos().mean()
         loss.backward()
-    expected = {todays_name(key): tensor.grad for key, tensor in own_names(theirs).items()}
+    expected = {current_name(key): tensor.grad for key, tensor in own_names(theirs).items()}
     found = {key: t.grad for key, _, t in named_tensors(ours.adapters.default, ours.peft_config["default"], base)}
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():

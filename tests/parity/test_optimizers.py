@@ -14,7 +14,7 @@ import tunesmith as ts
 from tests import tiny
 from tests.parity.oracle import ours_on, own_names, read_by_peft
 from tests.parity.test_files import with_labels
-from tunesmith.checkpoint.names import named_tensors, todays_name
+from tunesmith.checkpoint.names import current_name, named_tensors
 
 GROUPED = {
     "plain": ("llama", {}),
@@ -35,7 +35,7 @@ def both(name, folder, **options):
     ours.save_pretrained(folder)
     theirs = read_by_peft(base, folder, is_trainable=True)
     mine = {key: tensor for key, _, tensor in named_tensors(ours.adapters.default, ours.peft_config["default"], base)}
-    return ours, mine, theirs, {todays_name(key): tensor for key, tensor in own_names(theirs).items()}
+    return ours, mine, theirs, {current_name(key): tensor for key, tensor in own_names(theirs).items()}
 
 
 @pytest.mark.parametrize("case", GROUPED)

@@ -151,7 +151,7 @@ def test_an_encoder_left_over_from_another_adapter_is_refused(tmp_path):
     base = tiny.make("llama")
     ours_on(base, "p-tuning", "CAUSAL_LM").save_pretrained(tmp_path)
     written_by_peft(theirs_on(tiny.make("llama", 3), "p-tuning", "CAUSAL_LM"), tmp_path)
-    with pytest.raises(ts.AdapterFileError, match="does not make the virtual tokens beside it"):
+    with pytest.raises(ts.AdapterFileError, match="does not compute the virtual tokens beside it"):
         ts.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     ts.PeftModel.from_pretrained(base, tmp_path)
 

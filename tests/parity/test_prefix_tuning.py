@@ -365,5 +365,5 @@ def test_two_prefixes_at_once_are_refused():
 
 
 def test_inputs_longer_than_the_positions_left_are_refused():
-    with pytest.raises(ts.UsageError, match="66 positions, the base has 64; cut the input to 60"):
+    with pytest.raises(ts.UsageError, match="66 positions, but the base has 64; truncate the input to 60"):
         ours_on(tiny.make("gpt2"), "prefix", "CAUSAL_LM")(input_ids=torch.full((1, 62), 5))

@@ -331,5 +331,5 @@ def test_an_input_that_is_no_multiple_of_the_rows_is_refused():
             return self.linear(x[1:])
 
     handle = get_peft_model(Odd(), LoraConfig(target_modules=["linear"]))
-    with pytest.raises(UsageError, match=r"\(3, 4\), which cannot be told apart into 4 rows"):
+    with pytest.raises(UsageError, match=r"\(3, 4\), which cannot be split into 4 rows"):
         handle(torch.randn(4, 4), adapter_names=["default", "__base__", "default", "__base__"])

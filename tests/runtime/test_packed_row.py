@@ -289,7 +289,7 @@ def test_an_unloaded_base_has_no_sites_left():
 
 def test_generate_refuses_a_packed_row():
     batch = PackedCollator()(examples())
-    with pytest.raises(UsageError, match="one text in each row"):
+    with pytest.raises(UsageError, match="one text per row"):
         handle_of("llama").generate(batch["input_ids"], cu_seq_lens_q=batch["cu_seq_lens_q"], max_new_tokens=1)
 
 
@@ -311,7 +311,7 @@ def test_eager_bases_take_packed_rows():
 REFUSED = {
     "linear biases": (lambda: get_peft_model(tiny.make("bloom"), LoraConfig()), "no test proves that BloomForCausalLM"),
     "encoder-decoder": (lambda: get_peft_model(tiny.make("t5"), LoraConfig()), "T5ForConditionalGeneration"),
-    "classifier": (lambda: get_peft_model(tiny.make("llama-classifier"), LoraConfig()), "no causal language model"),
+    "classifier": (lambda: get_peft_model(tiny.make("llama-classifier"), LoraConfig()), "not a causal language model"),
     "private attention": (
         lambda: handles.lora(tiny.make("llama"), target_modules=["down_proj"], modules_to_save=["self_attn"]),
         "private copy of an attention",
@@ -322,8 +322,8 @@ REFUSED = {
         "length of the longest",
     ),
     "both directions": (lambda: handle_of("gemma3_text", use_bidirectional_attention=True), "both directions"),
-    "cross-attention": (lambda: handle_of("gpt2", add_cross_attention=True), "another text"),
-    **({"own attention": (lambda: handle_of("nemotron"), "computes its attention itself")} if OLD else {}),
+    "cross-attention": (lambda: handle_of("gpt2", add_cross_attention=True), "also has cross-attention"),
+    **({"own attention": (lambda: handle_of("nemotron"), "has its own attention implementation")} if OLD else {}),
 }
 
 
@@ -364,7 +364,7 @@ def test_can_pack_speaks_of_how_adapters_act_now():
         ({"attention_mask": torch.ones(1, 27)}, "attention_mask out"),
         ({"past_key_values": tf.DynamicCache()}, "past_key_values out"),
         ({"output_attentions": True}, "output_attentions"),
-        ({"input_ids": torch.ones(2, 27, dtype=torch.long)}, "one row"),
+        ({"input_ids": torch.ones(2, 27, dtype=torch.long)}, "a single row"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 26])}, "from 0 to 27"),
         ({"cu_seq_lens_q": torch.tensor([1, 5, 27])}, "from 0 to 27"),
         ({"cu_seq_lens_q": torch.tensor([0, 9, 5, 27])}, "from 0 to 27"),

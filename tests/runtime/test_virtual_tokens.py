@@ -201,7 +201,7 @@ def test_a_stack_that_the_base_passes_by_is_an_error(llama, llama_inputs):
     inner = llama.model
     del inner.__dict__["forward"]
     assert site_of(inner) is None
-    with pytest.raises(UsageError, match="the prefix did not act"):
+    with pytest.raises(UsageError, match="the prefix had no effect"):
         handle(**llama_inputs)
 
 

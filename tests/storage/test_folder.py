@@ -191,7 +191,7 @@ def test_full_disk_is_said_with_the_next_step(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(AdapterFileError, match=r"cannot save into .*No space left on device.*free it or give another folder"):
+    with pytest.raises(AdapterFileError, match=r"cannot save into .*No space left on device.*fix this or give another folder"):
         adapter(1).save_pretrained(tmp_path)
 
 

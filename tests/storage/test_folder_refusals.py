@@ -19,13 +19,13 @@ NOWHERE = {
     "relative path": ("./no/such", ["there is no folder no/such"]),
     "parent's path": ("../../no-such-folder-here", ["there is no folder"]),
     "deep path": ("a/b/c", ["there is no folder a/b/c"]),
-    "hub id": ("nobody/nothing", ['"nobody/nothing" is no folder here', "hub cannot be reached", "HF_HUB_OFFLINE"]),
-    "hub id that is none": ("no body/nothing?", ["neither a folder here nor a repository"]),
+    "hub id": ("nobody/nothing", ['"nobody/nothing" is not a local folder', "Hub cannot be reached", "HF_HUB_OFFLINE"]),
+    "hub id that is none": ("no body/nothing?", ["neither a local folder nor a repository"]),
     "endless name": ("x" * 5000, ["there is no folder", "owner/name"]),
     "name with a zero byte": ("a\0b", ["there is no folder", "owner/name"]),
-    "empty name": ("", ["'' names no adapter"]),
-    "None": (None, ["None names no adapter", "give a folder or the id"]),
-    "number": (3, ["3 names no adapter"]),
+    "empty name": ("", ["'' does not name an adapter"]),
+    "None": (None, ["None does not name an adapter", "give a folder or the id"]),
+    "number": (3, ["3 does not name an adapter"]),
 }
 
 
@@ -52,7 +52,7 @@ def test_file_in_place_of_a_folder(llama, saved):
 @pytest.mark.parametrize("subfolder", ["../adapter", "inner/../../x", "/etc", ".."])
 def test_subfolder_that_leads_out(subfolder, llama, saved):
     for place in (saved, "nobody/nothing"):
-        with one_error(AdapterFileError, "leads out of the adapter's folder", "inside it"):
+        with one_error(AdapterFileError, "points outside the adapter's folder", "inside it"):
             ts.PeftModel.from_pretrained(llama, place, subfolder=subfolder)
 
 

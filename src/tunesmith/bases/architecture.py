@@ -1,7 +1,7 @@
-"""Facts about a model's architecture: the one place that reads transformers' configurations and the names of their parts.
+"""Facts about a model's architecture: the only module that reads transformers' configurations and knows their field names.
 
-Each fact is one function. Where releases of transformers or families of models name a fact differently, all names are here,
-and nowhere else. A configuration may be None: bases that are plain modules have none, and then a fact is absent.
+Each fact is one function. If releases of transformers or model families use different names, all of them are listed here and
+nowhere else. A configuration may be None, as it is for plain modules; a fact is then absent.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import nn
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
-# What configs call a cap or a scale of logits.
+# Config fields that cap or scale the logits.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-_ROPES_BY_LENGTH = ("dynamic", "longrope")  # the longest text of a call decides how positions of all are turned
+_ROPES_BY_LENGTH = ("dynamic", "longrope")  # the longest text of a call decides the rotation for all of them
 _TABLE, _ATTENTION = "ALL_ATTENTION_FUNCTIONS", "_attn_implementation"
-RECOMPUTES_BY = "_gradient_checkpointing_func"  # attribute of a module that was told to recompute: the function it does it by
+CHECKPOINTING_FUNCTION = "_gradient_checkpointing_func"  # attribute of a module that recomputes its layers
 
 
 # --- what kind of model ---------------------------------------------------------------------------------------------
 
 
 def config_of(model: Any) -> Any:
-    """The model's configuration; None where it has none."""
+    """The model's configuration; None if it has none."""
     return getattr(model, "config", None)
 
 
 def text_config(config: Any) -> Any:
-    """The part of a configuration that describes what writes text, where a model has several towers."""
+    """The configuration of the text decoder, if the model has several towers."""
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
@@ -43,7 +43,7 @@ def model_type(config: Any) -> str | None:
 
 
 def is_encoder_decoder(config: Any) -> bool:
-    """Whether an encoder reads one text and a decoder writes another."""
+    """Whether the model has an encoder and a decoder."""
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
@@ -55,29 +55,29 @@ def is_causal_lm(model: nn.Module, kind: str) -> bool:
 
 
 def is_decoder_only(config: Any) -> bool:
-    """Whether a configuration says that there is no encoder; one that says nothing may have one."""
+    """Whether a configuration states that there is no encoder; if it states nothing, there may be one."""
     return getattr(config, "is_encoder_decoder", None) is False
 
 
 def auto_class(config: Any) -> str:
-    """transformers' class that makes language models of such configurations."""
+    """Name of transformers' auto class for language models with such a configuration."""
     if hears(config):
         return "AutoModelForSpeechSeq2Seq"
     return "AutoModelForSeq2SeqLM" if is_encoder_decoder(config) else "AutoModelForCausalLM"
 
 
 def hears(config: Any) -> bool:
-    """Whether an encoder reads sound."""
+    """Whether the encoder reads audio."""
     return model_type(config) == "whisper"
 
 
-def attends_both_ways(config: Any) -> bool:
-    """Whether tokens see those behind them."""
+def is_bidirectional(config: Any) -> bool:
+    """Whether tokens attend to later ones."""
     return not getattr(config, "is_causal", True) or bool(getattr(config, "use_bidirectional_attention", None))
 
 
-def attends_elsewhere(config: Any) -> bool:
-    """Whether a decoder reads another text beside its own."""
+def has_cross_attention(config: Any) -> bool:
+    """Whether a decoder also attends to another sequence."""
     return bool(getattr(config, "add_cross_attention", False))
 
 
@@ -91,40 +91,40 @@ def hidden_size(config: Any) -> int:
 
 
 def layers_in(config: Any) -> int | None:
-    """How many layers the language model has; of an encoder-decoder, its encoder."""
+    """Number of layers of the language model; of an encoder-decoder, those of its encoder."""
     return _first(_language(config), _LAYER_COUNTS)
 
 
 def heads_in(config: Any) -> int | None:
-    """How many heads the queries of a layer have."""
+    """Number of query heads of a layer."""
     return _first(_language(config), _HEAD_COUNTS)
 
 
 def vocabulary(config: Any) -> int:
-    """How many tokens there are."""
+    """Size of the vocabulary."""
     count: int = _language(config).vocab_size
     return count
 
 
 def sound_shape(config: Any) -> tuple[int, int]:
-    """`(bands, frames)` of the spectrogram that a model which hears reads."""
+    """`(mel bins, frames)` of the spectrogram that a speech model reads."""
     return config.num_mel_bins, 2 * config.max_source_positions
 
 
 def stored_dtype(config: Any) -> Any:
-    """The type of a model's stored weights, as its configuration says; None where it does not."""
+    """The dtype of a model's stored weights according to its configuration; None if that is not given."""
     return getattr(config, "dtype", None)
 
 
 def longest_input(config: Any) -> int | None:
-    """How many tokens a model was made for; None where its configuration does not say."""
+    """The longest input in tokens that a model supports; None if its configuration does not say."""
     return getattr(config, "max_position_embeddings", None)
 
 
 def key_shapes(config: Any, layers: int) -> set[tuple[int, int]]:
-    """`(heads, head_dim)` of keys, all that occur among the layers.
+    """All shapes `(heads, head_dim)` of keys among the layers.
 
-    Releases before 5.14 have no configuration of each layer: there, one describes all of them, but for Gemma 4's wider ones.
+    Releases before 5.14 have no per-layer configuration: one describes all layers, except for Gemma 4's wider ones.
     """
     text = text_config(config)
     by_layer = getattr(text, "per_layer_config", None)
@@ -136,7 +136,7 @@ def key_shapes(config: Any, layers: int) -> set[tuple[int, int]]:
 
 
 def compresses_keys(config: Any) -> bool:
-    """Whether layers keep one short vector in place of keys and values (multi-head latent attention)."""
+    """Whether layers cache one short vector instead of keys and values (multi-head latent attention)."""
     return bool(getattr(text_config(config), "kv_lora_rank", None))
 
 
@@ -146,7 +146,7 @@ def shares_keys(config: Any) -> bool:
 
 
 def _key_shape(config: Any) -> tuple[int, int]:
-    """Fewer heads than the queries have under grouped-query attention; T5 calls the width `d_kv`."""
+    """With grouped-query attention there are fewer key heads than query heads; T5 calls the width `d_kv`."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
@@ -155,7 +155,7 @@ def _key_shape(config: Any) -> tuple[int, int]:
 
 
 def _language(config: Any) -> Any:
-    """The part of a configuration that describes the language model, of an encoder-decoder both its stacks."""
+    """The configuration of the language model; of an encoder-decoder, of both stacks."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -168,18 +168,18 @@ def _first(config: Any, names: tuple[str, ...]) -> int | None:
 
 
 def position_table(model: nn.Module) -> nn.Embedding | None:
-    """The learned table of absolute positions, found by the names architectures give it."""
+    """The learned table of absolute positions, found by its usual names."""
     tables = (m for path, m in model.named_modules() if isinstance(m, nn.Embedding) and path.endswith(_POSITION_TABLES))
     return next(tables, None)
 
 
 def positions_behind_padding(table: nn.Embedding) -> bool:
-    """Whether positions are counted from the padding id on, as RoBERTa does."""
+    """Whether positions are counted from the padding id, as in RoBERTa."""
     return getattr(table, "padding_idx", None) is not None
 
 
-def turns_by_length(config: Any) -> bool:
-    """Whether rotary positions depend on how long the longest text of a call is."""
+def rope_depends_on_length(config: Any) -> bool:
+    """Whether rotary positions depend on the longest text of a call."""
     rope = str(getattr(config, "rope_parameters", None))
     return any(kind in rope for kind in _ROPES_BY_LENGTH)
 
@@ -188,44 +188,44 @@ def turns_by_length(config: Any) -> bool:
 
 
 def output_head(model: Any) -> Any:
-    """The map from hidden states to logits; None where a model has none."""
+    """The map from hidden states to logits; None if the model has none."""
     return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def embedding_width(model: Any) -> int:
-    """In how many dimensions tokens are embedded."""
+    """Dimension of the token embeddings."""
     table = model.get_input_embeddings()
     width: int = getattr(table, "embedding_dim", None) or table.weight.shape[1]
     return width
 
 
 def changes_logits(config: Any) -> bool:
-    """Whether logits are capped or scaled behind the output head."""
+    """Whether logits are capped or scaled after the output head."""
     return any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_CHANGES)
 
 
 def ties_embeddings(config: Any) -> bool:
-    """Whether the output head is the table of input embeddings."""
+    """Whether the output head shares its weight with the input embeddings."""
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def tie_embeddings(config: Any, tied: bool) -> None:
-    """Say in the configuration whether they are one."""
+    """Set in the configuration whether they are tied."""
     config.tie_word_embeddings = tied
 
 
 def reads_last_token(model: nn.Module) -> bool:
-    """Of a classifier, whether its head reads the last position (on causal models) and not the first."""
+    """Whether a classifier's head reads the last position (as on causal models) rather than the first."""
     return hasattr(model, "score")
 
 
 def pools_first_token(model: nn.Module) -> bool:
-    """Whether the first position is pooled, beside what is computed for each token."""
+    """Whether the first position is pooled, in addition to the outputs for each token."""
     return getattr(model, "pooler", None) is not None
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether an encoder-decoder makes its decoder's inputs from labels by a method, which others may call, too."""
+    """Whether an encoder-decoder has a public method that makes decoder inputs from labels."""
     return hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
@@ -233,76 +233,76 @@ def shifts_labels(model: nn.Module) -> bool:
 
 
 def layer_index(module: nn.Module) -> int | None:
-    """Which layer an attention belongs to; None for other modules."""
+    """Index of the layer that an attention belongs to; None for other modules."""
     index = getattr(module, "layer_idx", None)
     return index if isinstance(index, int) else None
 
 
-def attends(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
     """Whether a module is an attention that looks its function up in transformers' table."""
     return hasattr(module, "is_causal") and hasattr(module, "config")
 
 
-def attending(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Paths and modules of the attentions, and of the stacks around them, which make masks."""
+def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and modules of the attentions, and of the stacks that contain them and build their masks."""
     from transformers import PreTrainedModel
 
     inner = [(path, module) for path, module in model.named_modules() if path]
-    return [(path, module) for path, module in inner if attends(module) or isinstance(module, PreTrainedModel)]
+    return [(path, module) for path, module in inner if is_attention(module) or isinstance(module, PreTrainedModel)]
 
 
 def attention_fault(model: nn.Module) -> str | None:
-    """Why a model's attentions cannot be exchanged for another one with the same result; None where they can.
+    """Why a model's attention function cannot be replaced without changing the result; None if it can.
 
-    Nemotron's are classes of their own before 5.13. `sdpa` leaves out the cap of Gemma 2's scores, and releases before 5.23
-    let it.
+    Nemotron has its own attention classes before 5.13. `sdpa` ignores the cap on Gemma 2's scores, which releases before 5.23
+    allow.
     """
     for path, module in model.named_modules():
-        if not attends(module):
+        if not is_attention(module):
             continue
         homes = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
         if not any(hasattr(home, _TABLE) for home in homes):
-            return f"{path} computes its attention itself"
+            return f"{path} has its own attention implementation"
         capped = getattr(module.config, "attn_logit_softcapping", None) is not None
         if capped and getattr(module.config, _ATTENTION, None) == "sdpa":
-            return f'{path} caps its scores, which sdpa does not do; load the base with attn_implementation="eager"'
+            return f'{path} caps its scores, which sdpa does not support; load the base with attn_implementation="eager"'
     return None
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Put a function into transformers' table of attentions."""
+    """Register a function in transformers' table of attentions."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(name, function)
 
 
 def with_attention(config: Any, name: str) -> Any:
-    """A shallow copy of a configuration that names another attention; the given one is not touched."""
+    """A shallow copy of a configuration that selects another attention; the original is unchanged."""
     other = copy.copy(config)
     setattr(other, _ATTENTION, name)
     return other
 
 
-def stores_by_default(config: Any) -> bool:
-    """Whether a call that does not say so keeps keys and values."""
+def caches_by_default(config: Any) -> bool:
+    """Whether a call caches keys and values unless told otherwise."""
     return bool(getattr(config, "use_cache", False))
 
 
 # --- gradient checkpointing -----------------------------------------------------------------------------------------
 
 
-def may_recompute(model: nn.Module) -> list[Any]:
-    """The modules that can be told to compute their layers anew in a backward pass."""
+def checkpointing_modules(model: nn.Module) -> list[Any]:
+    """The modules that support gradient checkpointing, which recomputes their layers in the backward pass."""
     return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 def recomputes(module: Any) -> bool:
-    """Whether one was told to."""
+    """Whether gradient checkpointing is enabled on such a module."""
     return bool(getattr(module, "gradient_checkpointing", False))
 
 
 def enable_recomputing(model: Any, settings: dict[str, Any] | None = None) -> None:
-    """Turn gradient checkpointing on; `gradient_checkpointing_enable` is an old name in newer releases."""
+    """Enable gradient checkpointing; in newer releases `gradient_checkpointing_enable` is the old name."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(settings)
 
@@ -321,7 +321,7 @@ def is_quantised(model: Any) -> bool:
 
 
 def drop_quantised_marks(model: Any) -> None:
-    """Take away what says that `model` is quantised, once nothing of it is."""
+    """Remove the attributes that mark `model` as quantised, once none of its modules is."""
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
     for config in configs(model):
@@ -330,5 +330,5 @@ def drop_quantised_marks(model: Any) -> None:
 
 
 def configs(model: nn.Module) -> Iterator[Any]:
-    """Every configuration that a module of the model holds, once."""
+    """Every configuration held by a module of the model, once each."""
     return iter({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())

@@ -79,8 +79,8 @@ class EmbeddingView(BaseView):
 class Conv2dView(BaseView):
     """`nn.Conv2d`: weight `(out, in, kh, kw)`; A is a convolution of the same kernel to r channels, B a 1x1 one.
 
-    With groups A mixes all input channels and B keeps the groups, as the ecosystem's files have it; such a change is
-    no change of the grouped weight, so it cannot be merged.
+    With groups, A mixes all input channels and B keeps the groups, as in the ecosystem's files; such a change is not a
+    change of the grouped weight, so it cannot be merged.
     """
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:

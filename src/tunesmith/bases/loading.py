@@ -1,4 +1,4 @@
-"""How `from_pretrained` is told to store a base in 4 or 8 bits while it loads."""
+"""Arguments that make `from_pretrained` quantise a base to 4 or 8 bits while it loads."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ QUANT_TYPES = ("nf4", "fp4")
 def stored_in(
     bits: int, compute_dtype: torch.dtype | None = None, quant_type: str = "nf4", double_quant: bool = True
 ) -> dict[str, Any]:
-    """Arguments for `from_pretrained`; none for a base that stays as it is.
+    """Arguments for `from_pretrained`; empty if the base is not quantised.
 
     Args:
-        bits: 4 or 8, or 16 for what the files hold.
-        compute_dtype: that 4-bit modules compute in; None takes bfloat16 where that is fast, else float32.
-        quant_type, double_quant: of 4 bits: one of `QUANT_TYPES`, and whether the scales are stored in 8 bits.
+        bits: 4 or 8; 16 keeps the weights as stored.
+        compute_dtype: the dtype in which 4-bit modules compute; None means bfloat16 where that is fast, else float32.
+        quant_type, double_quant: for 4 bits: one of `QUANT_TYPES`, and whether the scales are stored in 8 bits.
 
     Raises:
-        UsageError: bitsandbytes, which does it, is not installed.
+        UsageError: bitsandbytes is not installed.
     """
     if bits == 16:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f'a base in {bits} bits needs bitsandbytes, which is not installed; pip install "tunesmith[quant]"')
+        raise UsageError(f'a {bits}-bit base needs bitsandbytes, which is not installed; pip install "tunesmith[quant]"')
     from transformers import BitsAndBytesConfig
 
     if bits == 8:

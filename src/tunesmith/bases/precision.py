@@ -1,6 +1,6 @@
-"""Which number type a frozen base computes in fastest: bfloat16, where the machine multiplies it natively.
+"""The dtype in which a frozen base computes fastest: bfloat16 where the hardware supports it natively.
 
-Only the base changes its type; adapters keep float32 values and gradients beside it.
+Only the base's dtype changes; adapters keep float32 values and gradients.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import nn
 
 from .view import compute_dtype
 
-WORTH_A_WORD = 50_000_000  # numbers in float32
+MIN_SIZE_FOR_ADVICE = 50_000_000  # float32 parameters
 
 
 def fast_dtype(device: torch.device | None = None) -> torch.dtype | None:
-    """bfloat16 where `device` (by default the one a Trainer would take) has instructions for it, else None."""
+    """bfloat16 if `device` (by default the one a Trainer would use) supports it natively, else None."""
     kind = _usual_device() if device is None else device.type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
@@ -28,26 +28,26 @@ def fast_dtype(device: torch.device | None = None) -> torch.dtype | None:
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """The type of that name; "auto" is `fast_dtype()`, and None leaves the base in the type it is stored in."""
+    """The dtype of that name; "auto" means `fast_dtype()`, and None keeps the dtype of the stored base."""
     return fast_dtype() if name == "auto" else getattr(torch, name)
 
 
 def slower_than_need_be(base: nn.Module, device: torch.device) -> str | None:
-    """What to do about a base whose number type `device` multiplies slowly; None where it is small or all is well."""
+    """Advice on a base whose dtype is slow on `device`; None if it is small or there is nothing to improve."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in base.parameters():
         sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     fast = fast_dtype(device)
-    if fast is None or sizes.get(torch.float32, 0) < WORTH_A_WORD:
+    if fast is None or sizes.get(torch.float32, 0) < MIN_SIZE_FOR_ADVICE:
         return None
     return (
-        f"the frozen base computes in float32, which {device.type} multiplies at about half the speed of bfloat16 or less; "
-        "load it with dtype=torch.bfloat16 (adapters stay float32)"
+        f"the frozen base computes in float32, which on {device.type} is at most about half as fast as bfloat16; "
+        "load it with dtype=torch.bfloat16 (adapters stay in float32)"
     )
 
 
 def adapter_dtype(module: nn.Module, full_precision: bool) -> torch.dtype:
-    """fp32 masters beside a 16-bit base unless told otherwise, else the base's own type."""
+    """fp32 for adapters on a 16-bit base if `full_precision`, else the base's own dtype."""
     return master_dtype(compute_dtype(module), full_precision)
 
 

@@ -1,4 +1,4 @@
-"""Make a quantised base ready to train adapters on, under the name that the ecosystem has for it."""
+"""Prepares a quantised base for training adapters, under the ecosystem's name for this step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UsageError
 from . import architecture
 
-WIDENED = "_widened_for_training"  # attribute of a model: `{parameter: type before}`
+WIDENED = "_widened_for_training"  # attribute of a model: `{parameter: original dtype}`
 
 
 def prepare_model_for_kbit_training(
@@ -21,17 +21,17 @@ def prepare_model_for_kbit_training(
     *,
     widen: bool = True,
 ) -> Any:
-    """Freeze a base, give what of it is not quantised fp32 and switch gradient checkpointing on; returns the same model.
+    """Freeze a base, convert its unquantised parameters to fp32 and enable gradient checkpointing; returns the same model.
 
-    Adapters train without it: handles freeze their base anyway. It is there for scripts that call it, and does what they
-    expect. Merging gives widened parameters their first type back.
+    Adapters train without this call, because handles freeze their base anyway; it exists for scripts that make it. Merging
+    restores the original dtypes.
 
     Args:
         model: a base, before `get_peft_model`.
-        use_gradient_checkpointing: of a quantised base; costs a second forward pass and saves most of the activations.
+        use_gradient_checkpointing: for a quantised base; costs a second forward pass and saves most activation memory.
         gradient_checkpointing_kwargs: such as `{"use_reentrant": False}`.
-        auto_clear_cache: give memory that widening freed back to the accelerator.
-        widen: make 16-bit parameters fp32; False leaves them, which takes half their memory and is faster on a CPU.
+        auto_clear_cache: return the memory freed by the conversion to the accelerator.
+        widen: convert 16-bit parameters to fp32; False keeps them, which takes half the memory and is faster on a CPU.
 
     Raises:
         UsageError: the model is a handle.
@@ -46,22 +46,22 @@ def prepare_model_for_kbit_training(
     if widen:
         before = model.__dict__.setdefault(WIDENED, {})
         for name, parameter in model.named_parameters():
-            stored = getattr(parameter, "quant_state", None) is not None
-            if parameter.dtype in (torch.float16, torch.bfloat16) and not stored:
+            quantised = getattr(parameter, "quant_state", None) is not None
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not quantised:
                 before[name] = parameter.dtype
                 parameter.data = parameter.data.float()
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
     if architecture.is_quantised(model) and use_gradient_checkpointing:
         kwargs = gradient_checkpointing_kwargs or {}
-        if kwargs.get("use_reentrant", True):  # which needs an input with a gradient, and the base has none that trains
+        if kwargs.get("use_reentrant", True):  # this needs an input that requires a gradient, and nothing in the base does
             model.enable_input_require_grads()
         architecture.enable_recomputing(model, kwargs)
     return model
 
 
-def narrowed(model: nn.Module) -> None:
-    """Give parameters their type back that they had before they were widened."""
+def restore_dtypes(model: nn.Module) -> None:
+    """Convert parameters back to the dtypes they had before `prepare_model_for_kbit_training`."""
     before: dict[str, torch.dtype] = model.__dict__.pop(WIDENED, {})
     parameters = dict(model.named_parameters())
     for name, dtype in before.items():

@@ -3,9 +3,9 @@
     4 bits   W = level[code] * scale of its block, level one of 16 (NF4, FP4); a nested scale is itself 8 bits and an offset
     8 bits   W = code * scale of its output / 127
 
-bitsandbytes supplies the form and decodes it. Everything else here is about leaving it alone: on a CPU its evaluation path
+bitsandbytes supplies the form and decodes it. Everything else here keeps it intact: on a CPU the package's evaluation path
 repacks the codes and rounds the scales to bf16 in the module itself, and its forward passes rewrite the bias in the input's
-type. So under a handle these modules compute through their views, whether an adapter acts on them or not.
+dtype. So under a handle these modules compute through their views, whether an adapter acts on them or not.
 
 Dettmers et al. 2023, "QLoRA", https://arxiv.org/abs/2305.14314 (section 3); Dettmers et al. 2022, "LLM.int8()",
 https://arxiv.org/abs/2208.07339 (section 2.1).
@@ -29,7 +29,7 @@ from .view import class_forward, register_view, view_type
 
 logger = logging.getLogger(__name__)
 
-_PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' own switch for repacking in evaluation
+_REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' own switch for repacking in evaluation
 
 
 class QuantisedView(LinearView):
@@ -46,14 +46,14 @@ class QuantisedView(LinearView):
         raise NotImplementedError
 
     def stored_dtype(self) -> torch.dtype | None:
-        """The type that the weight had before it was quantised, where the stored form says it."""
+        """The dtype of the weight before it was quantised, if the stored form says so."""
         raise NotImplementedError
 
     def weight(self) -> Tensor:
         return self.weight_as(self.dtype)
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
-        """The type that an input of type `dtype` is multiplied in."""
+        """The dtype in which an input of type `dtype` is multiplied."""
         return self.dtype
 
     def operand(self, dtype: torch.dtype) -> Decoded:
@@ -61,12 +61,12 @@ class QuantisedView(LinearView):
 
     @property
     def decodes(self) -> bool:
-        """Whether to decode and multiply: on other devices the package's own kernels are the faster way."""
+        """Whether to decode and multiply: on other devices the package's own kernels are faster."""
         return self.module.weight.device.type == "cpu"
 
     @property
     def is_plain(self) -> bool:
-        return self.decodes and torch.is_grad_enabled()  # else a product of few rows has a way of its own
+        return self.decodes and torch.is_grad_enabled()  # otherwise a product of few rows takes its own path
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.decodes:
@@ -79,18 +79,18 @@ class QuantisedView(LinearView):
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.operand(x.dtype)
         bias = None if bias is None else bias.to(weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # the module's own type decides
+        with torch.autocast(x.device.type, enabled=False):  # the module's own dtype decides
             return decoded_linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
     def hold(self) -> bool:
-        """Keep the package from rewriting what is stored, until `release`; whether it had done so before."""
+        """Keep the package from rewriting the stored form until `release`; returns whether it already had."""
         return False
 
     def release(self) -> None:
-        """Leave the module to the package again."""
+        """Hand the module back to the package."""
 
     def adopt(self) -> None:
-        """Bring what the module keeps beside its weight in line with a weight that was put into it."""
+        """Update the state that the module keeps beside its weight after the weight was replaced."""
 
 
 @register_view("bitsandbytes.nn.modules.Linear4bit")
@@ -109,7 +109,7 @@ class Linear4bitView(QuantisedView):
 
     def storage_fault(self) -> str | None:
         if self._state is None:
-            return "its weight is not quantised yet, which moving it to its device does; load the base with transformers"
+            return "its weight is not quantised until it is moved to its device; load the base with transformers"
         if self._state.shape != self.shape:
             return f"its stored weight has shape {tuple(self._state.shape)}, {tuple(self.shape)} expected; load the right files"
         return None
@@ -136,9 +136,9 @@ class Linear4bitView(QuantisedView):
     def operand(self, dtype: torch.dtype) -> Decoded:
         if torch.is_grad_enabled():
             repacked.drop(self.module)
-        return Decoded(self.weight_as, self.computes_in(dtype), self._lent)
+        return Decoded(self.weight_as, self.computes_in(dtype), self._decode_to_scratch)
 
-    def _lent(self, dtype: torch.dtype) -> Tensor:
+    def _decode_to_scratch(self, dtype: torch.dtype) -> Tensor:
         weight = scratch.decoded(self.module.weight.data, self._state, dtype)
         return self.weight_as(dtype) if weight is None else weight
 
@@ -172,25 +172,25 @@ class Linear4bitView(QuantisedView):
 
     def hold(self) -> bool:
         module = self.module
-        module.__dict__.setdefault("_packs_when_released", getattr(module, _PACKS, False))
-        setattr(module, _PACKS, False)
-        repacked = getattr(self._state, "packing_format_for_cpu", False)
-        if repacked:
+        module.__dict__.setdefault("_repacks_when_released", getattr(module, _REPACKS, False))
+        setattr(module, _REPACKS, False)
+        was_repacked: bool = getattr(self._state, "packing_format_for_cpu", False)
+        if was_repacked:
             self._unpack()
-        return repacked
+        return was_repacked
 
     def release(self) -> None:
         repacked.drop(self.module)
-        if "_packs_when_released" in self.module.__dict__:
-            setattr(self.module, _PACKS, self.module.__dict__.pop("_packs_when_released"))
+        if "_repacks_when_released" in self.module.__dict__:
+            setattr(self.module, _REPACKS, self.module.__dict__.pop("_repacks_when_released"))
 
     def _unpack(self) -> None:
-        """Undo a repacking that happened before: the codes come back exactly, the scales as they were rounded."""
+        """Undo an earlier repacking: the codes are restored exactly, the scales as they were rounded."""
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
         weight, state = self.module.weight, copy.copy(self._state)
         scales = state.absmax  # (in / blocksize, out), bf16
-        state.original_nested = False  # or it would quantise the rounded scales once more
+        state.original_nested = False  # otherwise it would quantise the rounded scales again
         weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
         state.absmax = scales.T.contiguous().flatten().float()
         state.state2 = state.offset = None
@@ -199,7 +199,7 @@ class Linear4bitView(QuantisedView):
 
 @register_view("bitsandbytes.nn.modules.Linear8bitLt")
 class Linear8bitView(QuantisedView):
-    """Computes in its input's type. On a CPU that input is not rounded to 8 bits, so evaluation computes what training does."""
+    """Computes in its input's dtype. On a CPU the input is not rounded to 8 bits, so evaluation matches training."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -231,7 +231,7 @@ class Linear8bitView(QuantisedView):
         if self.module.state.has_fp16_weights:
             return "it keeps 16-bit weights and quantises them at each step; load the base without llm_int8_has_fp16_weight"
         if not self._is_stored:
-            return "its weight is not quantised yet, which moving it to its device does; load the base with transformers"
+            return "its weight is not quantised until it is moved to its device; load the base with transformers"
         if self.module.weight.shape != self.shape:
             return f"its stored weight has shape {tuple(self.module.weight.shape)}, {tuple(self.shape)} expected"
         return None
@@ -246,7 +246,7 @@ class Linear8bitView(QuantisedView):
         from bitsandbytes.nn import Int8Params
 
         old, scales = self.module.weight, weight.abs().amax(1).float()  # (out,)
-        old.CB, old.SCB = old.data, self._scales  # it may be put back, and must then have its own scales
+        old.CB, old.SCB = old.data, self._scales  # it may be restored later and then needs its own scales
         codes = (weight * (127 / scales.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).round().to(torch.int8)
         return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
@@ -272,7 +272,7 @@ def quantised_views(model: nn.Module) -> Iterator[tuple[str, QuantisedView]]:
 
 
 def stored_faults(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """`(path, fault)` of every module whose stored form cannot be its weight."""
+    """`(path, fault)` of every module whose stored form is not a usable weight."""
     for path, module in model.named_modules():
         kind = view_type(module)
         fault = kind(module).storage_fault() if kind is not None and issubclass(kind, QuantisedView) else None
@@ -282,37 +282,37 @@ def stored_faults(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def hold(model: nn.Module) -> None:
     """Keep bitsandbytes from rewriting what `model` stores, until `release`."""
-    repacked = sum(view.hold() for _, view in quantised_views(model))
-    if repacked:
+    count = sum(view.hold() for _, view in quantised_views(model))
+    if count:
         logger.warning(
-            "bitsandbytes had repacked %d modules for evaluation and rounded their scales to bf16; the codes are unpacked "
-            "again, for the stored scales load the base anew and attach adapters before its first call",
-            repacked,
+            "bitsandbytes repacked %d modules for evaluation and rounded their scales to bf16; the codes are restored, but to "
+            "get the stored scales, reload the base and attach adapters before its first call",
+            count,
         )
 
 
 def release(model: nn.Module) -> None:
-    """Leave the modules to bitsandbytes again."""
-    scratch.give_back()
+    """Hand the modules back to bitsandbytes."""
+    scratch.free()
     for _, view in quantised_views(model):
         view.release()
 
 
 def logical_size(parameter: Tensor) -> int:
-    """How many numbers of the model a parameter stands for: 4-bit ones share their bytes."""
+    """Number of model parameters that a tensor stands for: two 4-bit ones share a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
 def dense_module(view: QuantisedView, dtype: torch.dtype) -> nn.Module:
-    """A module of the type that was quantised, with the decoded weight."""
+    """A module of the original type, with the decoded weight."""
     quantised = view.module
     inner, out = quantised.in_features, quantised.out_features
-    turned = issubclass(getattr(quantised, "source_cls", nn.Linear), Conv1D)
+    transposed = issubclass(getattr(quantised, "source_cls", nn.Linear), Conv1D)
     with torch.device("meta"):
-        module: Any = Conv1D(out, inner) if turned else nn.Linear(inner, out, bias=quantised.bias is not None)
+        module: Any = Conv1D(out, inner) if transposed else nn.Linear(inner, out, bias=quantised.bias is not None)
     weight = view.weight_as(dtype)
-    module.weight = nn.Parameter(weight.T.contiguous() if turned else weight, requires_grad=False)
+    module.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
     if quantised.bias is not None:
         module.bias = nn.Parameter(quantised.bias.detach().to(dtype), requires_grad=False)
     module.train(quantised.training)
@@ -325,7 +325,7 @@ def dense_module(view: QuantisedView, dtype: torch.dtype) -> nn.Module:
 
 
 def dense_copy(module: nn.Module) -> nn.Module:
-    """A deep copy in which quantised modules are dense, of the type they compute in."""
+    """A deep copy in which quantised modules are dense, in the dtype they compute in."""
     copied = copy.deepcopy(module)
     for path, view in list(quantised_views(copied)):
         dense = dense_module(view, view.dtype)

@@ -1,9 +1,9 @@
-"""4-bit weights in the order that bitsandbytes' product of few rows reads them, beside the stored ones.
+"""4-bit weights, repacked for bitsandbytes' CPU kernel for products of few rows and kept beside the stored ones.
 
-Decoding a weight to multiply one row by it costs ten times the product. bitsandbytes has a kernel for CPUs with AVX-512 bf16
-that decodes within the product; it wants the codes in blocks of 32 outputs and the scales in bf16. The package rewrites the
-module for it; here both stand beside what is stored (half a byte for each weight), from the first such product until the next
-step of training.
+Decoding a weight to multiply one row by it costs ten times the product. For CPUs with AVX-512 bf16 bitsandbytes has a kernel
+that decodes within the product; it needs the codes in blocks of 32 outputs and the scales in bf16. The package rewrites the
+module for that; here the repacked form is kept beside the stored one (half a byte per weight), from the first such product
+until the next training step.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FEW_ROWS = 64  # with more, decoding once and one dense product take no longer
-OUTPUTS = 32  # of a block
+FEW_ROWS = 64  # beyond this, decoding once and multiplying is as fast
+OUTPUTS = 32  # per block
 
-_packed: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, Any]] = weakref.WeakKeyDictionary()
+_repacked: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, Any]] = weakref.WeakKeyDictionary()
 
 
 def product_of_few_rows(module: nn.Module, x: Tensor, state: Any) -> Tensor | None:
-    """`x W^T` of a 4-bit module for a few rows of bf16, `(..., out)`; None where the kernel does not apply.
+    """`x W^T` of a 4-bit module for a few rows of bf16, `(..., out)`; None if the kernel does not apply.
 
-    Within bf16's rounding of the product of the decoded weight: scales are rounded where decoded weights were.
+    Equal to the product with the decoded weight up to bf16 rounding: of the scales here, of the decoded weights there.
     """
     weight: Any = module.weight
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
@@ -33,17 +33,17 @@ def product_of_few_rows(module: nn.Module, x: Tensor, state: Any) -> Tensor | No
         return None
     from bitsandbytes.functional import _convert_weight_packed_for_cpu, gemv_4bit
 
-    found = _packed.get(module)
+    found = _repacked.get(module)
     if found is None or found[0] is not weight:
         found = (weight, *_convert_weight_packed_for_cpu(weight.data, copy.copy(state)))
-        _packed[module] = found
+        _repacked[module] = found
     product: Tensor = gemv_4bit(x.contiguous(), found[1], state=found[2])
     return product
 
 
 def drop(module: nn.Module) -> None:
-    """Forget the packed form of a module, if there is one."""
-    _packed.pop(module, None)
+    """Discard the repacked form of a module, if there is one."""
+    _repacked.pop(module, None)
 
 
 def _has_kernel() -> bool:

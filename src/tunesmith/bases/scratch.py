@@ -1,7 +1,7 @@
-"""4-bit weights decoded into memory that is used again: a weight lives for one product, and the next one takes its place.
+"""4-bit weights decoded into reused scratch memory: a weight lives for one product, and the next one takes its place.
 
-Fresh memory for every weight costs more than decoding into it (pages are zeroed first), and freed blocks of that size leave
-gaps in the heap. bitsandbytes' operation has no output argument on a CPU, but the function of its library beneath has.
+Fresh memory for every weight costs more than decoding into it (pages are zeroed first), and freed blocks of that size
+fragment the heap. On a CPU bitsandbytes' operator has no output argument, but the library function under it does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_LARGEST_BLOCK = 1024  # the library's function is inexact beyond, and bitsandbytes decodes otherwise
+_LARGEST_BLOCK = 1024  # beyond it the library function is inexact, and bitsandbytes decodes in another way
 
 
 class _Memory(threading.local):
@@ -25,10 +25,10 @@ _memory = _Memory()
 
 
 def decoded(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor | None:
-    """The dense weight `(out, in)`, good until this thread's next call; None where the library's function does not apply.
+    """The dense weight `(out, in)`, valid until this thread's next call; None if the library function does not apply.
 
     Args:
-        codes: uint8, two weights in each.
+        codes: uint8, two weights per byte.
         state: bitsandbytes' `QuantState`.
     """
     decode = _function(state.quant_type, dtype)
@@ -37,7 +37,7 @@ def decoded(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor | None:
         return None
     scales = _scales(state)  # (blocks,)
     out, inner = state.shape
-    weight = _room(out * inner * dtype.itemsize).view(dtype).view(out, inner)
+    weight = _buffer(out * inner * dtype.itemsize).view(dtype).view(out, inner)
     decode(
         ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(scales.data_ptr()), ctypes.c_void_p(weight.data_ptr()),
         ctypes.c_longlong(state.blocksize), ctypes.c_longlong(out), ctypes.c_longlong(inner),
@@ -45,14 +45,14 @@ def decoded(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor | None:
     return weight
 
 
-def give_back() -> None:
+def free() -> None:
     """Free this thread's memory."""
     _memory.bytes = None
 
 
-def _room(count: int) -> Tensor:
+def _buffer(count: int) -> Tensor:
     if _memory.bytes is None or len(_memory.bytes) < count:
-        _memory.bytes = None  # before the larger one is taken
+        _memory.bytes = None  # before the larger one is allocated
         with torch.inference_mode(False):
             _memory.bytes = torch.empty(count, dtype=torch.uint8)
     return _memory.bytes[:count]
@@ -69,10 +69,10 @@ def _scales(state: Any) -> Tensor:
 
 
 def _function(quant_type: str, dtype: torch.dtype) -> Any:
-    """The library's function; None where this version of it, or this machine's, has none."""
+    """The library function; None if this version or this machine's build does not have it."""
     from bitsandbytes.cextension import lib
 
     if dtype not in _TYPES:
         return None
-    library = getattr(lib, "_lib", None)  # the stand-in for a library that is missing has none
+    library = getattr(lib, "_lib", None)  # the placeholder for a missing library has none
     return getattr(library, f"cdequantize_blockwise_cpu_{quant_type}_{_TYPES[dtype]}", None)

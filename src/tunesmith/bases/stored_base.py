@@ -1,11 +1,11 @@
-"""Folders that hold a base in bitsandbytes' stored form, looked into before anything of them is loaded.
+"""Checks of folders that hold a base in bitsandbytes' stored form, made before anything is loaded.
 
 <module>.weight                               codes, two to a byte, `(bytes, 1)`; in 8 bits `(out, in)`
-<module>.weight.absmax                        a scale for each block; with nested scales their own codes
+<module>.weight.absmax                        one scale per block; with nested scales, their codes
 <module>.weight.quant_map                     the 16 levels
 <module>.weight.nested_absmax, .nested_quant_map   scales and levels of nested scales
-<module>.weight.quant_state.bitsandbytes__nf4 or __fp4   JSON as bytes: shape, block size, type before
-<module>.SCB                                  in 8 bits: a scale for each output
+<module>.weight.quant_state.bitsandbytes__nf4 or __fp4   JSON as bytes: shape, block size, original dtype
+<module>.SCB                                  in 8 bits: one scale per output
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 
 def check_stored(folder: Path) -> None:
-    """Find every fault of a folder's quantised weights; does nothing for other folders.
+    """Find every fault in a folder's quantised weights; does nothing for other folders.
 
     Raises:
         UsageError: naming each damaged tensor.
@@ -36,19 +36,19 @@ def check_stored(folder: Path) -> None:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     except (OSError, ValueError, AttributeError):
-        return  # for transformers to explain
+        return  # transformers will explain
     if settings.get("quant_method") != "bitsandbytes":
         return
     faults = [fault for path in weight_files(folder) for fault in _file_faults(path)]
     if faults:
         raise UsageError(
-            f'base model "{folder}" cannot be loaded, its files are damaged; download or quantise it again:\n'
+            f'base model "{folder}" cannot be loaded because its files are damaged; download or quantise it again:\n'
             + bullet_list(faults)
         )
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, those that an index names among them whether they are there or not."""
+    """The weight files of a folder; with an index, all files that it names, whether or not they exist."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
@@ -85,7 +85,7 @@ def _faults_of_4_bits(file: Any, module: str, name: str, names: set[str]) -> Ite
         yield f"its quant_state {reason}"
         return
     if name.rpartition("__")[2] != state["quant_type"]:
-        yield f"its quant_state is of {state['quant_type']}, its name says {name.rpartition('__')[2]}"
+        yield f"its quant_state says {state['quant_type']}, its name {name.rpartition('__')[2]}"
     count = math.prod(state["shape"])
     blocks = -(-count // state["blocksize"])
     nested = "nested_blocksize" in state

@@ -3,7 +3,7 @@
 An adapter never touches the module. It calls the view (`base(x)`) or asks it for parts: the product without bias, the
 dense weight in the orientation `(out, in)`, the bias. A storage format (4-bit, 8-bit) is one more view type.
 
-Types of packages that may not be installed stand in the table by their full names.
+Types from packages that may not be installed are listed in the table by their full names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BaseView:
 
     tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
     plain_types: ClassVar[tuple[type, ...]] = ()  # subclasses of these may store or compute something else
-    computes: ClassVar[bool] = False  # under a handle the view's own call stands for the class's forward, adapters or not
+    computes: ClassVar[bool] = False  # under a handle the view's call replaces the class's forward, adapters or not
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -44,7 +44,7 @@ class BaseView:
 
     @property
     def output_scale(self) -> Any:
-        """What the module multiplies its product with before it answers (scaled word embeddings do)."""
+        """Factor on the module's output (scaled word embeddings have one)."""
         return 1
 
     def weight(self) -> Tensor:
@@ -53,21 +53,21 @@ class BaseView:
         return weight
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight in this type; of a stored form decoded to it, rather than rounded on the way."""
+        """The dense weight in this dtype; a quantised one is decoded to it directly, without rounding in between."""
         return self.weight().to(dtype)
 
     @property
     def shape(self) -> torch.Size:
-        """Of `weight()`."""
+        """The shape of `weight()`."""
         return self.weight().shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type that the module computes in."""
+        """The floating-point dtype that the module computes in."""
         return self.weight().dtype
 
     def storage_fault(self) -> str | None:
-        """Why there is no dense weight to be had from what the module stores; None where there is one."""
+        """Why no dense weight can be read from what the module stores; None if one can."""
         weight = self.module.weight
         return (
             None if weight.is_floating_point() else f"its weight is stored as {weight.dtype}, which this version cannot adapt"
@@ -79,7 +79,7 @@ class BaseView:
         return type(self.module) in self.plain_types
 
     def operand(self, dtype: torch.dtype) -> Any:
-        """The weight as `kernels.lora_linear` takes it for inputs of this type: a tensor, or what decodes it."""
+        """The weight as `kernels.lora_linear` takes it for inputs of this dtype: a tensor, or an object that decodes it."""
         return self.weight()
 
     def stored(self, weight: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class BaseView:
         return weight
 
     def parameter(self, weight: Tensor) -> nn.Parameter:
-        """A frozen parameter for the module that stands for `weight`, rounded to what the module stores."""
+        """A frozen parameter for the module that holds `weight`, rounded to the module's storage format."""
         return nn.Parameter(self.stored(weight).to(self.module.weight.dtype), requires_grad=False)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -115,11 +115,11 @@ class BaseView:
         return b @ a
 
     def per_output(self, values: Tensor) -> Tensor:
-        """One value per output, in a shape that meets the module's output."""
+        """One value per output, in a shape that broadcasts over the module's output."""
         return values
 
     def compose_fault(self) -> str | None:
-        """Why `compose` has no answer for this module; None where it has."""
+        """Why `compose` is not defined for this module; None if it is."""
         return None
 
 
@@ -129,10 +129,10 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def module_view(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
-    """A module of the same class that holds the same things, but for these parameters."""
-    twin = object.__new__(type(module))  # not copy.copy, which torch.compile cannot trace
-    twin.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters})
-    return twin
+    """A shallow copy of a module, in which these parameters are replaced."""
+    view = object.__new__(type(module))  # not copy.copy, which torch.compile cannot trace
+    view.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters})
+    return view
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
@@ -142,7 +142,7 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def computing_view(module: nn.Module) -> type[BaseView] | None:
-    """The module's view, if that computes in place of the class's forward."""
+    """The module's view, if it computes in place of the class's forward."""
     found = view_type(module)
     return found if found is not None and found.computes else None
 
@@ -153,7 +153,7 @@ _views: dict[type[nn.Module] | str, type[BaseView]] = {}
 def register_view(*modules: type[nn.Module] | str) -> Callable[[type[BaseView]], type[BaseView]]:
     """Class decorator: these module types, and their subclasses, are seen through the decorated view.
 
-    A type of a package that may be missing is given by its full name, "package.module.Class".
+    A type from a package that may not be installed is given by its full name, "package.module.Class".
     """
 
     def add(view: type[BaseView]) -> type[BaseView]:
@@ -164,7 +164,7 @@ def register_view(*modules: type[nn.Module] | str) -> Callable[[type[BaseView]],
 
 
 def view_type(module: nn.Module) -> type[BaseView] | None:
-    """The view type for `module`, found along its class's bases; None where no adapter can sit."""
+    """The view type for `module`, found along its class's bases; None if no adapter can be attached."""
     for cls in type(module).__mro__:
         found = _views.get(cls) or _views.get(f"{cls.__module__}.{cls.__qualname__}")
         if found is not None:
@@ -180,7 +180,7 @@ def view_of(module: nn.Module) -> BaseView:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The floating-point type of the module's weight, of a block's first one."""
+    """The floating-point dtype of the module's weight; of a block, of its first one."""
     if computing_view(module) is not None:
         return view_of(module).dtype
     weight = getattr(module, "weight", None)
@@ -192,7 +192,7 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 def execution_device(module: nn.Module) -> torch.device:
     """Where the module computes: the hook's device when its weights are offloaded, else its weights' own.
 
-    A block computes where the first module in it that has weights does.
+    A block computes where its first module with weights does.
     """
     for inner in module.modules():
         device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)

@@ -1,1 +1,1 @@
-"""Adapters to files and back; the only place that knows the ecosystem's file and tensor names."""
+"""Saving and loading adapters; the only place that knows the ecosystem's tensor names."""

@@ -1,4 +1,4 @@
-"""An adapter's files for other places: safetensors of one number type, in a folder that the ecosystem's tools read."""
+"""Exports an adapter for other tools: safetensors of one dtype, in a folder that the ecosystem's tools read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def export_adapter(name_or_path: str, folder: Path, dtype: torch.dtype | None = 
     """Write an adapter as the ecosystem reads it, without its base; returns the bytes of its tensors.
 
     Args:
-        dtype: of floating-point tensors; None leaves them as they are.
+        dtype: of floating-point tensors; None keeps theirs.
 
     Raises:
         AdapterFileError: its files are missing or damaged, or the folder cannot be written.
@@ -31,7 +31,7 @@ def export_adapter(name_or_path: str, folder: Path, dtype: torch.dtype | None = 
     config, tensors = read_config(adapter), adapter.tensors()
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method in OURS:
-        raise ConfigError(f"{name_or_path} is of the method {method}, which other tools do not have; merge it, or use it here")
+        raise ConfigError(f"{name_or_path} uses {method}, which other tools do not have; merge it, or use it with Tunesmith")
     lost = []
     for name, tensor in tensors.items():
         if dtype is None or not tensor.is_floating_point():
@@ -40,7 +40,7 @@ def export_adapter(name_or_path: str, folder: Path, dtype: torch.dtype | None = 
         if not torch.isfinite(tensors[name]).all() and torch.isfinite(tensor).all():
             lost.append(name)
     if lost:
-        raise ConfigError(f"{len(lost)} tensors hold more than {dtype} can ({lost[0]}); export as bfloat16 or float32")
+        raise ConfigError(f"{len(lost)} tensors hold values too large for {dtype} ({lost[0]}); export as bfloat16 or float32")
     writers: dict[str, Callable[[Path], object]] = {
         WEIGHTS_FILE: partial(save_file, {name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}),
         CONFIG_FILE: partial(write_text, config_text(config)),

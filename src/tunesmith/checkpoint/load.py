@@ -1,4 +1,4 @@
-"""Folders to adapters: everything is checked before the first value is copied."""
+"""Loads adapters from folders: everything is checked before the first value is copied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..attach.tree import AdapterTree
 from ..config import PeftConfig, PromptConfig, TargetedConfig
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from ..storage.folder import ENCODER_FILE, AdapterFolder
-from .names import encoder_tensors, named_tensors, todays_name
+from .names import current_name, encoder_tensors, named_tensors
 from .save import materialize
 
 logger = logging.getLogger(__name__)
@@ -23,25 +23,25 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
     """Copy a folder's tensors into an adapter built from its configuration.
 
     Raises:
-        AdapterFileError: missing, unknown or misshapen tensors, wrong types or values that are not finite, all of them
-            at once; nothing was copied then.
+        AdapterFileError: missing, unknown or misshapen tensors, wrong dtypes or values that are not finite, all of them
+            at once; nothing is then copied.
     """
-    stored = {todays_name(key): tensor for key, tensor in folder.tensors().items()}
+    stored = {current_name(key): tensor for key, tensor in folder.tensors().items()}
     expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
     encoder = {in_file: tensor for in_file, _, tensor in encoder_tensors(tree)}
     faults = []
     if encoder:
         tokens, encoder_stored = stored.pop("prompt_embeddings", None), folder.encoder_tensors()
         if not folder.holds_encoder():
-            faults = [f"{ENCODER_FILE} is missing; under another name the adapter loads without it"]
+            faults = [f"{ENCODER_FILE} is missing; load the adapter under another name to do without it"]
         else:
             faults = _differences(encoder_stored, encoder) or _belongs(tree.prompt, encoder_stored, tokens)
     stored = _without_copies_of_the_base(stored, expected, base)
     faults += _differences(stored, expected)
     if faults:
         raise AdapterFileError(
-            f'"{folder.name}"{made_for(config)} does not fit {type(base).__name__}, nothing was loaded; '
-            "take the base it was made for, or download or save it again:\n" + bullet_list(sorted(faults))
+            f'"{folder.name}"{made_for(config)} does not fit {type(base).__name__}, so nothing was loaded; '
+            "use the base it was made for, or download or save it again:\n" + bullet_list(sorted(faults))
         )
     with torch.no_grad():
         for key, tensor in expected.items():
@@ -51,12 +51,12 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
 
 
 def is_materialized(config: PeftConfig, folder: AdapterFolder) -> bool:
-    """Whether an adapter from `folder` is to be built without the encoder of its virtual tokens."""
+    """Whether to build an adapter from `folder` without the encoder of its virtual tokens."""
     if config.inference_mode or not isinstance(config, PromptConfig) or not config.trains_encoder:
         return True
     if not folder.holds_encoder():
         logger.warning(
-            '"%s" holds virtual tokens without the encoder that made them; training goes on with the tokens themselves',
+            '"%s" holds virtual tokens without the encoder that computed them; training continues with the tokens themselves',
             folder.name,
         )
         return True
@@ -64,7 +64,7 @@ def is_materialized(config: PeftConfig, folder: AdapterFolder) -> bool:
 
 
 def _differences(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """A sentence for each tensor that is missing, unknown or of another shape or type."""
+    """A sentence for each tensor that is missing, unknown or of another shape or dtype."""
     faults = [f'"{key}" is missing' for key in expected if key not in stored]
     faults += [
         f'"{key}" belongs to no part of the adapter{did_you_mean(key, expected)}' for key in stored if key not in expected
@@ -75,7 +75,7 @@ def _differences(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list
 
 
 def _belongs(prompt: Any, stored: dict[str, Tensor], tokens: Tensor | None) -> list[str]:
-    """An encoder that makes other tokens than those beside it is left over from another adapter."""
+    """An encoder that does not compute the tokens beside it is left over from another adapter."""
     if tokens is None:
         return ['"prompt_embeddings" is missing']
     device = next(prompt.encoder.parameters()).device
@@ -83,19 +83,19 @@ def _belongs(prompt: Any, stored: dict[str, Tensor], tokens: Tensor | None) -> l
     tolerance = 1e-2 * made.abs().max().item()  # room for another device's rounding, or for tokens kept in 16 bits
     if made.shape == tokens.shape and torch.allclose(made.float(), tokens.float(), rtol=0, atol=tolerance):
         return []
-    return [f"{ENCODER_FILE} does not make the virtual tokens beside it; delete it to go on training with the tokens alone"]
+    return [f"{ENCODER_FILE} does not compute the virtual tokens beside it; delete it to train the tokens alone"]
 
 
 def made_for(config: PeftConfig) -> str:
-    """` (made for "<base>")`, or nothing where the file names no base."""
+    """` (made for "<base>")`, or nothing if the file names no base."""
     return f' (made for "{config.base_model_name_or_path}")' if config.base_model_name_or_path else ""
 
 
 def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftConfig, folder: AdapterFolder) -> None:
-    """Values of an adapter can be replaced only by those of one that computes the same.
+    """Check that the values of an adapter can be replaced by stored ones, which needs the same method and settings.
 
     Raises:
-        AdapterFileError: the stored adapter's method or a setting (rank, scale) is another.
+        AdapterFileError: the stored adapter's method or a setting (rank, scale) differs.
     """
     faults = []
     if stored.peft_type != config.peft_type:
@@ -113,7 +113,7 @@ def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftC
         faults.append(f"trainable tokens: {there} there, {here_too} here")
     if faults:
         raise AdapterFileError(
-            f'"{folder.name}" cannot take the place of an adapter with other settings; load it under another name:\n'
+            f'"{folder.name}" cannot replace an adapter with other settings; load it under another name:\n'
             + bullet_list(faults)
         )
 
@@ -129,7 +129,7 @@ def _faults(key: str, found: Tensor, expected: Tensor) -> list[str]:
 
 
 def _without_copies_of_the_base(stored: dict[str, Tensor], expected: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
-    """Drop what some writers add: second names of copied modules' biases, and frozen weights equal to this base's."""
+    """Leave out what some writers add: second names of copied modules' biases, and frozen weights equal to this base's."""
     kept = {key: tensor for key, tensor in stored.items() if not _is_second_name(key, stored)}
     for key, tensor in list(kept.items()):
         path, _, leaf = key.removeprefix("base_model.model.").rpartition(".")

@@ -15,12 +15,12 @@ from ..config import PeftConfig
 
 _ENCODER = "encoder."  # of a prompt adapter
 
-# Endings that older files have, and what they are now.
+# Suffixes in older files, and the current ones.
 _OLDER = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
 
 
-def todays_name(key: str) -> str:
-    """The name that a tensor of an older file has in today's."""
+def current_name(key: str) -> str:
+    """The current name of a tensor, which may come from an older file."""
     return next((key.removesuffix(old) + new for old, new in _OLDER.items() if key.endswith(old)), key)
 
 
@@ -31,7 +31,7 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
     if tree.prompt is not None:
         for name, tensor in tree.prompt.state_dict(keep_vars=True).items():
             if name.startswith(_ENCODER):
-                continue  # in a file of their own; see encoder_tensors
+                continue  # these have their own file; see encoder_tensors
             yield ("prompt_embeddings" if name == "embedding" else name), owned[tensor], tensor
     if tree.shared is not None:
         for name, tensor in tree.shared.state_dict(keep_vars=True).items():

@@ -1,4 +1,4 @@
-"""Handles to folders."""
+"""Saves the adapters of a handle in folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .names import encoder_tensors, named_tensors
 def write(
     handle: HandleState, names: list[str], directory: str, gathered: dict[str, Tensor] | None, is_main: bool = True
 ) -> None:
-    """Write the named adapters: `default` into `directory`, others into folders of their names.
+    """Write the named adapters: `default` into `directory`, others into subfolders named after them.
 
     Gathering a sharded handle is collective, so ranks that do not write (`is_main=False`) take part in it, too.
     """
@@ -41,11 +41,11 @@ def write(
             writers[ENCODER_FILE] = partial(save_file, _on_cpu(encoder), metadata={"format": "pt"})
         write_folder(folder, writers)
         if not encoder:
-            (folder / ENCODER_FILE).unlink(missing_ok=True)  # of an adapter that was here before
+            (folder / ENCODER_FILE).unlink(missing_ok=True)  # from an adapter that was saved here before
 
 
 def tensors(handle: HandleState, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """`{name in file: tensor}`, from gathered values where a sharded handle's are given."""
+    """`{name in file: tensor}`, from the gathered values of a sharded handle if they are given."""
     found = {}
     config = handle.peft_config[name]
     for in_file, in_tree, tensor in named_tensors(handle.tree(name), config, handle.base_model):
@@ -58,7 +58,7 @@ def tensors(handle: HandleState, name: str, gathered: dict[str, Tensor] | None) 
 
 
 def materialize(encoder: nn.Module, values: dict[str, Tensor]) -> Tensor:
-    """The virtual tokens that `encoder` computes with `values` as its tensors, nothing dropped out."""
+    """The virtual tokens that `encoder` computes with `values` as its tensors, without dropout."""
     was_training = encoder.training
     encoder.eval()
     try:
@@ -69,7 +69,7 @@ def materialize(encoder: nn.Module, values: dict[str, Tensor]) -> Tensor:
 
 
 def _encoder(handle: HandleState, name: str, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """`{name in the encoder's file: tensor}`; empty where virtual tokens are trained themselves."""
+    """`{name in the encoder's file: tensor}`; empty if virtual tokens are trained directly."""
     return {
         in_file: _whole(f"adapters.{name}.{in_tree}", tensor, gathered)
         for in_file, in_tree, tensor in encoder_tensors(handle.tree(name))
@@ -77,7 +77,7 @@ def _encoder(handle: HandleState, name: str, gathered: dict[str, Tensor] | None)
 
 
 def _whole(in_handle: str, tensor: Tensor, gathered: dict[str, Tensor] | None) -> Tensor:
-    """The tensor's value; of a sharded handle's, every rank takes part."""
+    """The tensor's whole value; for a sharded handle, every rank takes part."""
     value: Any = (gathered or {}).get(in_handle, tensor).detach()
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 

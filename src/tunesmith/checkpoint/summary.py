@@ -1,4 +1,4 @@
-"""What an adapter's files hold, told without loading its base."""
+"""What an adapter's files hold, summarized without loading its base."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass
 class AdapterSummary:
-    """What was found.
+    """What an adapter's files hold.
 
     Args:
         files: `{name: (bytes, SHA-256)}` of the files that make an adapter.
-        layers: `{layer: {module: norm}}`; -1 holds what is in no layer. Of LoRA the norm is that of the change of the weight.
-        faults: what keeps it from being used, or makes it do nothing.
+        layers: `{layer: {module: norm}}`; -1 stands for modules outside layers. For LoRA it is the weight change's norm.
+        faults: what makes it unusable or without effect.
     """
 
     name: str
@@ -43,7 +43,7 @@ class AdapterSummary:
 
 
 def summarize(name_or_path: str) -> AdapterSummary:
-    """AdapterSummary into an adapter's folder, ours or others'.
+    """Summarize an adapter's folder, whichever tool wrote it.
 
     Raises:
         AdapterFileError: there is no such folder or repository.
@@ -90,7 +90,7 @@ def _faults(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _scale(config: PeftConfig | None) -> float:
-    """What LoRA's product is multiplied by; patterns for single modules are not looked at."""
+    """The factor on LoRA's product; patterns for single modules are ignored."""
     values: Any = dataclasses.asdict(config) if config is not None else {}
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
@@ -99,7 +99,7 @@ def _scale(config: PeftConfig | None) -> float:
 
 
 def _norms(tensors: dict[str, Tensor], scale: float) -> dict[str, tuple[float, int]]:
-    """`{module: (norm, rank)}`; the rank is 0 where there is none."""
+    """`{module: (norm, rank)}`; the rank is 0 if there is none."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parts = name.removeprefix("base_model.model.").split(".")

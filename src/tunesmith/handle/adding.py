@@ -17,10 +17,10 @@ from .switching import Switching
 
 
 class Adding(Switching):
-    """The part of a handle that takes in new adapters."""
+    """The part of a handle that adds new adapters."""
 
     def add_adapter(self, adapter_name: Any, peft_config: Any, autocast_adapter_dtype: bool = True, **_: Any) -> None:
-        """Make a new adapter beside the others. The first one becomes active; later ones wait for `set_adapter`.
+        """Create a new adapter. The first one becomes active; later ones are inactive until `set_adapter`.
 
         Raises:
             AdapterNameError: the name is taken or unsafe.
@@ -54,19 +54,20 @@ class Adding(Switching):
             config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
         if self.merged and getattr(config, "init_from_weight", False):
             raise UsageError(
-                "such an adapter starts from the base's weights, which hold merged adapters now; call unmerge_adapter() first"
+                "such an adapter is initialized from the base's weights, which hold merged adapters now; "
+                "call unmerge_adapter() first"
             )
         return match(self.base_model, config)
 
     def take_adapter(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
-        """Make an adapter that has been built this handle's own."""
+        """Add an adapter that has been built to this handle."""
         for path, _ in tree.items():
             site.install(self.base_model.get_submodule(path))
         tree.train(self.training)
         self.adapters[name] = tree
         self.peft_config[name] = config
         self.forget()
-        schedules.watch(self, [config])
+        schedules.observe_steps(self, [config])
         tree.requires_grad_(False)
         if not self.active:
             self.set_adapter(name)

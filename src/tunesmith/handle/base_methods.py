@@ -1,4 +1,4 @@
-"""The methods of a base, called through its handle: `generate` and every other, each in the handle's frame."""
+"""The methods of a base, called through its handle: `generate` and all others, each in the handle's frame."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .proxy import Proxy
 
 
 class BaseMethods(Calls):
-    """The part of a handle that answers as its base would, with the adapters acting."""
+    """The part of a handle that calls its base's methods with the adapters in effect."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate` with the active adapters acting; same arguments, same result.
+        """The base's `generate` with the active adapters in effect; same arguments, same result.
 
-        Virtual tokens are no part of the result, and `max_length` counts without them. `adapter_names` is one name
+        Virtual tokens are not part of the result, and `max_length` does not count them. `adapter_names` holds one name
         for each row, as in `forward`.
         """
         if kwargs.get(BOUNDARIES) is not None:
-            raise UsageError(f"generate goes on with one text in each row; pad texts into rows and leave {BOUNDARIES} out")
+            raise UsageError(f"generate continues one text per row; pad the texts into rows and leave {BOUNDARIES} out")
         names = kwargs.pop("adapter_names", None)
         frame = self.frame if names is None else self.mixed_frame(names, args, kwargs)
         with self.entered(frame):
@@ -34,7 +34,7 @@ class BaseMethods(Calls):
             return self.base_model.generate(*args, **kwargs)
 
     def call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Any other method of the base, with the adapters acting; modules it returns act with them, too."""
+        """Any other method of the base, with the adapters in effect, as they are in a module that it returns."""
         with self.entered():
             result = getattr(self.base_model, name)(*args, **kwargs)
         if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
@@ -42,7 +42,7 @@ class BaseMethods(Calls):
         return result
 
     def from_base(self, name: str) -> Any:
-        """An attribute of the base; its own methods run with the adapters acting."""
+        """An attribute of the base; its own methods run with the adapters in effect."""
         value = getattr(self.base_model, name)
         if inspect.ismethod(value) and value.__self__ is self.base_model:
             return Proxy(self, value)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases.architecture import RECOMPUTES_BY
+from ..bases.architecture import CHECKPOINTING_FUNCTION
 from ..errors import UsageError
 from ..runtime import call_inputs
 from ..runtime.frame import BOUNDARIES, Frame, entered
@@ -20,12 +20,12 @@ class Calls(Frames):
     """The part of a handle that runs its base."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward with the active adapters acting; same arguments, same result type.
+        """The base's forward with the active adapters in effect; same arguments, same result type.
 
         Args:
-            adapter_names: for each row the name of the adapter that acts on it (in place of the active ones), or
-                "__base__" for none; of any methods, in training and in evaluation.
-            cu_seq_lens_q: where texts start and end that are packed into one row, `(texts + 1,)`; none attends to another.
+            adapter_names: for each row the name of its adapter (in place of the active ones), or "__base__" for none; the
+                adapters may be of any methods, in training and in evaluation.
+            cu_seq_lens_q: boundaries of the texts packed into one row, `(texts + 1,)`; each attends only to itself.
         """
         names = kwargs.pop("adapter_names", None)
         return self.forward_within(self.frame if names is None else self.mixed_frame(names, args, kwargs), *args, **kwargs)
@@ -42,13 +42,13 @@ class Calls(Frames):
         return schedules.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
 
     def is_due(self, frame: Frame) -> bool:
-        """Whether this is the first forward with these adapters in this mode, which `preflight` looks into unless compiled."""
+        """Whether this is the first forward with these adapters in this mode, which `preflight` checks unless compiled."""
         if torch.compiler.is_compiling():
             return False
         return bool(frame.names) and (frame.names, self.trains) not in self.checked
 
     def entered(self, frame: Frame | None = None) -> entered:
-        """Ready the base for a call of this handle, and the context manager of a frame, by default the handle's own.
+        """Prepare the base for a call of this handle; returns the context manager of a frame, by default the handle's own.
 
         Raises:
             UsageError: the active adapters cannot act together, or their modules are no longer on the base.
@@ -63,20 +63,20 @@ class Calls(Frames):
             raise UsageError(self._conflict)
         if not torch.compiler.is_compiling() and any(at.module() is None for at in frame.adapters):
             raise UsageError(
-                f"modules under adapters ({', '.join(frame.names)}) were replaced on the base, by resizing its embeddings, for "
-                "one, so the adapters would not act; change the base first, then attach"
+                f"modules under adapters ({', '.join(frame.names)}) were replaced on the base, for example by resizing its "
+                "embeddings, so the adapters would have no effect; change the base first, then attach"
             )
         return entered(frame)
 
     def _carry_frames(self) -> None:
         """Let layers that gradient checkpointing recomputes see the frame of their forward pass."""
         for module in self.checkpointing_modules:
-            function = vars(module).get(RECOMPUTES_BY)
+            function = vars(module).get(CHECKPOINTING_FUNCTION)
             if function is not None and not isinstance(function, CarriesFrame):
-                setattr(module, RECOMPUTES_BY, CarriesFrame(function))
+                setattr(module, CHECKPOINTING_FUNCTION, CarriesFrame(function))
 
     def prepare(self, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the base's forward takes for these inputs of the handle's; to be called inside the frame."""
+        """The inputs of the base's forward for these inputs of the handle; must be called inside the frame."""
         inputs, task_ids = self._without_task_ids(inputs)
         return call_inputs.prepare(self.base_model, self.input_spec, frame, inputs, task_ids)
 
@@ -93,7 +93,7 @@ class Calls(Frames):
             return self.base_model(**self.prepare(frame, {**kwargs, **dict(zip(self.accepts, args))}))
 
     def _without_task_ids(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-        """The base's part of the inputs, and `task_ids` where an adapter of this handle asks for them."""
+        """The inputs for the base, and `task_ids` if an adapter of this handle uses them."""
         if "task_ids" not in inputs or not any(getattr(self.tree(name).prompt, "by_task", False) for name in self.adapters):
             return inputs, None
         return {name: value for name, value in inputs.items() if name != "task_ids"}, inputs["task_ids"]

@@ -12,7 +12,7 @@ from .adding import Adding
 
 
 class Combining(Adding):
-    """The part of a handle that makes adapters out of adapters."""
+    """The part of a handle that combines its adapters into new ones."""
 
     def add_weighted_adapter(
         self,
@@ -27,23 +27,23 @@ class Combining(Adding):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """A new adapter out of trained ones; it waits for `set_adapter`, and is saved and loaded as any other.
+        """Combine trained adapters into a new one. It is inactive until `set_adapter`, and is saved and loaded like any other.
 
         Args:
-            adapters, weights: names, and one number for each, which may be negative.
+            adapters, weights: names, and one weight for each, which may be negative.
             adapter_name: the new one's name.
             combination_type: for LoRA "svd" (the default: the best adapter of rank `svd_rank` for the weighted sum of
                 changes), "cat" (exactly that sum; ranks add up), "linear" (sum of factors, for equal ranks), "ties",
                 "dare_linear", "dare_ties", "magnitude_prune" (likewise, with pruned factors) or one of the latter four with
                 "_svd" (on pruned changes). For IA3 and prompt tuning "linear", the default. One adapter alone is scaled.
             svd_rank: the new rank, by default the largest of the members' ranks.
-            svd_clamp: quantile at which the values of the new factors are cut off.
+            svd_clamp: quantile at which the values of the new factors are clipped.
             svd_full_matrices, svd_driver: for `torch.linalg.svd`.
             density: share of the values that pruning keeps.
             majority_sign_method: "total" or "frequency": how "ties" elects the sign of each value.
 
         Raises:
-            AdapterNameError, ConfigError, UsageError: nothing was added then.
+            AdapterNameError, ConfigError, UsageError: in each case nothing was added.
         """
         for name in adapters:
             self.require(name)

@@ -1,4 +1,4 @@
-"""A handle in a few lines: its base, and each adapter with what it is, whether it acts and where it sits."""
+"""A handle in a few lines: its base, and what each adapter is, whether it is active and where it sits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .state import HandleState
 def described(handle: HandleState) -> str:
     """For example::
 
-    HandleStateForCausalLM on LlamaForCausalLM (7,950,400 parameters, frozen)
+    PeftModelForCausalLM on LlamaForCausalLM (7,950,400 parameters, frozen)
       * polite  LORA r=8 lora_alpha=16, CAUSAL_LM, 107,520 parameters, active, trains
           model.layers.{0-5}.self_attn.{q_proj,v_proj}  12 x Linear
       - brief   PROMPT_TUNING num_virtual_tokens=4, CAUSAL_LM, 2,560 parameters, not active
@@ -45,13 +45,13 @@ def _summary(handle: HandleState, name: str) -> str:
 
 
 def _settings(config: PeftConfig) -> Iterable[str]:
-    """The method's own numbers, and what else of its own differs from the default."""
+    """The method's own numbers, and its other settings that differ from the default."""
     shared = {f.name for cls in (TargetedConfig, PromptConfig) for f in dataclasses.fields(cls)} - {"num_virtual_tokens"}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and value != 0
-        told = isinstance(value, (bool, str, Enum)) and value != field.default
-        if field.name not in shared and (number or told):
+        changed = isinstance(value, (bool, str, Enum)) and value != field.default
+        if field.name not in shared and (number or changed):
             yield f"{field.name}={value.value if isinstance(value, Enum) else value}"
 
 
@@ -86,7 +86,7 @@ def collapsed(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _boxes(numbers: set[tuple[int, ...]]) -> list[set[tuple[int, ...]]]:
-    """`numbers` in parts each of which holds every combination of its numbers by position."""
+    """`numbers`, split into parts that each hold every combination of their numbers by position."""
     columns = [set(column) for column in zip(*numbers)]
     if len(numbers) == len(set(itertools.product(*columns))):
         return [numbers]

@@ -1,4 +1,4 @@
-"""Which adapters act in a call: the handle's frames, made once for each set of names."""
+"""Which adapters are in effect in a call: the handle's frames, one for each set of names."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Frames(HandleState):
     """The part of a handle that turns names of adapters into frames.
 
     Attributes:
-        frame: of the adapters that act in a plain call. Calls only read it: reading names there would compile one graph per
-            name (the limit is 8).
-        checked: what `preflight` has looked into: names of adapters, and whether they trained.
+        frame: of the effective adapters. Calls only read it: reading names there would compile one graph per name (the limit
+            is 8).
+        checked: what `preflight` has checked: names of adapters, and whether they trained.
     """
 
     frame: Frame
@@ -38,19 +38,19 @@ class Frames(HandleState):
     _conflict: str | None
 
     def settle(self) -> None:
-        """Make the frame that follows from the handle's state; to be called after each change of it."""
+        """Derive the frame from the handle's state; must be called after each change of it."""
         self.frame = self.frame_of(self.effective)
         self._conflict = conflict({name: self.tree(name) for name in (*self.merged, *self.effective)})
 
     def forget(self) -> None:
-        """Drop what is derived from adapters and base, to be derived anew."""
+        """Discard what is derived from adapters and base, and derive it again."""
         self._frames = {}
         self._single_experts = {}
         self.checked = set()
         self.settle()
 
     def frame_of(self, names: tuple[str, ...]) -> Frame:
-        """The frame in which these adapters act together."""
+        """The frame in which these adapters are in effect together."""
         if names not in self._frames:
             prompts = tuple(prompt for name in names if (prompt := self._prompt(name)) is not None)
             penalties = schedules.penalties(self, names)
@@ -58,7 +58,7 @@ class Frames(HandleState):
         return self._frames[names]
 
     def _prompt(self, name: str) -> tuple[PromptAdapter, int] | None:
-        """An adapter's virtual tokens and their number, if it has some."""
+        """An adapter's virtual tokens and their number, if it has any."""
         prompt, config = self.tree(name).prompt, self.peft_config[name]
         if prompt is None:
             return None
@@ -73,11 +73,11 @@ class Frames(HandleState):
             args, kwargs: of the call, whose first tensor has the rows.
 
         Raises:
-            UsageError: there is not one name for each row, or the base's weights are not its own now.
-            AdapterNameError: an adapter is not here.
+            UsageError: there is not one name for each row, or adapters are merged into the base's weights.
+            AdapterNameError: the handle has no such adapter.
         """
         if isinstance(names, str):
-            raise UsageError(f'adapter_names="{names}" must be a list that holds one name for each row')
+            raise UsageError(f'adapter_names="{names}" must be a list with one name for each row')
         names = list(names)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next((value for value in tensors if value.dim()), None)
@@ -89,11 +89,11 @@ class Frames(HandleState):
                 self._check_no_single_experts(name)
         if self.merged:
             merged = ", ".join(f'"{name}"' for name in self.merged)
-            raise UsageError(f"{merged} is merged into the weights, so it would act on every row; call unmerge_adapter() first")
+            raise UsageError(f"{merged} is merged into the weights, so it would affect every row; call unmerge_adapter() first")
         return self._mixture(names, None if first is None else first.device)
 
     def _mixture(self, names: list[str], device: torch.device | None) -> Frame:
-        """One frame out of those of all names; the plain frame where all rows have the same."""
+        """One frame made of those of all names; the plain frame if all rows have the same name."""
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             rows_of.setdefault(BASE_ROW if self.disabled else name, []).append(row)
@@ -103,17 +103,17 @@ class Frames(HandleState):
         groups = [torch.tensor(rows, device=device) for rows in rows_of.values()]
         prompts = tuple(prompt for frame in frames for prompt in frame.prompts)
         penalties = tuple(penalty for frame in frames for penalty in frame.penalties)
-        acting = tuple(sorted(rows_of.keys() - {BASE_ROW}))
-        return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=acting)
+        effective = tuple(sorted(rows_of.keys() - {BASE_ROW}))
+        return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=effective)
 
     def _check_no_single_experts(self, name: str) -> None:
-        """Modules of a list of experts get tokens of any rows in any order, so they cannot be told apart by rows."""
+        """Modules of a list of experts get tokens of any rows in any order, so their inputs cannot be split by rows."""
         if name not in self._single_experts:
             self._single_experts[name] = [path for path, _ in self.tree(name).items() if SINGLE_EXPERT.search(path)]
         if self._single_experts[name]:
             raise UsageError(
-                f'"{name}" adapts single experts ({self._single_experts[name][0]}, ...), whose tokens are of no known row; '
-                "run such a batch adapter by adapter"
+                f'"{name}" adapts individual experts ({self._single_experts[name][0]}, ...), whose tokens cannot be assigned '
+                "to rows; run such a batch one adapter at a time"
             )
 
     def by_site(self, names: tuple[str, ...]) -> BySite:

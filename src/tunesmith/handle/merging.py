@@ -1,4 +1,4 @@
-"""A handle's relation to its base: taking it up, merging adapters into it, leaving it as it was."""
+"""A handle and its base: joining it, merging adapters into it, leaving it as it was."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .switching import Switching
 
 
 class Merging(Switching):
-    """The part of a handle that changes its base, and puts it back.
+    """The part of a handle that changes its base, and restores it.
 
     Attributes:
         shared_base: what this handle shares with others of its base.
@@ -33,17 +33,17 @@ class Merging(Switching):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, requantize: bool = False
     ) -> None:
-        """Put adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
+        """Merge adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
 
         Args:
-            requantize: merge into quantised weights, too, which rounds the merged ones again.
+            requantize: also merge into quantised weights, which rounds the merged ones again.
 
         Raises:
             UsageError: adapters are switched off, other handles use this base, the adapter cannot be merged, or its modules
-                are quantised and `requantize` is not asked for.
+                are quantised and `requantize` is not set.
         """
         if self.disabled:
-            raise UsageError("adapters are switched off, so none is to act from the weights; call enable_adapters() first")
+            raise UsageError("adapters are disabled, and merging would put them into effect; call enable_adapters() first")
         names = [name for name in self.named(adapter_names or self.active) if name not in self.merged]
         self._check_mergeable(names, after=tuple(self.merged))
         rounded = [] if requantize else changed(self.base_model, [self.tree(name) for name in names])
@@ -64,7 +64,7 @@ class Merging(Switching):
         self.settle()
 
     def unmerge_adapter(self) -> None:
-        """Put back the very tensors that merging replaced."""
+        """Put back the tensors that merging replaced, bit for bit."""
         for name in reversed(list(self.merged)):
             restore(self.base_model, self.merged.pop(name))
         self.settle()
@@ -84,18 +84,18 @@ class Merging(Switching):
         Args:
             safe_merge: check that every merged weight is finite.
             adapter_names: which ones; by default the active ones.
-            copy: merge into a copy and leave the base and this handle alone.
-            dtype: of weights that were quantised; by default the type that they had before.
+            copy: merge into a copy and leave the base and this handle unchanged.
+            dtype: of weights that were quantised; by default their original one.
             requantize: leave a quantised base quantised, which rounds the merged weights again.
 
         Raises:
-            UsageError: other handles use this base and no copy is asked for, or an adapter cannot be merged.
+            UsageError: other handles use this base and `copy` is not set, or an adapter cannot be merged.
         """
         names = list(self.named(adapter_names or self.active))
         self._check_mergeable(names, alone=not copy)
         trees = [self.tree(name) for name in names]
         if copy:
-            with self.disable_adapter():  # out of the weights, while they are copied
+            with self.disable_adapter():  # unmerged while the weights are copied
                 base = plain_copy(self.base_model)
             quantised.release(base)
             _into(base, trees, safe_merge, dtype, requantize)
@@ -147,7 +147,7 @@ class Merging(Switching):
             if getattr(adapter, "mergeable", True) is False
         ]
         if fixed:
-            raise UsageError(f"not a change of weights, so it cannot be merged: {', '.join(fixed)}; use the handle as it is")
+            raise UsageError(f"not weight changes, so they cannot be merged: {', '.join(fixed)}; use the handle unmerged")
         for name in names:
             check(self.base_model, self.tree(name))
         together = {name: self.tree(name) for name in (*after, *names)}
@@ -171,16 +171,16 @@ class Merging(Switching):
                 site.install(view.module)
 
     def detach(self) -> nn.Module:
-        """Leave the base; the last handle to do so takes away everything that stood on it."""
+        """Leave the base; the last handle to do so removes everything that was installed on it."""
         base = self.base_model
         self.active = ()
         self.settle()
         if leave(self, self.shared_base):
             for module in base.modules():
                 site.remove(module)
-                function = vars(module).get(architecture.RECOMPUTES_BY)
+                function = vars(module).get(architecture.CHECKPOINTING_FUNCTION)
                 if isinstance(function, CarriesFrame):
-                    setattr(module, architecture.RECOMPUTES_BY, function.checkpoint)
+                    setattr(module, architecture.CHECKPOINTING_FUNCTION, function.checkpoint)
             quantised.release(base)
             self.shared_base.thaw(base)
         return cast(nn.Module, base)

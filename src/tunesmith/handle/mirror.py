@@ -33,7 +33,7 @@ class Mirrored:
 
 
 def handle_class(task_class: Any, base_class: Any) -> Any:
-    """The class of handles of `task_class` on bases of `base_class`; it bears the task class's name."""
+    """The class of handles of `task_class` on bases of `base_class`; it has the task class's name."""
     return _made(task_class, base_class)
 
 

@@ -1,4 +1,4 @@
-"""Whether a model takes packed rows."""
+"""Whether a model supports packed rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .frames import Frames
 
 
 def packing_fault(model: Any) -> str | None:
-    """Why texts of one row cannot be kept apart on a handle, as its adapters act now; None where they can."""
+    """Why texts of one row cannot be kept apart with a handle's effective adapters; None if they can."""
     if isinstance(model, Frames):
         return packed_row.fault(model.base_model, model.frame)
     return packed_row.fault(model, Frame({}))
 
 
 def can_pack(model: Any) -> bool:
-    """Whether a handle, as its adapters act now, takes packed rows (of a bare base: whether its handles will)."""
+    """Whether a handle with its effective adapters supports packed rows (for a base: whether its handles will)."""
     return packing_fault(model) is None

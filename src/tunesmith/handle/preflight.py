@@ -1,6 +1,6 @@
-"""The check of the first step: every planned adapter really acts.
+"""The check of the first step: every attached adapter really takes effect.
 
-An adapter that is never reached does nothing and says nothing: attention's `out_proj` whose weight is read past its
+An adapter that is never reached silently does nothing: attention's `out_proj` whose weight is read past its
 forward, fused kernels, a forward patched after attaching. So the first forward of a handle with these adapters active,
 one in training and one in eval mode, records which sites were reached, and which modules around them ran.
 """
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
-    """What `run` gives in the frame, after which every site must have been reached.
+    """The result of `run` in the frame, with the check that it reached every site.
 
     Raises:
-        UsageError: a site is gone, was passed by although the module around it ran, or (in training) no site was
+        UsageError: a site is gone, was bypassed although the module that contains it ran, or (in training) no site was
             reached at all; or the base is sharded and the adapters are not.
     """
     trains = handle.trains
@@ -38,9 +38,9 @@ def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
     _check_installed(handle, paths)
     fired: set[Place] = set()
     ran: set[str] = set()
-    frame = frame.noting(fired)
+    frame = frame.recording(fired)
     parents = {path.rpartition(".")[0] for path in paths}
-    hooks = [_note(handle.base_model.get_submodule(parent), parent, frame, ran) for parent in parents]
+    hooks = [_record_run(handle.base_model.get_submodule(parent), parent, frame, ran) for parent in parents]
     try:
         result = run(frame)
     finally:
@@ -48,16 +48,16 @@ def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
             hook.remove()
     fired_paths = {path for path in paths if site.site_of(handle.base_model.get_submodule(path)) in fired}
     missed = sorted(paths - fired_paths - _served_by_others(handle, fired_paths))
-    passed_by = [path for path in missed if path.rpartition(".")[0] in ran]
-    if passed_by or (trains and missed and len(missed) == len(paths)):
+    bypassed = [path for path in missed if path.rpartition(".")[0] in ran]
+    if bypassed or (trains and missed and len(missed) == len(paths)):
         raise UsageError(
             "these modules carry adapters but were not called, so their adapters would do nothing (their weights are "
             "read directly, or a fused kernel replaces them); leave them out of target_modules and modules_to_save:\n"
-            + bullet_list(passed_by or missed)
+            + bullet_list(bypassed or missed)
         )
-    bypassed = [at for at, acting in frame.adapters.items() if any(isinstance(a, PrefixedStack) for a in acting)]
-    if any(at not in fired for at in bypassed):
-        raise UsageError("the prefix did not act: the base computed its layers without the module that holds them")
+    stacks = [at for at, adapters in frame.adapters.items() if any(isinstance(a, PrefixedStack) for a in adapters)]
+    if any(at not in fired for at in stacks):
+        raise UsageError("the prefix had no effect: the base ran its layers without calling the module that holds them")
     if missed and trains:
         logger.warning("%d of %d adapted modules did not run in the first step (unused parts)", len(missed), len(paths))
     handle.checked.add((frame.names, trains))
@@ -65,14 +65,14 @@ def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
 
 
 def _served_by_others(handle: Frames, fired: set[str]) -> set[str]:
-    """Modules whose trained rows acted elsewhere: of tied embeddings, a model may call another than it names."""
+    """Modules whose trained rows took effect elsewhere: with tied embeddings a model may call another module than it names."""
     adapters = [item for name in handle.effective for item in handle.tree(name).items()]
-    acted = {adapter.owner for path, adapter in adapters if path in fired}
-    return {path for path, adapter in adapters if adapter.owner in acted}
+    reached = {adapter.owner for path, adapter in adapters if path in fired}
+    return {path for path, adapter in adapters if adapter.owner in reached}
 
 
-def _note(module: nn.Module, path: str, frame: Frame, ran: set[str]) -> Any:
-    """A hook that notes when the module runs in this very call, not in another thread's."""
+def _record_run(module: nn.Module, path: str, frame: Frame, ran: set[str]) -> Any:
+    """A hook that records whether the module runs in this call, and not in another thread's."""
     return module.register_forward_pre_hook(lambda *_: ran.add(path) if current_frame() is frame else None)
 
 
@@ -84,15 +84,15 @@ def _check_installed(handle: Frames, paths: set[str]) -> None:
             gone.append(path)
     if gone:
         raise UsageError(
-            "the forward of these modules was replaced after the adapter was attached, so it would not act; "
+            "the forward of these modules was replaced after the adapter was attached, so it would have no effect; "
             "replace it first, then attach:\n" + bullet_list(gone)
         )
 
 
 def _check_sharding(handle: Frames) -> None:
-    """Under FSDP2 adapters must be sharded with the base: else each rank keeps gradients of its own, silently."""
+    """Under FSDP2 adapters must be sharded with the base: otherwise each rank silently keeps its own gradients."""
     if isinstance(handle, FSDPModule):
-        return  # it shards all that is below it, and has gathered what it calls itself by now
+        return  # it shards everything below it, and has already gathered what it calls itself
     base_sharded = any(isinstance(p, DTensor) for p in handle.base_model.parameters())
     plain = [name for name, p in handle.adapters.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if base_sharded and plain and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

@@ -12,7 +12,7 @@ from ..runtime.frame import Frame, entered
 
 
 class Enters(Protocol):
-    """What a proxy asks of its handle."""
+    """What a proxy needs of its handle."""
 
     frame: Frame
 
@@ -20,7 +20,7 @@ class Enters(Protocol):
 
 
 class Proxy:
-    """A callable of the base, obtained from a handle: runs with the handle's adapters, and looks like itself."""
+    """A callable of the base, obtained from a handle: runs with the handle's adapters and otherwise looks the same."""
 
     def __init__(self, handle: Enters, target: Any) -> None:
         self._handle = handle
@@ -28,14 +28,14 @@ class Proxy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self._target, nn.Module) and any(not prompt.in_cache for prompt, _ in self._handle.frame.prompts):
-            raise UsageError("virtual tokens are put in by the handle's own forward and generate; call those")
+            raise UsageError("virtual tokens are inserted by the handle's own forward and generate; call those")
         with self._handle.entered():
             result = self._target(*args, **kwargs)
         if inspect.isgenerator(result) or inspect.iscoroutine(result):
             result.close()
         elif not inspect.isasyncgen(result):
             return result
-        raise UsageError("a generator or coroutine cannot keep adapters acting between its steps; call the base's own method")
+        raise UsageError("a generator or coroutine cannot keep adapters in effect between steps; call the base's own method")
 
     def __getattr__(self, name: str) -> Any:
         return inspect.signature(self._target) if name == "__signature__" else getattr(self._target, name)

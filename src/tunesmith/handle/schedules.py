@@ -1,6 +1,6 @@
 """Methods that act on the training itself: after each optimiser step, and on the loss.
 
-An optimiser step is seen by torch's own hook on every optimiser, so no training loop has to call anything. A step counts
+Steps are observed through torch's own hook on every optimiser, so no training loop has to call anything. A step counts
 for an adapter when the optimiser holds its parameters.
 """
 
@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..registry import adapter_type
 from .state import HandleState
 
-_watched: weakref.WeakSet[HandleState] = weakref.WeakSet()
+_observed: weakref.WeakSet[HandleState] = weakref.WeakSet()
 _hooks: list[Any] = []
 
 
@@ -33,8 +33,8 @@ class Progress:
 
     Args:
         step: number of the last optimiser step.
-        seen: this step was counted by the hook, and no call has named it since.
-        by_hand: a call came before the hook saw its step (or the hook sees none), so calls alone count.
+        seen: the hook has counted this step, and no call has named it since.
+        by_hand: a call came before the hook saw its step (or the hook sees none), so only calls count.
     """
 
     step: int = 0
@@ -42,20 +42,20 @@ class Progress:
     by_hand: bool = False
 
 
-def watch(handle: HandleState, configs: Iterable[PeftConfig]) -> None:
-    """Follow the optimiser steps of a handle, if one of these adapters of it is scheduled."""
+def observe_steps(handle: HandleState, configs: Iterable[PeftConfig]) -> None:
+    """Observe the optimiser steps of a handle, if one of these adapters of it is scheduled."""
     if not any(issubclass(adapter_type(config), ScheduledAdapter) for config in configs):
         return
-    _watched.add(handle)
+    _observed.add(handle)
     if not _hooks:
         _hooks.append(register_optimizer_step_post_hook(_after_optimiser_step))
 
 
 def _after_optimiser_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
-    if not _watched:
+    if not _observed:
         return
     stepped = {parameter for group in optimiser.param_groups for parameter in group["params"]}
-    for handle in list(_watched):
+    for handle in list(_observed):
         for name in _scheduled(handle):
             tree = handle.tree(name)
             progress = _progress(tree)
@@ -93,7 +93,7 @@ def penalties(handle: HandleState, names: tuple[str, ...]) -> tuple[Callable[[],
 
 
 def with_penalties(result: Any, added: tuple[Callable[[], Tensor], ...]) -> Any:
-    """The model's result with the penalties in its loss, where it has one."""
+    """The model's result with the penalties added to its loss, if it has one."""
     if isinstance(result, tuple):
         loss = result[0] if result else None
     else:

@@ -18,7 +18,7 @@ class SharedBase:
         self.handles: weakref.WeakSet[HandleState] = weakref.WeakSet()
 
     def thaw(self, base: nn.Module) -> None:
-        """Give the parameters of `base`, or of a copy of it, their `requires_grad` back."""
+        """Restore the `requires_grad` of the parameters of `base`, or of a copy of it."""
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, False))
 
@@ -35,7 +35,7 @@ def handles_of(base: nn.Module) -> list[HandleState]:
 
 
 def join(handle: HandleState) -> SharedBase:
-    """Count `handle` among its base's handles; the first one notes which parameters were trainable."""
+    """Register `handle` with its base; the first one records which parameters were trainable."""
     base = handle.base_model
     if base not in _by_base:
         _by_base[base] = SharedBase({name: p.requires_grad for name, p in base.named_parameters()})
@@ -44,13 +44,13 @@ def join(handle: HandleState) -> SharedBase:
 
 
 def adopt(handle: HandleState, shared: SharedBase) -> None:
-    """Count a copied or unpickled handle among those of its own base, which `shared` was copied with."""
+    """Register a copied or unpickled handle with its own base; `shared` was copied with them."""
     _by_base[handle.base_model] = shared
     shared.handles.add(handle)
 
 
 def leave(handle: HandleState, shared: SharedBase) -> bool:
-    """Count `handle` no longer; whether it was the last one of its base."""
+    """Unregister `handle`; returns whether it was the last one of its base."""
     shared.handles.discard(handle)
     if shared.handles:
         return False

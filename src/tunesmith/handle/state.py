@@ -1,4 +1,4 @@
-"""What all parts of a handle share: its base, its adapters, and which of them act.
+"""What all parts of a handle share: its base, its adapters, and which of them are active.
 
 Each file of this package adds one ability in a class that derives from this one; `PeftModel` is all of them together.
 """
@@ -27,15 +27,15 @@ class HandleState(nn.Module):
     Attributes:
         adapters: each adapter's tensors, by name.
         peft_config: each adapter's configuration, with everything filled in that follows from the base.
-        active: names of the adapters that were chosen last, in the order in which they act.
-        disabled: the adapters are switched off.
-        merged: for each adapter that is in the base's weights, what it replaced there.
+        active: names of the selected adapters, in the order in which they are applied.
+        disabled: whether the adapters are switched off.
+        merged: for each adapter merged into the base's weights, the tensors that it replaced.
         accepts: names of the parameters of the base's forward.
-        input_spec: what must be known of the base to put virtual tokens in front of its input.
-        checkpointing_modules: modules of the base that can recompute their layers.
+        input_spec: what must be known about the base to put virtual tokens in front of its input.
+        checkpointing_modules: modules of the base that support gradient checkpointing.
     """
 
-    # What virtual tokens must know of the task, which task classes say; see `InputSpec`.
+    # Set by the task classes, for virtual tokens; see `InputSpec`.
     labels_per_token: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
 
@@ -49,7 +49,7 @@ class HandleState(nn.Module):
     checkpointing_modules: list[Any]
 
     def init_state(self, model: nn.Module) -> None:
-        """Begin with `model` and no adapters. (`__init__` would run `PreTrainedModel`'s, which handles are only in name.)"""
+        """Start with `model` and no adapters. (`__init__` would run `PreTrainedModel`'s; handles are such in name only.)"""
         nn.Module.__init__(self)
         self._modules["base_model"] = model  # add_module refuses the names of properties
         self.adapters = nn.ModuleDict()
@@ -64,7 +64,7 @@ class HandleState(nn.Module):
         self.find_checkpointing_modules()
 
     def find_checkpointing_modules(self) -> None:
-        self.checkpointing_modules = architecture.may_recompute(self.base_model)
+        self.checkpointing_modules = architecture.checkpointing_modules(self.base_model)
 
     @property
     def base_model(self) -> Any:
@@ -73,12 +73,12 @@ class HandleState(nn.Module):
 
     @property
     def effective(self) -> tuple[str, ...]:
-        """Names of the adapters that act in a call: active, not disabled, not already in the weights."""
+        """Names of the adapters that a call applies: active, not disabled, not merged into the weights."""
         return () if self.disabled else tuple(name for name in self.active if name not in self.merged)
 
     @property
     def trains(self) -> bool:
-        """Whether a call now is one of training, with gradients."""
+        """Whether a call now is part of training, with gradients."""
         return self.training and torch.is_grad_enabled()
 
     def tree(self, name: str) -> AdapterTree:
@@ -98,7 +98,7 @@ class HandleState(nn.Module):
             )
 
     def named(self, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-        """One name or several as a tuple that has each of them once.
+        """One or several names as a tuple without duplicates.
 
         Raises:
             AdapterNameError: this handle has no adapter of one of the names.

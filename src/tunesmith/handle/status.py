@@ -20,7 +20,7 @@ Irregular = Literal["irregular"]  # the ecosystem's word for "not the same every
 
 @dataclass
 class TunerLayerStatus:
-    """One module of the base that carries adapters, or ("inputs") the model's entrance.
+    """One module of the base that carries adapters, or "inputs" for virtual tokens.
 
     Args:
         name: the module's path in the base.
@@ -31,7 +31,7 @@ class TunerLayerStatus:
         requires_grad: whether an adapter's tensors here train.
         available_adapters: the adapters that sit here.
         devices: types of the devices of each adapter's tensors here.
-        quantization_backend: how the module's weight is stored; None where it is a plain tensor.
+        quantization_backend: how the module's weight is stored; None if it is a plain tensor.
     """
 
     name: str
@@ -75,7 +75,7 @@ def get_layer_status(model: HandleState) -> list[TunerLayerStatus]:
     """The status of every module that carries adapters, in the order of the base's modules.
 
     Raises:
-        UsageError: `model` is no handle, or a handle without adapters.
+        UsageError: `model` is not a handle, or has no adapters.
     """
     handle = _handle(model)
     here: dict[str, dict[str, list[nn.Module]]] = {}
@@ -90,7 +90,7 @@ def get_model_status(model: HandleState) -> TunerModelStatus:
     """The status of a handle as a whole.
 
     Raises:
-        UsageError: `model` is no handle, or a handle without adapters.
+        UsageError: `model` is not a handle, or has no adapters.
     """
     handle = _handle(model)
     layers = get_layer_status(handle)
@@ -140,26 +140,26 @@ class Reporting(HandleState):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
     def _get_name(self) -> str:
-        """The base's class name: transformers' Trainer tells by it whether smoothed labels are to be shifted."""
+        """The base's class name: transformers' Trainer decides by it whether to shift labels when it smooths them."""
         return str(self.base_model._get_name())
 
     def __repr__(self) -> str:
         return described(self)
 
 
-ENTRANCE = "inputs"
+INPUTS = "inputs"
 
 
 def _parts(tree: Any) -> Iterator[tuple[str, nn.Module]]:
     if tree.prompt is not None:
-        yield ENTRANCE, tree.prompt
+        yield INPUTS, tree.prompt
     yield from tree.items()
 
 
 def _status(handle: HandleState, path: str, adapters: dict[str, list[nn.Module]]) -> TunerLayerStatus:
     parts = {name: [p for module in modules for p in module.parameters()] for name, modules in adapters.items()}
     kinds = dict.fromkeys(_kind(handle, name, module) for name, modules in adapters.items() for module in modules)
-    module = next(iter(adapters.values()))[0] if path == ENTRANCE else handle.base_model.get_submodule(path)
+    module = next(iter(adapters.values()))[0] if path == INPUTS else handle.base_model.get_submodule(path)
     return TunerLayerStatus(
         name=path,
         module_type=f"{'+'.join(kinds)}.{type(module).__name__}",
@@ -192,7 +192,7 @@ def _handle(model: Any) -> HandleState:
     if not hasattr(model, "peft_config") or not hasattr(model, "adapters"):
         count = len(handles_of(model)) if isinstance(model, nn.Module) else 0
         more = f"; {count} handle(s) share this base, ask one of them" if count else ""
-        raise UsageError(f"a handle is needed, as get_peft_model gives it; a {type(model).__name__} holds no adapters{more}")
+        raise UsageError(f"expected a handle, as get_peft_model returns it; a {type(model).__name__} holds no adapters{more}")
     if not model.peft_config:
         raise UsageError("this handle has no adapters; add one with add_adapter or load_adapter")
     found: HandleState = model

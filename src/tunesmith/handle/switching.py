@@ -8,10 +8,10 @@ from .frames import Frames
 
 
 class Switching(Frames):
-    """The part of a handle that switches between its adapters, and drops them."""
+    """The part of a handle that switches between its adapters and deletes them."""
 
     def set_adapter(self, adapter_name: str | list[str] | tuple[str, ...], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones; they alone train (unless loaded or set for inference)."""
+        """Make these adapters the active ones; only they train (unless loaded or set for inference)."""
         names = self.named(adapter_name)
         before, self.active = self.active, names
         self.settle()
@@ -20,7 +20,7 @@ class Switching(Frames):
             self.tree(name).requires_grad_(trains)
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
-        """Remove adapters; when no active one is left, the first remaining one becomes active."""
+        """Remove adapters; if no active one is left, the first remaining one becomes active."""
         names = self.named(adapter_name)
         for name in names:
             self.require_unmerged(name)
@@ -34,7 +34,7 @@ class Switching(Frames):
     def require_unmerged(self, name: str) -> None:
         """
         Raises:
-            UsageError: the adapter is in the base's weights.
+            UsageError: the adapter is merged into the base's weights.
         """
         if name in self.merged:
             raise UsageError(f'"{name}" is merged into the weights; call unmerge_adapter() first')

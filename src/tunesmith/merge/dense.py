@@ -17,7 +17,7 @@ from torch import nn
 from ..adapter import Adapter, LinearAdapter, ModuleCopy
 from ..attach.tree import AdapterTree
 from ..bases.architecture import drop_quantised_marks
-from ..bases.prepare import WIDENED, narrowed
+from ..bases.prepare import WIDENED, restore_dtypes
 from ..bases.quantised import dense_module, quantised_views
 from ..errors import UsageError
 from ..paths import is_inside
@@ -69,7 +69,7 @@ def into_dense(base: Any, trees: list[AdapterTree], safe: bool, dtype: torch.dty
         for path, module in replaced:
             base.set_submodule(path, module)
         raise
-    narrowed(base)
+    restore_dtypes(base)
     drop_quantised_marks(base)
 
 

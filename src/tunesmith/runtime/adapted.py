@@ -1,4 +1,4 @@
-"""A view with an adapter on it, so that the next adapter can act on both."""
+"""A base view with an adapter applied, so that the next adapter acts on both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..bases.view import BaseView
 
 
 class Adapted(BaseView):
-    """A view with an adapter on it, which is a view again: what the next adapter sees as its base."""
+    """A base view with an adapter applied, itself a base view: what the next adapter sees as its base."""
 
     def __init__(self, adapter: LinearAdapter, base: BaseView) -> None:
         super().__init__(base.module)

@@ -1,4 +1,4 @@
-"""What a call's inputs become before the base runs: virtual tokens are put in, and the texts of a packed row kept apart."""
+"""Prepares a call's inputs for the base: inserts virtual tokens and keeps the texts of a packed row apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .virtual_tokens import InputSpec
 def prepare(base: Any, spec: InputSpec, frame: Frame, inputs: dict[str, Any], task_ids: Tensor | None = None) -> dict[str, Any]:
     """Keyword arguments of the base's forward, with the frame's virtual tokens in front of each row.
 
-    To be called inside the frame: adapters on the embeddings act on what is embedded here.
+    Must be called inside the frame, because adapters on the embeddings apply to what is embedded here.
 
     Args:
         inputs: keyword arguments of the handle's forward; not changed.
@@ -42,7 +42,7 @@ def pack(
     Args:
         inputs: keyword arguments of the handle's forward, boundaries of texts among them; not changed.
         task_ids: `(texts,)`.
-        even: of this the row's length is made a multiple, by one more text without labels.
+        even: the row is padded to a multiple of this length with one more text, which has no labels.
     """
     virtual = None
     if frame.mixture is None and virtual_tokens.virtual_counts(frame):

@@ -1,7 +1,7 @@
 """Which adapters act during the current call, per thread.
 
 A `Frame` maps each site to the adapters that act there. It is immutable once made, so one frame serves any number of
-threads and calls. Outside any frame every site computes exactly what its module did before.
+threads and calls. Outside any frame, every site computes exactly what its module computed before.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..adapter import Adapter, PromptAdapter
 
 BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
 BOUNDARIES = "cu_seq_lens_q"
-PACKED_KEYS = (BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k")  # what transformers' collators say of a packed row
+PACKED_KEYS = (BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k")  # as transformers' collators name them
 
 
 class Place(Protocol):
-    """What a frame's adapters belong to. It is a `Site`, of which a frame asks nothing but its module."""
+    """Where a frame's adapters act: a `Site`, of which a frame needs only its module."""
 
     @property
     def module(self) -> Callable[[], nn.Module | None]: ...
@@ -36,13 +36,13 @@ class Frame:
     """`{site: adapters}` for one call.
 
     Args:
-        adapters: what acts at each site, the first one nearest to the base module.
-        prompts: what acts at the model's entrance, each with the number of its virtual tokens.
-        fired: where given, collects the sites that were reached (the check of the first training step).
-        mixture: for a batch whose rows have different adapters, the frames of its parts; `adapters` is then empty.
-        penalties: what is added to the loss in training.
-        names: the adapters that act.
-        segments: where the texts of a packed row lie.
+        adapters: the adapters at each site, the one nearest to the base module first.
+        prompts: the adapters on the model's inputs, each with its number of virtual tokens.
+        fired: if given, collects the sites that were reached (for the check of the first training step).
+        mixture: if the rows of a batch have different adapters, the frames of its parts; `adapters` is then empty.
+        penalties: terms added to the loss in training.
+        names: the effective adapters.
+        segments: the boundaries of the texts of a packed row.
     """
 
     adapters: dict[Place, tuple[Adapter | Around | Replacement, ...]]
@@ -53,20 +53,20 @@ class Frame:
     names: tuple[str, ...] = ()
     segments: Segments | None = None
 
-    def noting(self, fired: set[Place]) -> Frame:
-        """This frame, with the sites that it reaches collected in `fired`."""
+    def recording(self, fired: set[Place]) -> Frame:
+        """This frame, recording the sites that it reaches in `fired`."""
         mixture = self.mixture
         if mixture is not None:
-            mixture = Mixture([frame.noting(fired) for frame in mixture.frames], mixture.groups)
+            mixture = Mixture([frame.recording(fired) for frame in mixture.frames], mixture.groups)
         return replace(self, fired=fired, mixture=mixture)
 
     def with_prompts(self, prompts: tuple[tuple[PromptAdapter, int], ...]) -> Frame:
-        """This frame, with other virtual tokens at the entrance."""
+        """This frame with other virtual tokens."""
         return replace(self, prompts=prompts)
 
-    def packed(self, segments: Segments, twins: dict[Place, Replacement]) -> Frame:
-        """This frame for a packed row, whose attentions are called as these twins; virtual tokens are in the row by now."""
-        adapters = self.adapters | {site: (*self.adapters.get(site, ()), twin) for site, twin in twins.items()}
+    def packed(self, segments: Segments, attentions: dict[Place, Replacement]) -> Frame:
+        """This frame for a packed row, with these attentions in place of the base's; the row includes its virtual tokens."""
+        adapters = self.adapters | {site: (*self.adapters.get(site, ()), other) for site, other in attentions.items()}
         return replace(self, adapters=adapters, prompts=(), segments=segments)
 
 
@@ -85,11 +85,11 @@ class Mixture:
         self._by_length: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     def real(self, counts: list[int], length: int) -> Tensor:
-        """Which of `max(counts)` virtual tokens each of `length` rows has, `(length, n)`; a row's own are the last ones.
+        """Which of `n = max(counts)` virtual tokens each row has, `(length, n)`; a row's own tokens are the last ones.
 
         Args:
-            counts: how many each part has.
-            length: how many rows there are, a multiple of the batch's size (beams).
+            counts: number of virtual tokens of each part.
+            length: number of rows, a multiple of the batch size (beams).
         """
         groups, inverse = self.rows(length)
         n = max(counts)
@@ -97,13 +97,13 @@ class Mixture:
         return torch.cat([(columns >= n - count).expand(len(rows), -1) for count, rows in zip(counts, groups)])[inverse]
 
     def stacked(self, values: list[Tensor | None], dims: int, length: int) -> Tensor:
-        """Virtual tokens of each part as one tensor over the rows, `(length, ..., n, dim)`, shorter ones behind padding.
+        """Virtual tokens of each part as one tensor over the rows, `(length, ..., n, dim)`, shorter ones padded in front.
 
         Args:
-            values: for each part `(..., n_i, dim)`, the same for its rows, or `(rows_i, ..., n_i, dim)`; None where the
-                part has none.
-            dims: dimensions of the former.
-            length: how many rows there are, a multiple of the batch's size (beams).
+            values: for each part `(..., n_i, dim)`, shared by its rows, or `(rows_i, ..., n_i, dim)`; None if the part
+                has none.
+            dims: number of dimensions of the shared form.
+            length: number of rows, a multiple of the batch size (beams).
         """
         groups, inverse = self.rows(length)
         n = max(value.shape[-2] for value in values if value is not None)
@@ -119,9 +119,9 @@ class Mixture:
         return torch.cat(whole)[inverse]
 
     def rows(self, length: int) -> tuple[list[Tensor], Tensor]:
-        """The groups' indices in a tensor of `length` rows, and the order that undoes putting them one after another.
+        """The groups' indices in a tensor of `length` rows, and the permutation that undoes their concatenation.
 
-        Beams and flattened tokens follow each other row by row, so `length` may be a multiple of the batch's size;
+        Beams and flattened tokens follow each other row by row, so `length` may be a multiple of the batch size;
         a length of 1 stands for a value that all rows share.
         """
         if length not in self._by_length:
@@ -132,11 +132,11 @@ class Mixture:
 
 
 class Segments:
-    """Where the texts of one packed row lie.
+    """The boundaries of the texts of one packed row.
 
     Args:
         boundaries: `(texts + 1,)`, from 0 to the row's length.
-        longest: tokens of the longest text, if known.
+        longest: number of tokens of the longest text, if known.
     """
 
     def __init__(self, boundaries: Tensor, longest: int | None = None) -> None:
@@ -145,12 +145,12 @@ class Segments:
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> Segments:
-        """As a packed call's arguments say."""
+        """Read from a packed call's keyword arguments."""
         return cls(inputs[BOUNDARIES], inputs.get("max_length_q"))
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """Of each text; on an accelerator, asking waits for it."""
+        """Number of tokens of each text; reading it from an accelerator synchronizes."""
         return self.boundaries.diff().tolist()
 
     @property
@@ -159,7 +159,7 @@ class Segments:
 
 
 class Around:
-    """What stands around a module's call beside its adapters: `around(call, *args, **kwargs)`."""
+    """A wrapper around a module's call, in addition to its adapters: `around(call, *args, **kwargs)`."""
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -168,13 +168,13 @@ class Around:
         """The call of a mixed batch.
 
         Args:
-            parts: what stands here for each part of the mixture, of this object's type; None where nothing does.
+            parts: this module's wrapper for each part of the mixture, of this object's type; None if a part has none.
         """
         raise NotImplementedError
 
 
 class Replacement:
-    """What gives a module to be called in another's place, which holds the same things: `twin(module)`."""
+    """Makes a view of a module that is called in its place: `replacement(module)`."""
 
     def __call__(self, module: nn.Module) -> nn.Module:
         raise NotImplementedError
@@ -193,9 +193,9 @@ def current_frame() -> Frame | None:
 
 
 class entered:
-    """Context manager: `frame` is this thread's current frame inside, the previous one again after.
+    """Context manager: makes `frame` this thread's current frame, and restores the previous one afterwards.
 
-    Never hold one across a `yield`: the caller of a suspended generator would run under it.
+    Never hold one across a `yield`: the caller of a suspended generator would run in that frame.
     """
 
     def __init__(self, frame: Frame | None) -> None:

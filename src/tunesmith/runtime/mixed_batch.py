@@ -1,7 +1,7 @@
 """Mixed batches: each row of a call runs with its own adapters, at every module, in one pass of the base.
 
-A module's input is split into the groups of rows that share their adapters, each group goes through the module with
-them, and the results take their rows' places again. This is the definition, for every kind of adapter.
+A module's input is split into groups of rows that share their adapters, each group goes through the module with these
+adapters, and the results are put back in row order. This is the reference definition for every kind of adapter.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def run_by_rows(
     """The module's output for a mixed batch.
 
     Args:
-        adapters: for each part of the mixture, what acts at this module.
+        adapters: for each part of the mixture, the adapters at this module.
 
     Raises:
-        UsageError: the module's input cannot be told apart by rows.
+        UsageError: the module's input cannot be split by rows.
     """
     x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if x is None or x.dim() == 0 or (x.shape[0] != 1 and x.shape[0] % mixture.size):
         shape = "no tensor" if x is None else tuple(x.shape)
-        raise UsageError(f"a {type(module).__name__} gets {shape}, which cannot be told apart into {mixture.size} rows")
+        raise UsageError(f"a {type(module).__name__} received {shape}, which cannot be split into {mixture.size} rows")
     around = [next((one for one in group if isinstance(one, Around)), None) for group in adapters]
     first = next((one for one in around if one is not None), None)
     if first is not None:
@@ -52,31 +52,32 @@ def run_by_rows(
         return _change_by_rows(module, mixture, adapters, args, kwargs)
     if any(is_cache(value) for value in (*args, *kwargs.values())):
         raise UsageError(
-            f"a {type(module).__name__} keeps a cache of all rows, so no private copy of it can run for some of them"
+            f"a {type(module).__name__} keeps one cache for all rows, so a private copy of it cannot run for some of them"
         )
     groups, inverse = mixture.rows(x.shape[0])
     results = []
-    for frame, acting, rows in zip(mixture.frames, adapters, groups):
+    for frame, effective, rows in zip(mixture.frames, adapters, groups):
         share = _share(x, rows)
-        with entered(frame):  # for modules inside this one, which see these rows alone
-            results.append(fold(module, acting)(*map(share, args), **{name: share(value) for name, value in kwargs.items()}))
+        with entered(frame):  # for modules inside this one, which see only these rows
+            selected = {name: share(value) for name, value in kwargs.items()}
+            results.append(fold(module, effective)(*map(share, args), **selected))
     return _joined(results, groups, inverse)
 
 
 def _change_by_rows(
     module: nn.Module, mixture: Mixture, adapters: list[tuple[Adapter, ...]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """As above for a block, which runs once for all rows (it may keep a cache); its adapters change the result by rows."""
+    """Likewise for a block, which runs once for all rows (it may keep a cache); its adapters change the result by rows."""
     result = plain_forward(module)(*args, **kwargs)
     hidden = result if isinstance(result, Tensor) else result[0]
     groups, inverse = mixture.rows(hidden.shape[0])
     changed = []
-    for frame, acting, rows in zip(mixture.frames, adapters, groups):
+    for frame, effective, rows in zip(mixture.frames, adapters, groups):
         share = _share(hidden, rows)
         part, own_args = hidden[rows], tuple(map(share, args))
         own_kwargs = {name: share(value) for name, value in kwargs.items()}
         with entered(frame):  # for modules that an adapter calls
-            for adapter in acting:
+            for adapter in effective:
                 part = adapter(part, module, own_args, own_kwargs)
         changed.append(part)
     joined = _joined(changed, groups, inverse)
@@ -84,9 +85,9 @@ def _change_by_rows(
 
 
 def _share(like: Tensor, rows: Tensor) -> Callable[[Any], Any]:
-    """A function that gives the rows' share of a value: of tensors that hold the same rows as `like`, those rows.
+    """A function that selects these rows of a tensor with the same rows as `like`, and leaves other values alone.
 
-    A floating-point matrix beside a larger input is a table over positions, whatever its first size.
+    A floating-point matrix next to a larger input is a table over positions, whatever its first dimension.
     """
 
     def share(value: Any) -> Any:
@@ -101,7 +102,7 @@ def _share(like: Tensor, rows: Tensor) -> Callable[[Any], Any]:
 
 
 def _joined(results: list[Any], groups: list[Tensor], inverse: Tensor) -> Any:
-    """The groups' results in the order of the batch; one that holds a single row for all is repeated."""
+    """The groups' results in batch order; a single row shared by a group is repeated."""
     if isinstance(results[0], Tensor):
         whole = [r.expand(len(rows), *r.shape[1:]) if len(r) == 1 else r for r, rows in zip(results, groups)]
         return torch.cat(whole)[inverse]

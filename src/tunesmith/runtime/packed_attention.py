@@ -4,8 +4,8 @@ For each text s, with its own queries, keys and values:
 
     Y_s = softmax(Q_s K_s^T / sqrt(d) + causal mask) V_s
 
-so there is no padding to compute and no mask over the whole row. Where K and V hold more tokens than the row has (a prefix
-in the cache), the first ones are seen by every token of every text.
+so no padding is computed, and no mask over the whole row is needed. If K and V hold more tokens than the row has (a prefix
+in the cache), every token of every text attends to the first ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ATTENTION = "tunesmith_packed"  # its name in transformers' table of attentions
 
 
 class Scores(NamedTuple):
-    """What becomes of scores beside the softmax; `attend` says what each is."""
+    """What is done to scores besides the softmax; `attend` explains the fields."""
 
     dropout: float
     scaling: float | None
@@ -53,16 +53,16 @@ def attend(
     """Causal attention within each text of a packed row, under the signature of transformers' attentions.
 
     Args:
-        query: `(1, heads, T, head_dim)`; key and value may have fewer heads, and more tokens: the first ones, then, are
-            seen by all texts.
-        sliding_window: how many tokens, itself included, a token sees.
-        softcap: scores are limited to this size by `c tanh(score / c)`.
+        query: `(1, heads, T, head_dim)`; key and value may have fewer heads, and more tokens: all texts attend to the
+            extra ones, which come first.
+        sliding_window: how many tokens a token attends to, itself included.
+        softcap: scores are capped at this size by `c tanh(score / c)`.
 
     Returns:
         `(1, T, heads, head_dim)`, and no weights.
     """
     frame = current_frame()
-    assert frame is not None and frame.segments is not None, "this attention is only named in a packed call's own config"
+    assert frame is not None and frame.segments is not None, "this attention is used only in a packed call's own config"
     segments = frame.segments
     if not dropout and softcap is None and sliding_window is None and _has_kernel(query):
         return _attend_at_once(query, key, value, segments, scaling), None
@@ -77,7 +77,7 @@ register_attention(ATTENTION, attend)
 
 
 def _seen_by_texts(tensor: Tensor, segments: Segments) -> list[Tensor]:
-    """Keys or values that each text sees: those in front of all texts, then its own."""
+    """The keys or values that each text attends to: the shared ones in front, then its own."""
     first, *texts = torch.split(tensor, [tensor.shape[2] - sum(segments.lengths), *segments.lengths], dim=2)
     return [torch.cat([first, text], dim=2) for text in texts] if first.shape[2] else texts
 
@@ -108,25 +108,25 @@ def _attend_capped(query: Tensor, key: Tensor, value: Tensor, how: Scores, cap: 
 
 
 def _seen(length: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """`(length, keys)`: whether the token of a row sees the token of a column; the last `length` columns are its text."""
+    """`(length, keys)`: whether the token of a row attends to that of a column; the last `length` columns are its text."""
     before = keys - length
     seen = torch.ones(length, keys, dtype=torch.bool, device=device).tril(before)
     return seen if window is None else seen.triu(before + 1 - window)
 
 
 def _has_kernel(query: Tensor) -> bool:
-    """Whether flash attention takes such queries: 16 bits on Ampere or later."""
+    """Whether flash attention supports these queries: 16 bits on Ampere or later."""
     fits = query.is_cuda and query.dtype.itemsize == 2 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     return fits and varlen_attn is not None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """All texts in one kernel, `(1, T, heads, head_dim)`; it lays a text's mask at the ends of queries and keys."""
+    """All texts in one kernel, `(1, T, heads, head_dim)`; its causal mask is aligned to the ends of queries and keys."""
     boundaries, longest, before = segments.boundaries, segments.longest, key.shape[2] - query.shape[2]
-    of_keys = boundaries
+    key_boundaries = boundaries
     if before:
         key, value = (torch.cat(_seen_by_texts(tensor, segments), dim=2) for tensor in (key, value))
-        of_keys = boundaries + before * torch.arange(len(boundaries), dtype=torch.int32, device=boundaries.device)
+        key_boundaries = boundaries + before * torch.arange(len(boundaries), dtype=torch.int32, device=boundaries.device)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
     grouped = key.shape[1] != query.shape[1]
     result: Tensor = varlen_attn(
@@ -134,7 +134,7 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segment
         key,
         value,
         boundaries,
-        of_keys,
+        key_boundaries,
         longest,
         longest + before,
         scale=scaling,

@@ -1,10 +1,10 @@
-"""Prefixes: trained keys and values that every self-attention layer sees before those of the tokens.
+"""Prefixes: trained keys and values that every self-attention layer attends to before those of the tokens.
 
-They enter where a model keeps past keys and values. Around the stack of layers (`PrefixedStack`) stands what fills the
-cache at the first step and lengthens the mask; so forward calls, `generate` with its beams, and decoding loops written
-by hand take the same way. Gradient checkpointing takes the cache away from the layers it recomputes, so around every
-attention (`PrefixedAttention`) stands what gives it the prefix again, computed anew: recomputing is repeatable, and its
-gradients reach the parameters whether checkpointing is reentrant or not.
+They are inserted into the model's cache of past keys and values. `PrefixedStack` wraps the stack of layers: it fills the
+cache at the first step and extends the mask, so forward calls, `generate` with beams, and hand-written decoding loops all
+take the same path. Gradient checkpointing removes the cache from the layers it recomputes, so `PrefixedAttention` wraps each
+attention and computes the prefix again: recomputation is deterministic, and its gradients reach the parameters whether
+checkpointing is reentrant or not.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, `(B, head
 
 @dataclass(frozen=True)
 class Stack:
-    """Where a prefix enters.
+    """Where a prefix is inserted.
 
     Args:
-        path: the module that runs the layers, of a model with an encoder and a decoder the decoder's.
+        path: the module that runs the layers; of an encoder-decoder, the one in the decoder.
         attentions: path of each layer's self-attention.
-        heads, head_dim: shape of the keys; fewer heads than the queries have under grouped-query attention.
+        heads, head_dim: shape of the keys; with grouped-query attention there are fewer heads than for queries.
     """
 
     path: str
@@ -48,10 +48,10 @@ class Stack:
 
 
 def find_stack(model: Any) -> Stack:
-    """Read off a model where its layers take past keys and values.
+    """Find where a model's layers take past keys and values.
 
     Raises:
-        ConfigError: it has no layers that do, or not all of them alike.
+        ConfigError: no layer takes them, or the layers differ.
     """
     name = type(model).__name__
     modules = dict(model.named_modules())
@@ -61,21 +61,25 @@ def find_stack(model: Any) -> Stack:
     for path, module in modules.items():
         index = architecture.layer_index(module)
         if module in inside and index is not None and cache_name(module) and not _holds_attention(module):
-            attentions.setdefault(index, path)  # a decoder's cross-attention has its layer's index, too, but comes second
+            attentions.setdefault(index, path)  # a decoder's cross-attention has the same index, but comes second
     stacks = {_stack_of(path, modules) for path in attentions.values()}
     if len(stacks) != 1 or None in stacks:
-        raise ConfigError(f"prefix tuning needs layers that take past keys and values, {name} has none; use prompt tuning")
+        raise ConfigError(f"prefix tuning needs layers that take past keys and values, but {name} has none; use prompt tuning")
     stack = stacks.pop()
     assert stack is not None
     config = modules[stack].config
     layers = cache.layer_count(config)
     if layers is None or sorted(attentions) != list(range(layers)):
-        raise ConfigError(f"prefix tuning needs keys and values in every layer, {name} lacks them in some; use prompt tuning")
+        raise ConfigError(
+            f"prefix tuning needs keys and values in every layer, but {name} lacks them in some; use prompt tuning"
+        )
     if architecture.compresses_keys(config):
-        raise ConfigError(f"prefix tuning needs keys and values of one size, those of {name} differ; use prompt tuning")
+        raise ConfigError(
+            f"prefix tuning needs keys and values of the same size, but those of {name} differ; use prompt tuning"
+        )
     shapes = architecture.key_shapes(config, layers)
     if len(shapes) > 1 or architecture.shares_keys(config):
-        raise ConfigError(f"prefix tuning needs layers of one shape, {name} has several; use prompt tuning")
+        raise ConfigError(f"prefix tuning needs layers of the same shape, but those of {name} differ; use prompt tuning")
     for path in (stack, *attentions.values()):
         reason = site.fault(modules[path])
         if reason:
@@ -85,10 +89,10 @@ def find_stack(model: Any) -> Stack:
 
 
 def fill_in(config: PromptConfig, model: nn.Module) -> None:
-    """Fill the fields of a prefix config that follow from the base, as the ecosystem's files hold them.
+    """Fill in the fields of a prefix config that follow from the base, as in the ecosystem's files.
 
     Raises:
-        ConfigError: the base has no place for a prefix, or not one of the size the config says.
+        ConfigError: the base cannot take a prefix, or not one of the config's size.
     """
     stack = find_stack(model)
     sizes = {
@@ -106,7 +110,7 @@ def fill_in(config: PromptConfig, model: nn.Module) -> None:
 
 
 def places(prompt: PromptAdapter, model: nn.Module) -> Iterator[tuple[str, Around]]:
-    """`(path, what stands around the module there)` for one prefix."""
+    """`(path, wrapper of the module there)` for one prefix."""
     stack = find_stack(model)
     attentions = [model.get_submodule(path) for path in stack.attentions]
     yield stack.path, PrefixedStack(prompt, model.get_submodule(stack.path), attentions)
@@ -115,7 +119,7 @@ def places(prompt: PromptAdapter, model: nn.Module) -> Iterator[tuple[str, Aroun
 
 
 class PrefixedStack(Around):
-    """Around the module that runs the layers: the first step starts from a cache that holds the prefix."""
+    """Wraps the module that runs the layers: the first step starts with the prefix in the cache."""
 
     def __init__(self, prompt: PromptAdapter, stack: Any, attentions: list[nn.Module]) -> None:
         self.prompt = prompt
@@ -143,7 +147,7 @@ class PrefixedStack(Around):
 
 
 class PrefixedAttention(Around):
-    """Around one layer's self-attention: gives it the prefix where gradient checkpointing took the cache away."""
+    """Wraps one layer's self-attention: restores the prefix where gradient checkpointing removed the cache."""
 
     def __init__(self, prompt: PromptAdapter, layer: int, attention: nn.Module) -> None:
         self.prompt = prompt
@@ -152,13 +156,13 @@ class PrefixedAttention(Around):
         self.cache_name = cache_name(attention) or ""
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(**self._given_back(args, kwargs, lambda rows: self.prompt(self.layer)))
+        return call(**self._with_prefix(args, kwargs, lambda rows: self.prompt(self.layer)))
 
     def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(**self._given_back(args, kwargs, lambda rows: _mixed_layer(parts, mixture, self.layer, rows)))
+        return call(**self._with_prefix(args, kwargs, lambda rows: _mixed_layer(parts, mixture, self.layer, rows)))
 
-    def _given_back(self, args: tuple[Any, ...], kwargs: dict[str, Any], layer_for: Callable[[int], Tensor]) -> dict[str, Any]:
-        """The inputs, with a cache that holds the layer's keys and values where there is none."""
+    def _with_prefix(self, args: tuple[Any, ...], kwargs: dict[str, Any], layer_for: Callable[[int], Tensor]) -> dict[str, Any]:
+        """The inputs; if they have no cache, with one that holds the layer's keys and values."""
         inputs = {**dict(zip(self.names, args)), **kwargs}
         if cache.given(inputs) is not None:
             return inputs
@@ -176,9 +180,9 @@ def extend(
     Args:
         inputs: keyword arguments of the stack's forward; not changed.
         layers: each layer's keys and values, `(2, heads, n, head_dim)`, or other ones for each row,
-            `(2, B, heads, n, head_dim)`; None in later steps, when the cache holds them already.
-        n: how many columns the prefix has.
-        real: `(B, n)`, which of them a row has (the others are padding); None where all rows have all.
+            `(2, B, heads, n, head_dim)`; None in later steps, when the cache already holds them.
+        n: length of the prefix.
+        real: `(B, n)`, which of its tokens a row has (the others are padding); None if every row has all of them.
     """
     inputs = dict(inputs)
     tokens = tokens_of(inputs)
@@ -200,7 +204,7 @@ def extend(
     if mask is None and real is not None:
         mask = torch.ones((rows, seen + length), dtype=torch.long, device=tokens.device)
     if mask is not None and mask.shape[1] != seen + length:
-        return inputs  # the caller's mask counts the prefix, and so do the positions
+        return inputs  # the caller's mask already includes the prefix, and so do the positions
     if mask is not None:
         mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real)
     if inputs.get("position_ids") is not None:
@@ -219,23 +223,23 @@ def is_first_step(inputs: dict[str, Any]) -> bool:
     """Whether a call of the stack starts a text, so that the prefix is not in its cache yet.
 
     Raises:
-        UsageError: the cache is of a fixed size, which has no room for a prefix.
+        UsageError: the cache has a fixed size, with no room for a prefix.
     """
     found = cache.given(inputs)
     if found is None:
         return True
     if cache.is_fixed(found):
-        raise UsageError("prefix tuning needs a cache that can grow; leave out cache_implementation, or take a DynamicCache")
+        raise UsageError("prefix tuning needs a cache that can grow; leave out cache_implementation, or use a DynamicCache")
     return cache.length(found) == 0
 
 
 def _holds_attention(module: nn.Module) -> bool:
-    """Whether another attention is inside (some layers bear their index, too)."""
+    """Whether the module contains another attention (some layers have an index, too)."""
     return any(architecture.layer_index(m) is not None and cache_name(m) for m in module.modules() if m is not module)
 
 
 def _stack_of(path: str, modules: dict[str, nn.Module]) -> str | None:
-    """The nearest module around an attention that takes a whole text and a cache."""
+    """The nearest module that contains an attention and takes whole texts and a cache."""
     while path:
         path = path.rpartition(".")[0]
         if "inputs_embeds" in inspect.signature(type(modules[path]).forward).parameters and cache_name(modules[path]):
@@ -250,16 +254,16 @@ def _for_rows(layer: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _stores(inputs: dict[str, Any], stack: Any) -> bool:
-    """Whether the cache is to take up the tokens' keys and values, too: not where layers may be recomputed."""
+    """Whether the cache should also store the tokens' keys and values: not if layers may be recomputed."""
     wanted = inputs.get("use_cache")
-    wanted = architecture.stores_by_default(stack.config) if wanted is None else wanted
+    wanted = architecture.caches_by_default(stack.config) if wanted is None else wanted
     if not wanted or not stack.training:
         return bool(wanted)
     return not any(architecture.recomputes(module) for module in stack.modules())
 
 
 def _filled(given: Any, layers: Layers, stack: Any, stores: bool) -> Any:
-    """The (empty) cache that was given, or a new one, with the prefix in it."""
+    """The given (empty) cache, or a new one, with the prefix in it."""
     if not stores and given is None:
         return cache.holding(layers, stack.config)
     filled = cache.empty(stack.config) if given is None else given

@@ -14,9 +14,9 @@ class CarriesFrame:
     """A checkpointing function whose recomputation sees the frame of its forward pass.
 
     Backward passes run after the handle's call has ended (and, on CUDA, on another thread), so a recomputed layer would
-    run without adapters: reentrant checkpointing then returns `None` gradients and training goes on silently.
+    run without adapters: reentrant checkpointing then returns `None` gradients, and training continues silently.
     Reentrant checkpointing also needs one input that requires a gradient; a frozen embedding gives none, so an alias
-    of the first floating-point input asks for one.
+    of the first floating-point input does.
     """
 
     def __init__(self, checkpoint: Any) -> None:
@@ -36,7 +36,7 @@ class CarriesFrame:
         return self.checkpoint(run, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or pickle of the base alone holds the function as it was."""
+        """A copy or pickle of the base alone holds the original function."""
         return copy.copy, (self.checkpoint,)
 
     def _is_reentrant(self) -> bool:
@@ -44,7 +44,7 @@ class CarriesFrame:
 
 
 def _with_one_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`args`, where none asks for a gradient with the first floating-point one replaced by an alias that does."""
+    """`args`; if none requires a gradient, with the first floating-point one replaced by an alias that does."""
     floating = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()]
     if not floating or any(args[i].requires_grad for i in floating):
         return args

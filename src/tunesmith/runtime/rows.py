@@ -16,23 +16,23 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
 
 
 def prepend(values: Tensor, n: int, fill: int | Tensor) -> Tensor:
-    """`values` `(B, T)` behind n columns of one value, or of other values for each row, `(B, n)`."""
+    """`values` `(B, T)` with n columns in front of them, filled with one value or with given ones, `(B, n)`."""
     first = fill.to(values.dtype) if isinstance(fill, Tensor) else values.new_full((values.shape[0], n), fill)
     return torch.cat([first, values], dim=1)
 
 
 def counts(n: int, real: Tensor | None) -> int | Tensor:
-    """How many virtual tokens each row has: one number, or `(B, 1)`."""
+    """Number of virtual tokens of each row: an int, or `(B, 1)`."""
     return n if real is None else real.sum(1, keepdim=True)
 
 
 def counted_positions(mask: Tensor) -> Tensor:
-    """Positions of tokens that the mask shows, counted from 0 in each row."""
+    """Positions of the unmasked tokens, counted from 0 in each row."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def shifted_positions(positions: Tensor, n: int, real: Tensor | None) -> Tensor:
-    """The user's positions moved up by the row's virtual tokens, whose own positions come before them."""
+    """The user's positions, shifted by the row's virtual tokens, with the positions of those in front."""
     if real is None:
         first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
     else:

@@ -1,7 +1,8 @@
 """The place in front of a base module's `forward` where adapters act.
 
-A `Site` stands in the module's `__dict__`; the module keeps its class, name, parameters and place. It holds no adapter
-and no strong reference, so handles are freed when dropped, and copies and pickles of a base alone are plain bases.
+A `Site` is stored in the module's `__dict__` under "forward": `nn.Module.__call__` looks `forward` up on the instance before
+the class, and deleting the entry restores the class's. The module keeps its class, name, parameters and place. A site holds
+no adapter and no strong reference, so handles are freed when dropped, and copies and pickles of a base alone are plain bases.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def site_of(module: nn.Module) -> Site | None:
 
 
 def fault(module: nn.Module) -> str | None:
-    """Why no site can be installed on `module`; None where it can."""
+    """Why no site can be installed on `module`; None if it can."""
     present = module.__dict__.get(_slot(module))
     if present is None or isinstance(present, Site) or _is_plain(module, present):
         return None
@@ -79,7 +80,7 @@ def fault(module: nn.Module) -> str | None:
 
 
 def install(module: nn.Module) -> Site:
-    """The module's site, put there if it has none yet.
+    """The module's site, installed if there is none yet.
 
     A site goes innermost: accelerate's hooks keep the module's own forward in `_old_forward` and call it with the
     weights in place, so the site takes that slot where it exists.
@@ -98,7 +99,7 @@ def install(module: nn.Module) -> Site:
 
 
 def remove(module: nn.Module) -> None:
-    """Take our site away and nothing else; a hook that wraps it keeps wrapping the plain forward."""
+    """Remove our site and nothing else; a hook that wraps it then wraps the plain forward."""
     if isinstance(module.__dict__.get("_old_forward"), Site):
         module.__dict__["_old_forward"] = class_forward(module)
     if isinstance(module.__dict__.get("forward"), Site):
@@ -113,5 +114,5 @@ def _slot(module: nn.Module) -> str:
 
 
 def _is_plain(module: nn.Module, forward: Any) -> bool:
-    """Whether `forward` is the class's own, bound to this module (accelerate leaves such ones behind)."""
+    """Whether `forward` is the class's own, bound to this module (accelerate leaves such attributes behind)."""
     return isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward

@@ -1,6 +1,6 @@
-"""Virtual tokens at the model's spec: how a call's inputs change, for every kind of model.
+"""Virtual tokens before the model's inputs: how the inputs of a call change, for every kind of model.
 
-Virtual tokens stand before a row's first real token, so behind its left padding: `[pad pad | v v v | x x x]`. Positions
+Virtual tokens come before a row's first real token, after any left padding: `[pad pad | v v v | x x x]`. Positions
 are counted from the mask. A row therefore gives the same result whatever its padding; on rows without left padding this
 is exactly `[v v v | x x x | pad pad]`, the form every other system uses.
 """
@@ -24,18 +24,18 @@ from .rows import counted_positions, counts, prepend, shifted_positions, tokens_
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What must be known of a base model to put virtual tokens in front of its input.
+    """What must be known about a base model to put virtual tokens in front of its input.
 
     Args:
         accepts: names of the forward's parameters.
-        encoder_decoder: the tokens go before the encoder's input and labels stay as they are.
-        labels_per_token: labels are one per input token, so they get as many `IGNORED` as there are virtual tokens.
+        encoder_decoder: the tokens go before the encoder's input, and labels are unchanged.
+        labels_per_token: there is one label per input token, so each virtual token gets the label `IGNORED`.
         last_token_decides: the head reads the last position (classifiers on causal models), so right padding moves
             to the front, where the model cannot mistake it for the end.
-        first_token_decides: the head reads the first position (classifiers on encoders), so padding moves behind.
-        reads_first_token: besides what it computes for each token, the model pools the first position.
-        positions: how many positions the learned table holds, None where positions are computed.
-        mask_positions: position ids may be given, counted from the mask (RoBERTa's start behind the padding id).
+        first_token_decides: the head reads the first position (classifiers on encoders), so padding moves to the end.
+        reads_first_token: in addition to its outputs for each token, the model pools the first position.
+        positions: size of the learned table of positions; None if positions are computed.
+        mask_positions: position ids, counted from the mask, may be given (not to RoBERTa, which counts from the padding id).
     """
 
     accepts: frozenset[str]
@@ -49,12 +49,12 @@ class InputSpec:
 
 
 def virtual_counts(frame: Frame) -> int:
-    """How many virtual tokens the frame puts in front of the input."""
+    """Number of virtual tokens that the frame puts in front of the input."""
     return sum(tokens for prompt, tokens in frame.prompts if not prompt.in_cache)
 
 
 def virtual_tokens(frame: Frame, task_ids: Tensor | None) -> Any:
-    """What the frame puts in front of the input, `(n, dim)` or `(rows, n, dim)`; None where it puts nothing there."""
+    """The frame's virtual tokens in front of the input, `(n, dim)` or `(rows, n, dim)`; None if it has none."""
     for prompt, tokens in frame.prompts:
         if not prompt.in_cache:
             virtual = prompt(task_ids) if prompt.by_task else prompt()
@@ -63,7 +63,7 @@ def virtual_tokens(frame: Frame, task_ids: Tensor | None) -> Any:
 
 
 def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None) -> Tensor:
-    """What a mixed batch has in front of each row, `(rows, n, dim)`."""
+    """The virtual tokens in front of each row of a mixed batch, `(rows, n, dim)`."""
     parts = zip(mixture.frames, mixture.groups)
     values = [virtual_tokens(frame, None if task_ids is None else task_ids[rows]) for frame, rows in parts]
     return mixture.stacked(values, 2, mixture.size)
@@ -72,13 +72,13 @@ def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None) -> Tensor:
 def extend(
     inputs: dict[str, Any], virtual: Tensor, embed: nn.Module, spec: InputSpec, real: Tensor | None = None
 ) -> dict[str, Any]:
-    """The inputs of a text's first forward call with virtual tokens put in (of the later ones: `continued`).
+    """The inputs of a text's first forward call, with virtual tokens inserted (for later calls: `continued`).
 
     Args:
         inputs: keyword arguments of the base's forward; not changed.
         virtual: `(n, dim)`, or other tokens for each row, `(B, n, dim)`.
         embed: the base's input embeddings.
-        real: `(B, n)`, which of the virtual tokens a row has (the others are padding); None where all rows have all.
+        real: `(B, n)`, which of the virtual tokens a row has (the others are padding); None if every row has all of them.
 
     Returns:
         New keyword arguments, with `inputs_embeds` `(B, n + T, dim)` in place of `input_ids`.
@@ -115,7 +115,7 @@ def extend(
 
 
 def _embedded(inputs: dict[str, Any], embed: nn.Module) -> Tensor:
-    """The embeddings of a call, `(B, T, dim)`; `input_ids` are taken out of the inputs."""
+    """The embeddings of a call, `(B, T, dim)`; removes `input_ids` from the inputs."""
     ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
@@ -124,7 +124,7 @@ def _embedded(inputs: dict[str, Any], embed: nn.Module) -> Tensor:
 
 
 def _check_extension(length: int, mask: Tensor | None, n: int, spec: InputSpec, real: Tensor | None) -> None:
-    """Refuse an input of `length` tokens that the base cannot read behind n virtual ones."""
+    """Reject an input of `length` tokens that the base cannot read after n virtual ones."""
     check_length(length, n, spec)
     if mask is not None and mask.dim() != 2:
         raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
@@ -132,7 +132,7 @@ def _check_extension(length: int, mask: Tensor | None, n: int, spec: InputSpec, 
     if real is not None and spec.reads_first_token and not bool(real.all()):
         raise UsageError(
             "this base pools each row's first position, which is padding where a row has fewer virtual tokens than another; "
-            "run such a batch adapter by adapter"
+            "run such a batch one adapter at a time"
         )
 
 
@@ -157,7 +157,7 @@ def input_spec_of(model: nn.Module, accepts: frozenset[str], *, labels_per_token
 
 
 def fill_in(config: PromptConfig, model: Any) -> None:
-    """Fill the fields of a prompt config that follow from the base, as the ecosystem's files hold them."""
+    """Fill in the fields of a prompt config that follow from the base, as in the ecosystem's files."""
     dim = architecture.embedding_width(model)
     if config.token_dim not in (None, dim):
         raise ConfigError(f"token_dim={config.token_dim}, but {type(model).__name__} embeds tokens in {dim} dimensions")
@@ -175,8 +175,8 @@ def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) ->
     """Keyword arguments of `generate` in which lengths count new tokens only, and padding has a mask.
 
     `generate` counts embeddings into `max_length`; users do not count virtual tokens, so `max_length` and `min_length`
-    become `max_new_tokens` and `min_new_tokens` for decoders. Padding is told from ids only, which are not what the
-    model reads here, so a missing mask is derived as `generate` would from ids.
+    become `max_new_tokens` and `min_new_tokens` for decoders. `generate` infers padding only from ids, which the
+    model does not read here, so a missing mask is derived from ids in the same way.
     """
     kwargs = dict(kwargs)
     settings = kwargs.get("generation_config") or model.generation_config
@@ -191,7 +191,7 @@ def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) ->
             if given and kwargs.get(new) is None and getattr(kwargs.get("generation_config"), new, None) is None:
                 kwargs[new] = given - ids.shape[1] if total == "max_length" else max(given - ids.shape[1], 0)
         if kwargs.get("max_new_tokens", 1) <= 0:
-            raise UsageError(f"the prompt has {ids.shape[1]} tokens already, no fewer than max_length; raise max_length")
+            raise UsageError(f"the prompt alone has {ids.shape[1]} tokens, which reaches max_length; increase max_length")
     if kwargs.get("attention_mask") is None:
         pad, eos = (kwargs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
         ends = eos if isinstance(eos, (list, tuple)) else [eos]
@@ -201,14 +201,14 @@ def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) ->
 
 
 def is_continuation(inputs: dict[str, Any]) -> bool:
-    """Whether a call goes on from a cache that holds something."""
+    """Whether a call continues from a cache that is not empty."""
     return cache.length(cache.given(inputs)) > 0
 
 
 def continued(inputs: dict[str, Any], n: int, spec: InputSpec, real: Tensor | None = None) -> dict[str, Any]:
-    """A later step of a decoding loop: the cache holds the virtual tokens already, only the mask may lack them.
+    """The inputs of a later decoding step: the cache already holds the virtual tokens; only the mask may lack them.
 
-    Positions go on counting from the mask, as they did in the first step.
+    Positions are still counted from the mask, as in the first step.
     """
     inputs = dict(inputs)
     mask, tokens = inputs.get("attention_mask"), tokens_of(inputs)
@@ -226,20 +226,20 @@ def continued(inputs: dict[str, Any], n: int, spec: InputSpec, real: Tensor | No
 
 
 def check_length(length: int, n: int, spec: InputSpec) -> None:
-    """Refuse an input that leaves no positions for virtual tokens."""
+    """Reject an input that leaves no positions for virtual tokens."""
     if spec.positions is not None and length + n > spec.positions:
         raise UsageError(
-            f"{length} tokens and {n} virtual tokens need {length + n} positions, the base has {spec.positions}; "
-            f"cut the input to {spec.positions - n} tokens"
+            f"{length} tokens and {n} virtual tokens need {length + n} positions, but the base has {spec.positions}; "
+            f"truncate the input to {spec.positions - n} tokens"
         )
 
 
 def check_positions(real: Tensor | None, spec: InputSpec) -> None:
-    """Refuse rows with different numbers of virtual tokens where positions cannot be counted row by row."""
+    """Reject rows with different numbers of virtual tokens if positions cannot be counted row by row."""
     if real is not None and spec.positions is not None and not spec.mask_positions and not bool(real.all()):
         raise UsageError(
             "this base counts positions from the first column, so rows of one batch cannot have different numbers of "
-            "virtual tokens; run such a batch adapter by adapter"
+            "virtual tokens; run such a batch one adapter at a time"
         )
 
 

@@ -1,1 +1,1 @@
-"""Files: folders written whole or not at all, and the hub."""
+"""Files: folders written atomically, and the Hub."""

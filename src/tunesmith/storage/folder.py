@@ -1,14 +1,14 @@
-"""An adapter's files in a folder: read with suspicion, written whole or not at all.
+"""An adapter's files in a folder: validated when read, written completely or not at all.
 
     adapter_config.json         the configuration (indent 2, sorted keys)
     adapter_model.safetensors   the tensors (metadata {"format": "pt"})
-    adapter_encoder.safetensors what computes virtual tokens while they are trained; only to go on training
-    adapter_model.bin           the same, old form; read only, never unpickled beyond plain tensors
+    adapter_encoder.safetensors the encoder of virtual tokens in training; needed only to resume
+    adapter_model.bin           the tensors in the old format; read only, and nothing but plain tensors is unpickled
     README.md                   the model card
 
-Writing stages new files beside the old ones in `.adapter-staging-<id>/`, flushes them to the disk and renames the folder
-to `.adapter-commit/`: from that moment the new adapter is the valid one, and each file then moves to its place.
-Readers look into `.adapter-commit/` first. A writer killed at any moment leaves the old adapter or the new one.
+Writing stages new files beside the old ones in `.adapter-staging-<id>/`, flushes them to disk and renames the folder
+to `.adapter-commit/`: from that moment the new adapter is the valid one, and each file then moves into place.
+Readers check `.adapter-commit/` first. A writer killed at any moment leaves the old adapter or the new one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STAGING_PREFIX = ".adapter-staging-"
 
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# Of the ecosystem's calls; an adapter goes where the base is, however it was asked to be placed.
+# Accepted as in the ecosystem's calls, but without effect: an adapter is always placed where its base is.
 _IGNORED_OPTIONS = (
     "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "offload_buffers", "torch_device",
     "low_cpu_mem_usage", "ephemeral_gpu_offload", "use_safetensors", "proxies", "resume_download",
@@ -55,25 +55,25 @@ class AdapterFolder:
 
     @classmethod
     def find(cls, name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> AdapterFolder:
-        """The adapter at a local path, else of a hub repository (kwargs: `revision`, `token`, `cache_dir`, ...).
+        """The adapter in a local folder, else in a Hub repository (kwargs: `revision`, `token`, `cache_dir`, ...).
 
         Raises:
-            AdapterFileError: neither is there.
+            AdapterFileError: neither exists.
         """
-        strange = [key for key in hub if key not in _HUB_OPTIONS and key not in _IGNORED_OPTIONS]
-        if strange:
-            raise ConfigError(f'no option "{strange[0]}" for loading an adapter{did_you_mean(strange[0], _HUB_OPTIONS)}')
+        unknown = [key for key in hub if key not in _HUB_OPTIONS and key not in _IGNORED_OPTIONS]
+        if unknown:
+            raise ConfigError(f'unknown option "{unknown[0]}" for loading an adapter{did_you_mean(unknown[0], _HUB_OPTIONS)}')
         if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
-            raise AdapterFileError(f"{name_or_path!r} names no adapter; give a folder or the id of a hub repository")
+            raise AdapterFileError(f"{name_or_path!r} does not name an adapter; give a folder or the id of a Hub repository")
         if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
-            raise AdapterFileError(f"subfolder={subfolder!r} leads out of the adapter's folder; give a folder inside it")
+            raise AdapterFileError(f"subfolder={subfolder!r} points outside the adapter's folder; give a folder inside it")
         folder = Path(name_or_path) / (subfolder or "")
         if os.path.isdir(folder):  # unlike Path.is_dir, False for names that no file system takes
             return cls(str(folder), lambda filename: _present(folder, filename))
         if os.path.isfile(folder):
             raise AdapterFileError(f"{folder} is a file; give the folder that holds {CONFIG_FILE}")
         if Path(name_or_path).is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
-            raise AdapterFileError(f"there is no folder {folder}; check the path (hub repositories are written owner/name)")
+            raise AdapterFileError(f"there is no folder {folder}; check the path (Hub repositories are written owner/name)")
         prefix = f"{subfolder}/" if subfolder else ""
         known = {k: v for k, v in hub.items() if k in _HUB_OPTIONS}
         return cls(str(name_or_path), lambda filename: fetch(str(name_or_path), prefix + filename, **known))
@@ -82,7 +82,7 @@ class AdapterFolder:
         """What `adapter_config.json` holds.
 
         Raises:
-            AdapterFileError: the file is missing or is no JSON object.
+            AdapterFileError: the file is missing or is not a JSON object.
         """
         path = self.locate(CONFIG_FILE)
         if path is None:
@@ -121,17 +121,17 @@ class AdapterFolder:
         return _read_pickle(path)
 
     def holds_encoder(self) -> bool:
-        """Whether training can go on where it was: the virtual tokens' encoder is there."""
+        """Whether training can be resumed: the virtual tokens' encoder is present."""
         return self.locate(ENCODER_FILE) is not None
 
     def encoder_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the virtual tokens' encoder; none where its file is not there."""
+        """Every tensor of the virtual tokens' encoder; empty if there is no such file."""
         path = self.locate(ENCODER_FILE)
         return {} if path is None else _read_safetensors(path)
 
 
 def _present(folder: Path, filename: str) -> Path | None:
-    """The file in a folder; one of a finished but not yet moved write counts first."""
+    """The file in a folder; that of a committed write whose files have not been moved yet comes first."""
     commit = folder / COMMIT_FOLDER
     places = (folder,) if commit.is_symlink() else (commit, folder)
     return next((place / filename for place in places if (place / filename).is_file()), None)
@@ -140,9 +140,9 @@ def _present(folder: Path, filename: str) -> Path | None:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        message = f"{path} is damaged or no safetensors file ({error}); download or save the adapter again"
+        message = f"{path} is damaged or not a safetensors file ({error}); download or save the adapter again"
         raise AdapterFileError(message) from error
 
 
@@ -157,12 +157,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"ask its author for {WEIGHTS_FILE}"
         ) from error
     if not isinstance(values, dict) or not all(isinstance(v, torch.Tensor) for v in values.values()):
-        raise AdapterFileError(f"{path} holds something else than named tensors; ask its author for {WEIGHTS_FILE}")
+        raise AdapterFileError(f"{path} holds something other than named tensors; ask its author for {WEIGHTS_FILE}")
     return values
 
 
 def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files into `folder`, all of them or none; other files there stay.
+    """Write files into `folder`, all of them or none; other files there are kept.
 
     Args:
         writers: `{filename: function that writes it to the given path}`.
@@ -178,7 +178,7 @@ def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path
         _stage(folder, writers)
         _finish(folder)
     except (OSError, SafetensorError) as error:
-        raise AdapterFileError(f"cannot save into {folder} ({error}); free it or give another folder") from error
+        raise AdapterFileError(f"cannot save into {folder} ({error}); fix this or give another folder") from error
 
 
 def write_text(text: str, path: Path) -> None:
@@ -203,7 +203,7 @@ def _stage(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> Non
 
 
 def _finish(folder: Path) -> None:
-    """Move a committed write's files to their places; does nothing where none is waiting."""
+    """Move the files of a committed write into place; does nothing if there are none."""
     commit = folder / COMMIT_FOLDER
     if commit.is_symlink() or not commit.is_dir():  # a link is not ours: it would move another folder's files
         return
@@ -214,7 +214,7 @@ def _finish(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The model hub: fetching single files of an adapter, uploading a folder."""
+"""The Hugging Face Hub: fetching single files of an adapter, uploading a folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..errors import AdapterFileError
 
 
 def fetch(repo: str, filename: str, **kwargs: Any) -> Path | None:
-    """The local path of one file of a hub repository; None when the repository has no such file.
+    """The local path of one file of a Hub repository; None if the repository has no such file.
 
     Raises:
-        AdapterFileError: there is no such repository, or the hub cannot be reached and nothing is cached.
+        AdapterFileError: there is no such repository, or the Hub cannot be reached and nothing is cached.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -23,15 +23,15 @@ def fetch(repo: str, filename: str, **kwargs: Any) -> Path | None:
         return Path(hf_hub_download(repo, filename, **kwargs))
     except LocalEntryNotFoundError as error:
         raise AdapterFileError(
-            f'"{repo}" is no folder here, the hub cannot be reached and its cache does not hold {filename}; '
+            f'"{repo}" is not a local folder, the Hub cannot be reached and its cache does not hold {filename}; '
             "check the path, or the network and HF_HUB_OFFLINE"
         ) from error
     except EntryNotFoundError:
         return None
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise AdapterFileError(f'"{repo}" is neither a folder here nor a repository on the hub (or it is private)') from error
+        raise AdapterFileError(f'"{repo}" is neither a local folder nor a repository on the Hub (or it is private)') from error
     except OSError as error:
-        raise AdapterFileError(f'"{repo}" is no folder here, and the hub cannot be reached: {error}') from error
+        raise AdapterFileError(f'"{repo}" is not a local folder, and the Hub cannot be reached: {error}') from error
 
 
 def push_folder(
@@ -44,7 +44,7 @@ def push_folder(
     commit_message: str = "Upload adapter",
     create_pr: bool = False,
 ) -> str:
-    """Write a folder with `save` and upload it as one commit; returns the commit's address."""
+    """Write a folder with `save` and upload it as one commit; returns the commit's URL."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
