@@ -152,7 +152,7 @@ class SublayerAdapter(Adapter):
 
 
 class PromptAdapter(Adapter):
-    """An adapter at the model's entrance: virtual tokens before the input, or keys and values before every layer's own.
+    """An adapter of the input: virtual tokens in front of it, or keys and values in front of every layer's own.
 
     It has a materialized form, one parameter `embedding`, which is what files hold; while training, an `encoder` may stand
     in its place that computes it. `adapter()` gives virtual tokens as `(tokens * submodules, dim)`, the order of

@@ -148,9 +148,9 @@ class PeftConfig:
         values = target.understood(values)
         names = {f.name for f in dataclasses.fields(target) if f.init}
         unknown = {key: value for key, value in values.items() if key not in names and key not in _INFORMATIVE}
-        acting = {k: v for k, v in unknown.items() if not is_off(v) and v not in target.not_supported.get(k, ())}
-        if acting:
-            raise ConfigError("; ".join(unknown_key(key, target, value) for key, value in acting.items()))
+        used = {k: v for k, v in unknown.items() if not is_off(v) and v not in target.not_supported.get(k, ())}
+        if used:
+            raise ConfigError("; ".join(unknown_key(key, target, value) for key, value in used.items()))
         strange = sorted(set(unknown) - set(target.not_supported))
         if strange:
             logger.warning("ignoring unknown keys that are switched off: %s", ", ".join(strange))
@@ -323,7 +323,7 @@ class TargetedConfig(PeftConfig):
 
 @config_class
 class PromptConfig(PeftConfig):
-    """Fields of methods that add virtual tokens at the model's entrance.
+    """Fields of methods that put virtual tokens in front of the input.
 
     Args:
         num_virtual_tokens: how many.

@@ -61,12 +61,12 @@ def is_decoder_only(config: Any) -> bool:
 
 def auto_class(config: Any) -> str:
     """Name of transformers' auto class for language models with such a configuration."""
-    if hears(config):
+    if is_speech_model(config):
         return "AutoModelForSpeechSeq2Seq"
     return "AutoModelForSeq2SeqLM" if is_encoder_decoder(config) else "AutoModelForCausalLM"
 
 
-def hears(config: Any) -> bool:
+def is_speech_model(config: Any) -> bool:
     """Whether the encoder reads audio."""
     return model_type(config) == "whisper"
 
@@ -106,7 +106,7 @@ def vocabulary(config: Any) -> int:
     return count
 
 
-def sound_shape(config: Any) -> tuple[int, int]:
+def spectrogram_shape(config: Any) -> tuple[int, int]:
     """`(mel bins, frames)` of the spectrogram that a speech model reads."""
     return config.num_mel_bins, 2 * config.max_source_positions
 

@@ -211,8 +211,8 @@ def _collated(handle: PeftModel, packing: bool | None, batch: Sequence[Example])
     rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in batch]
     inputs = {name: value for name, value in PadRight(0)(rows).items() if name != "labels"}
     labels = PadRight(IGNORED)([{"input_ids": row["labels"]} for row in batch])["input_ids"]
-    if architecture.hears(config):
-        sound = torch.empty(len(batch), *architecture.sound_shape(config), device="meta")
+    if architecture.is_speech_model(config):
+        sound = torch.empty(len(batch), *architecture.spectrogram_shape(config), device="meta")
         return {"input_features": sound.to(handle.base_model.dtype), "labels": labels}
     return {**inputs, "labels": labels}
 

@@ -80,11 +80,11 @@ class Calls(Frames):
         inputs, task_ids = self._without_task_ids(inputs)
         return call_inputs.prepare(self.base_model, self.input_spec, frame, inputs, task_ids)
 
-    def pack(self, frame: Frame, inputs: dict[str, Any], even: int = 1) -> tuple[Frame, dict[str, Any]]:
-        """The frame and the base's inputs of a call whose texts are packed into one row; `even` as in `call_inputs.pack`."""
+    def pack(self, frame: Frame, inputs: dict[str, Any], multiple_of: int = 1) -> tuple[Frame, dict[str, Any]]:
+        """The frame and the base's inputs of a call whose texts are packed into one row; see `call_inputs.pack`."""
         inputs, task_ids = self._without_task_ids(inputs)
         with self.entered(frame):
-            return call_inputs.pack(self.base_model, self.input_spec, frame, inputs, task_ids, even)
+            return call_inputs.pack(self.base_model, self.input_spec, frame, inputs, task_ids, multiple_of)
 
     def _run(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.entered(frame):

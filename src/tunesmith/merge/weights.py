@@ -155,7 +155,7 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
     if new_bias is not None and module._parameters.get("bias") is None:
         raise UsageError(
             f"{type(adapter).__name__} adds a bias to a {type(module).__name__} that has none, so it cannot be merged; "
-            "use the handle as it is"
+            "use the handle unmerged"
         )
     if new_bias is not None and new_bias is not bias:
         values["bias"] = new_bias.to(module.bias.dtype)

@@ -65,7 +65,7 @@ class LoraFactors(LinearAdapter):
 
     def merge_fault(self, base: BaseView) -> str | None:
         if self.lora_B_bias is not None and base.bias is None:
-            return "lora_bias=True trained a bias, but the module has none to merge it into; use the handle as it is"
+            return "lora_bias=True trained a bias, but the module has none to merge it into; use the handle unmerged"
         return base.compose_fault()
 
     def in_file(self, beside: bool) -> dict[str, Tensor]:

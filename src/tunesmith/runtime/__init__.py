@@ -19,7 +19,7 @@ What a call can hold besides:
 - `virtual_tokens.py`, `rows.py`: embeddings in front of each row, with the masks, positions and labels that go with them.
 - `prefix.py`: keys and values in front of each layer's own. They enter through `cache.py`, which alone knows what
   transformers calls its caches.
-- `packed_row.py`, `packed_attention.py`: texts one after another in one row, none of which attends to another.
+- `packed_row.py`, `packed_attention.py`: several texts in one row, none of which attends to another.
 - `adapted.py`: a view of a module with an adapter on it, for the second adapter on the same module.
 - `recompute.py`: layers that gradient checkpointing computes again see the frame of their forward pass.
 """

@@ -35,20 +35,20 @@ def prepare(base: Any, spec: InputSpec, frame: Frame, inputs: dict[str, Any], ta
 
 
 def pack(
-    base: Any, spec: InputSpec, frame: Frame, inputs: dict[str, Any], task_ids: Tensor | None = None, even: int = 1
+    base: Any, spec: InputSpec, frame: Frame, inputs: dict[str, Any], task_ids: Tensor | None = None, multiple_of: int = 1
 ) -> tuple[Frame, dict[str, Any]]:
     """The frame of a packed call, and the base's keyword arguments, with virtual tokens in front of each text.
 
     Args:
         inputs: keyword arguments of the handle's forward, boundaries of texts among them; not changed.
         task_ids: `(texts,)`.
-        even: the row is padded to a multiple of this length with one more text, which has no labels.
+        multiple_of: the row is padded to a multiple of this length with one more text, which has no labels.
     """
     virtual = None
     if frame.mixture is None and virtual_tokens.virtual_counts(frame):
         virtual = virtual_tokens.virtual_tokens(frame, task_ids)
         virtual_tokens.check_length(Segments.of(inputs).longest, virtual.shape[-2], spec)
-    return packed_row.packed(base, frame, inputs, virtual, even)
+    return packed_row.packed(base, frame, inputs, virtual, multiple_of)
 
 
 def for_generate(

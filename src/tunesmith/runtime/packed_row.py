@@ -45,14 +45,14 @@ class WithConfig(Replacement):
 
 
 def packed(
-    base: Any, frame: Frame, inputs: dict[str, Any], virtual: Tensor | None = None, even: int = 1
+    base: Any, frame: Frame, inputs: dict[str, Any], virtual: Tensor | None = None, multiple_of: int = 1
 ) -> tuple[Frame, dict[str, Any]]:
     """The frame of a packed call, and the keyword arguments of the base's forward.
 
     Args:
         inputs: the call's keyword arguments; not changed.
         virtual: virtual tokens in front of each text, `(n, dim)`, or other ones for each text, `(texts, n, dim)`.
-        even: the row is padded to a multiple of this length with one more text, which has no labels.
+        multiple_of: the row is padded to a multiple of this length with one more text, which has no labels.
 
     Raises:
         UsageError: the base or an adapter cannot keep texts of one row apart, or the boundaries do not fit the row.
@@ -71,8 +71,8 @@ def packed(
         inputs["position_ids"] = positions[None].to(tokens.device)  # (1, T)
     if virtual is not None:
         inputs, segments = _insert(virtual, inputs, segments, base.get_input_embeddings())
-    if even > 1:
-        inputs, segments = _pad(inputs, segments, even)
+    if multiple_of > 1:
+        inputs, segments = _pad(inputs, segments, multiple_of)
     modules: list[Any] = [module for _, module in architecture.attention_modules(base)]
     configs = {id(module.config): module.config for module in modules}  # usually a single one
     views = {key: WithConfig(architecture.with_attention(config, ATTENTION)) for key, config in configs.items()}

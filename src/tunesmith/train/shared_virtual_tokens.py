@@ -49,13 +49,13 @@ def _saved(texts: int, virtual: int) -> int:
     return texts * virtual - max(virtual, PASS)
 
 
-def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even: int) -> Tensor:
+def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, multiple_of: int) -> Tensor:
     """The base's run on a batch.
 
     Args:
         inputs: of `(B, T)` tokens, without labels; padded at the right, or packed.
         tap: holds the hidden states of each call of the output head as `hidden`.
-        even: the length of a packed row is made a multiple of it.
+        multiple_of: the length of a packed row is made a multiple of it.
 
     Returns:
         Hidden states before the output head that predict each token, `(B, T, dim)`: the first one's is the last virtual
@@ -76,7 +76,7 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, even:
     before = torch.arange(length, device=last.device)  # of each token, where the one before it is behind `last`
     if packed:
         before[inputs[BOUNDARIES][:-1].long()] = 0
-        frame, inputs = packed_row.packed(base, frame, inputs, even=even)
+        frame, inputs = packed_row.packed(base, frame, inputs, multiple_of=multiple_of)
         inputs["position_ids"] = inputs["position_ids"] + len(virtual)
     elif inputs.get("attention_mask") is not None:
         inputs = {**inputs, "attention_mask": prepend(inputs["attention_mask"], len(virtual), 1)}
