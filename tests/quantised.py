@@ -47,13 +47,13 @@ def make(tmp_path, form: str, name: str = "llama", dtype: torch.dtype = torch.fl
     return load(folder, form, **kwargs)
 
 
-def dense_twin(base: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+def dense_copy(base: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The dense model that a quantised one stands for: a copy, every weight decoded."""
-    twin = copy.deepcopy(base)
-    for path, view in list(quantised_views(twin)):
-        twin.set_submodule(path, dense_module(view, dtype))
-    drop_quantised_marks(twin)
-    return twin.to(dtype)
+    dense = copy.deepcopy(base)
+    for path, view in list(quantised_views(dense)):
+        dense.set_submodule(path, dense_module(view, dtype))
+    drop_quantised_marks(dense)
+    return dense.to(dtype)
 
 
 def stored(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import transformers as tf
 
 from tests import quantised, tiny
 from tests.handles import out
-from tests.methods.test_contract_quantised import INPUTS, LABELLED, acting, each_form, with_the_same_adapter
+from tests.methods.test_contract_quantised import INPUTS, LABELLED, randomised, each_form, with_the_same_adapter
 from tunesmith import AutoPeftModelForCausalLM, LoraConfig, UsageError, get_peft_model, prepare_model_for_kbit_training
 from tunesmith.bases.quantised import quantised_views
 
@@ -48,10 +48,10 @@ def test_the_usual_recipe_trains_every_adapter(form, reentrant, tmp_path):
     """Also without anything said about reentrance, which checkpoints reentrantly and needs inputs with a gradient."""
     kwargs = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     base = quantised.make(tmp_path, form, dtype=torch.bfloat16, compute=torch.bfloat16)
-    twin = quantised.dense_twin(base)
+    dense_base = quantised.dense_copy(base)
     before = quantised.stored(prepare_model_for_kbit_training(base, **kwargs))
-    handle = acting(base, LoraConfig(**LORA)).train()
-    dense = with_the_same_adapter(handle, twin, LoraConfig(**LORA)).train()
+    handle = randomised(base, LoraConfig(**LORA)).train()
+    dense = with_the_same_adapter(handle, dense_base, LoraConfig(**LORA)).train()
     found, expected = losses_of_training(handle), losses_of_training(dense)
     assert expected[-1] < 0.9 * expected[0]
     assert found == pytest.approx(expected, rel=0.02)  # bf16 products against fp32, over the whole way
@@ -88,7 +88,7 @@ def test_a_handle_is_refused_before_its_adapters_are_frozen():
 @each_form
 def test_an_adapter_loads_with_its_base_quantised(form, tmp_path):
     quantised.wide().save_pretrained(tmp_path / "base")
-    handle = acting(quantised.load(tmp_path / "base", form), LoraConfig(**LORA)).eval()
+    handle = randomised(quantised.load(tmp_path / "base", form), LoraConfig(**LORA)).eval()
     handle.save_pretrained(tmp_path / "adapter")
     fields = dict(quantised.FORMS[form])
     config = tf.BitsAndBytesConfig(**fields, **({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in fields else {}))
@@ -104,7 +104,7 @@ def test_peft_reads_our_adapter_and_computes_the_same(form, tmp_path):
     import peft
 
     base = quantised.make(tmp_path, form)
-    handle = acting(base, LoraConfig(**LORA)).train()
+    handle = randomised(base, LoraConfig(**LORA)).train()
     handle.save_pretrained(tmp_path / "adapter")
     other = peft.PeftModel.from_pretrained(quantised.make(tmp_path, form), tmp_path / "adapter").train()
     torch.testing.assert_close(handle(**INPUTS).logits, other(**INPUTS).logits, rtol=1e-4, atol=1e-4)
@@ -120,7 +120,7 @@ def test_peft_reads_our_adapter_and_computes_the_same(form, tmp_path):
 def test_transformers_trainer_takes_the_handle(form, tmp_path):
     """Its gate for quantised models, its checkpoints of the adapter only, and resuming nothing of the base."""
     base = quantised.make(tmp_path, form, dtype=torch.bfloat16, compute=torch.bfloat16)
-    handle = acting(prepare_model_for_kbit_training(base), LoraConfig(**LORA))
+    handle = randomised(prepare_model_for_kbit_training(base), LoraConfig(**LORA))
     rows = [{"input_ids": row, "labels": row} for row in INPUTS["input_ids"]] * 4
     arguments = tf.TrainingArguments(
         tmp_path / "out", max_steps=3, per_device_train_batch_size=2, report_to="none", use_cpu=True, logging_steps=1,

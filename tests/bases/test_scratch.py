@@ -73,6 +73,6 @@ def test_recorded_weights_are_never_decoded_to_scratch():
 @has_function
 def test_a_second_use_on_copies():
     module = linear4bit((64, 64), compute=torch.bfloat16)
-    twin, x = copy.deepcopy(module), torch.randn(40, 64, dtype=torch.bfloat16)
+    copied, x = copy.deepcopy(module), torch.randn(40, 64, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert torch.equal(view_of(module)(x), view_of(twin)(x))
+        assert torch.equal(view_of(module)(x), view_of(copied)(x))

@@ -206,22 +206,22 @@ def test_one_handle_serves_several_threads(llama, llama_inputs):
 def test_a_copied_handle_works_and_is_independent(llama, llama_inputs, maker, how):
     handle = maker(llama)
     expected, plain = out(handle, llama_inputs), out(llama, llama_inputs)
-    twin = how(handle)
-    assert type(twin) is type(handle) and twin.base_model is not llama
-    assert torch.equal(out(twin, llama_inputs), expected)
+    copied = how(handle)
+    assert type(copied) is type(handle) and copied.base_model is not llama
+    assert torch.equal(out(copied, llama_inputs), expected)
     with torch.no_grad():
-        for parameter in twin.adapters.parameters():
+        for parameter in copied.adapters.parameters():
             parameter.add_(1)
-    assert not torch.equal(out(twin, llama_inputs), expected)
+    assert not torch.equal(out(copied, llama_inputs), expected)
     assert torch.equal(out(handle, llama_inputs), expected)
-    assert torch.equal(out(twin.unload(), llama_inputs), plain)
+    assert torch.equal(out(copied.unload(), llama_inputs), plain)
     assert torch.equal(out(handle, llama_inputs), expected)
 
 
 def test_a_copied_handle_trains(llama, llama_inputs):
-    twin = copy.deepcopy(lora(llama)).train()
-    twin(**llama_inputs, labels=llama_inputs["input_ids"]).loss.backward()
-    assert all(p.grad is not None for p in twin.adapters.parameters())
+    copied = copy.deepcopy(lora(llama)).train()
+    copied(**llama_inputs, labels=llama_inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in copied.adapters.parameters())
     assert all(p.grad is None for p in llama.parameters())
 
 

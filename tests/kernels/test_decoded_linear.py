@@ -1,4 +1,4 @@
-"""The linear map on a decoded weight against its plain twin: values, gradients, what it keeps; LoRA's lean step on it."""
+"""The linear map on a decoded weight against its reference: values, gradients, what it keeps; LoRA's lean step on it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw(*size, seed=1):
 
 @pytest.mark.parametrize("shape", [(IN,), (7, IN), (2, 5, IN), (0, IN)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_its_twin(shape, bias):
+def test_equals_the_reference(shape, bias):
     weight, offset = Counted(), draw(OUT) if bias else None
     x, upstream = draw(*shape).requires_grad_(), draw(*shape[:-1], OUT, seed=2)
     found, expected = (f(x, weight, offset) for f in (decoded_linear, reference.decoded_linear))

@@ -1,4 +1,4 @@
-"""The fused loss of a frozen head against its plain twin in float64, values and gradients."""
+"""The fused loss of a frozen head against its reference in float64, values and gradients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def exact(hidden, weight, bias, labels, smoothing):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4 * 1001, 10**6], ids=["16 rows", "16 rows at least", "all rows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_equals_the_twin(dtype, chunk, bias, smoothing, monkeypatch):
+def test_equals_the_reference(dtype, chunk, bias, smoothing, monkeypatch):
     monkeypatch.setattr(fused, "LOGITS_AT_A_TIME", chunk)
     values = case(dtype, bias=bias)
     loss, gradient = both(fused.linear_cross_entropy, *values, smoothing, tile=100)
@@ -52,8 +52,8 @@ def test_bf16_is_right_up_to_the_rounding_of_logits_and_gradient():
     largest = (hidden.double() @ weight.double().T).abs().max().item()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double() / 37, expected_loss / 37, rtol=0, atol=2**-8 * largest)
-    twin = both(reference.linear_cross_entropy, hidden, weight, None, labels)[1]
-    error, own = ((found.double() - expected_gradient).norm() for found in (gradient, twin))
+    plain = both(reference.linear_cross_entropy, hidden, weight, None, labels)[1]
+    error, own = ((found.double() - expected_gradient).norm() for found in (gradient, plain))
     assert error <= 3**0.5 * own, "the plain path rounds its result once; this one three times (tile, product, quotient)"
 
 

@@ -1,4 +1,4 @@
-"""The lean LoRA step against its plain twin in float64: values, gradients, what it computes and what it keeps."""
+"""The lean LoRA step against its reference in float64: values, gradients, what it computes and what it keeps."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def wide(values, change=lambda value: value):
     return [None if v is None else change(v.detach()).double().requires_grad_(v.requires_grad) for v in values]
 
 
-def assert_equals_the_twin(values):
+def assert_equals_the_reference(values):
     """Within the bound of rounding: at each number, `roundings` times the unit roundoff times the sum of the terms' sizes.
 
-    The twin of absolute values gives those sums, for the output and for each gradient. Sums are taken in fp32 or wider, of
+    The reference on absolute values gives those sums, for the output and for each gradient. Sums are taken in fp32 or wider, of
     at most `terms` numbers; in 16 bits at most 8 results are rounded one after another (factors, h, product, sum).
     """
     upstream = torch.randn(*values[0].shape[:-1], OUT, generator=torch.Generator().manual_seed(1)).to(values[0].dtype)
@@ -67,21 +67,21 @@ def assert_equals_the_twin(values):
 @pytest.mark.parametrize("transposed", [True, False], ids=["stored (in, out)", "stored (out, in)"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_values_and_gradients_equal_the_twins(dtype, shape, transposed, bias):
+def test_values_and_gradients_equal_the_references(dtype, shape, transposed, bias):
     masters = torch.float32 if dtype.itemsize == 2 else dtype
-    assert_equals_the_twin(case(dtype, shape, bias, transposed, masters))
+    assert_equals_the_reference(case(dtype, shape, bias, transposed, masters))
 
 
 @pytest.mark.parametrize("trained", ["x", "a", "b", "xa", "xb", "ab"])
 def test_what_needs_no_gradient_gets_none_and_the_rest_is_right(trained):
-    assert_equals_the_twin(case(trained=trained))
+    assert_equals_the_reference(case(trained=trained))
 
 
 def test_an_input_in_another_order_of_memory():
     x, *rest = case(shape=(5, 2, IN))
     swapped = x.detach().transpose(0, 1).requires_grad_()
     assert not swapped.is_contiguous()
-    assert_equals_the_twin([swapped, *rest])
+    assert_equals_the_reference([swapped, *rest])
 
 
 @pytest.mark.parametrize("trained", ["xab", "xb", "xa", "ab"])

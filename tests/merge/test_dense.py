@@ -11,7 +11,7 @@ from tests import quantised
 from tests.bases.test_quantised import linear4bit
 from tests.handles import out
 from tests.methods.test_contract import MERGEABLE, make_config
-from tests.methods.test_contract_quantised import INPUTS, LABELLED, ON_LINEAR, acting, each_form
+from tests.methods.test_contract_quantised import INPUTS, LABELLED, ON_LINEAR, randomised, each_form
 from tunesmith import LoraConfig, UsageError, get_peft_model, prepare_model_for_kbit_training
 from tunesmith.bases.quantised import quantised_views
 from tunesmith.bases.view import view_of
@@ -24,7 +24,7 @@ LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 @pytest.mark.parametrize("method", [name for name in ON_LINEAR if name in MERGEABLE])
 def test_merged_into_a_dense_model_computes_the_same(method, form, tmp_path):
     base = quantised.make(tmp_path, form)
-    handle = acting(base, make_config(method, "linear")).eval()
+    handle = randomised(base, make_config(method, "linear")).eval()
     expected = out(handle, INPUTS)
     merged = handle.merge_and_unload()
     assert merged is base and not any(quantised_views(base))
@@ -35,7 +35,7 @@ def test_merged_into_a_dense_model_computes_the_same(method, form, tmp_path):
 @each_form
 def test_the_dense_model_is_of_16_bits_and_each_weight_is_rounded_once(form, tmp_path):
     base = quantised.make(tmp_path, form, dtype=torch.bfloat16, compute=torch.bfloat16)
-    handle = acting(base, LoraConfig(**LORA)).eval()
+    handle = randomised(base, LoraConfig(**LORA)).eval()
     handle.add_adapter("second", LoraConfig(**{**LORA, "r": 2}))
     path = "model.layers.0.self_attn.q_proj"
     views = view_of(base.get_submodule(path))
@@ -52,7 +52,7 @@ def test_the_dense_model_is_of_16_bits_and_each_weight_is_rounded_once(form, tmp
 def test_the_dense_model_saves_and_loads_as_any_other(form, tmp_path):
     """After prepare_model_for_kbit_training, which widened what is not quantised."""
     base = quantised.make(tmp_path, form, dtype=torch.bfloat16, compute=torch.bfloat16)
-    handle = acting(prepare_model_for_kbit_training(base), LoraConfig(**LORA, modules_to_save=["lm_head"])).train()
+    handle = randomised(prepare_model_for_kbit_training(base), LoraConfig(**LORA, modules_to_save=["lm_head"])).train()
     handle(**LABELLED).loss.backward()
     merged = handle.eval().merge_and_unload(safe_merge=True)
     expected = out(merged, INPUTS)
@@ -65,7 +65,7 @@ def test_the_dense_model_saves_and_loads_as_any_other(form, tmp_path):
 
 
 def test_another_type_may_be_asked_for(tmp_path):
-    handle = acting(quantised.make(tmp_path, "nf4"), LoraConfig(**LORA)).eval()
+    handle = randomised(quantised.make(tmp_path, "nf4"), LoraConfig(**LORA)).eval()
     expected = out(handle, INPUTS)
     merged = handle.merge_and_unload(dtype=torch.float16)
     assert merged.model.layers[0].self_attn.q_proj.weight.dtype == torch.float16
@@ -77,7 +77,7 @@ def test_conv1d_bases_stay_conv1d(tmp_path):
     from transformers.pytorch_utils import Conv1D
 
     base = quantised.make(tmp_path, "nf4", "gpt2")
-    handle = acting(base, LoraConfig(**{**LORA, "target_modules": ["c_attn", "c_proj"]})).eval()
+    handle = randomised(base, LoraConfig(**{**LORA, "target_modules": ["c_attn", "c_proj"]})).eval()
     expected = out(handle, INPUTS)
     merged = handle.merge_and_unload()
     assert type(merged.transformer.h[0].attn.c_attn) is Conv1D
@@ -91,7 +91,7 @@ def test_conv1d_bases_stay_conv1d(tmp_path):
 def test_a_copy_leaves_handle_and_base_alone(form, tmp_path):
     base = quantised.make(tmp_path, form)
     before = quantised.stored(base)
-    handle = acting(base, LoraConfig(**LORA)).eval()
+    handle = randomised(base, LoraConfig(**LORA)).eval()
     expected = out(handle, INPUTS)
     merged = handle.merge_and_unload(copy=True)
     assert merged is not base and not any(quantised_views(merged)) and base.is_quantized
@@ -104,7 +104,7 @@ def test_a_copy_leaves_handle_and_base_alone(form, tmp_path):
 def test_in_place_only_when_asked_and_unmerged_bit_for_bit(form, tmp_path, caplog):
     base = quantised.make(tmp_path, form)
     before = quantised.stored(base)
-    handle = acting(base, LoraConfig(**LORA)).eval()
+    handle = randomised(base, LoraConfig(**LORA)).eval()
     expected = out(handle, INPUTS)
     with pytest.raises(UsageError, match=r"14 of the adapted modules are quantised .*requantize=True"):
         handle.merge_adapter()
@@ -128,7 +128,7 @@ def test_in_place_only_when_asked_and_unmerged_bit_for_bit(form, tmp_path, caplo
 
 @each_form
 def test_requantised_models_stay_quantised_and_save(form, tmp_path):
-    handle = acting(quantised.make(tmp_path, form), LoraConfig(**LORA)).eval()
+    handle = randomised(quantised.make(tmp_path, form), LoraConfig(**LORA)).eval()
     merged = handle.merge_and_unload(requantize=True)
     assert sum(1 for _ in quantised_views(merged)) == 14
     merged.save_pretrained(tmp_path / "merged")
@@ -154,7 +154,7 @@ def test_the_rounding_that_is_reported_is_what_was_rounded(caplog):
 def test_what_is_not_finite_is_refused_and_nothing_is_merged(form, tmp_path):
     base = quantised.make(tmp_path, form)
     before, modules = quantised.stored(base), {name: id(module) for name, module in base.named_modules()}
-    handle = acting(base, LoraConfig(**LORA)).eval()
+    handle = randomised(base, LoraConfig(**LORA)).eval()
     expected = out(handle, INPUTS)
     last = handle.tree("default").get_submodule("model.layers.1.mlp.down_proj")._adapter
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_what_is_not_finite_is_refused_and_nothing_is_merged(form, tmp_path):
 
 def test_adapters_on_what_is_not_quantised_merge_in_place(tmp_path):
     base = quantised.make(tmp_path, "nf4")
-    handle = acting(base, LoraConfig(target_modules=["embed_tokens", "lm_head"], init_lora_weights=False)).eval()
+    handle = randomised(base, LoraConfig(target_modules=["embed_tokens", "lm_head"], init_lora_weights=False)).eval()
     before, expected = quantised.stored(base), out(handle, INPUTS)
     handle.merge_adapter()
     torch.testing.assert_close(out(handle, INPUTS), expected, rtol=1e-5, atol=1e-5)
@@ -181,7 +181,7 @@ def test_adapters_on_what_is_not_quantised_merge_in_place(tmp_path):
 
 def test_merging_is_refused_for_the_same_reasons_as_on_a_dense_base(tmp_path):
     base = quantised.make(tmp_path, "nf4")
-    first, second = acting(base, LoraConfig(**LORA)), acting(base, LoraConfig(**LORA))
+    first, second = randomised(base, LoraConfig(**LORA)), randomised(base, LoraConfig(**LORA))
     with pytest.raises(UsageError, match="1 other handle"):
         first.merge_and_unload()
     second.unload()

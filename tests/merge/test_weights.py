@@ -109,7 +109,7 @@ def test_merged_equals_folded_in_float64(kind):
     torch.testing.assert_close(merged(x), folded, **EXACT)
 
 
-def test_merging_some_adapters_leaves_the_others_acting():
+def test_merging_some_adapters_leaves_the_others_effective():
     base, x = _double("linear")
     handle = _several(base)
     folded = handle(x)
@@ -282,8 +282,8 @@ def test_a_copied_handle_with_merged_adapters_can_be_unmerged(llama, llama_input
     plain = out(base, llama_inputs)
     handle = lora(base, target_modules=["lm_head", "q_proj"])
     handle.merge_adapter()
-    twin = copy.deepcopy(handle)
-    twin.unmerge_adapter()
-    assert torch.equal(out(twin.base_model, llama_inputs), plain)
-    assert twin.base_model.lm_head.weight is twin.base_model.model.embed_tokens.weight
+    copied = copy.deepcopy(handle)
+    copied.unmerge_adapter()
+    assert torch.equal(out(copied.base_model, llama_inputs), plain)
+    assert copied.base_model.lm_head.weight is copied.base_model.model.embed_tokens.weight
     assert not torch.equal(out(base, llama_inputs), plain)

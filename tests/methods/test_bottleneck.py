@@ -28,7 +28,7 @@ def paths(handle: PeftModel) -> set[str]:
     return {path for path, adapter in handle.tree("default").items() if type(adapter).__name__ == "Bottleneck"}
 
 
-# --- the equation, by hooks on an untouched twin --------------------------------------------------------------------
+# --- the equation, by hooks on an untouched copy of the base --------------------------------------------------------------------
 
 OPTIONS = {
     "sequential": {},
@@ -44,7 +44,7 @@ OPTIONS = {
 }
 
 
-def by_hooks(twin: nn.Module, handle: PeftModel, config: BottleneckConfig) -> None:
+def by_hooks(plain_base: nn.Module, handle: PeftModel, config: BottleneckConfig) -> None:
     """The paper's equation, written once more, on the same modules."""
     function = {"relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh}[config.non_linearity]
 
@@ -60,7 +60,7 @@ def by_hooks(twin: nn.Module, handle: PeftModel, config: BottleneckConfig) -> No
         return (hidden, *result[1:]) if isinstance(result, tuple) else hidden
 
     for path, adapter in handle.tree("default").items():
-        twin.get_submodule(path).register_forward_hook(
+        plain_base.get_submodule(path).register_forward_hook(
             lambda m, a, k, r, adapter=adapter: hook(m, a, k, r, adapter), with_kwargs=True
         )
 
@@ -69,10 +69,10 @@ def by_hooks(twin: nn.Module, handle: PeftModel, config: BottleneckConfig) -> No
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5"])
 def test_outputs_and_gradients_are_the_equations(name, case):
-    base, twin, inputs = tiny.make(name), tiny.make(name), tiny.inputs_for(name)
+    base, plain_base, inputs = tiny.make(name), tiny.make(name), tiny.inputs_for(name)
     handle = adapted(base, tiny.task_of(name), **OPTIONS[case])
-    by_hooks(twin, handle, handle.peft_config["default"])
-    found, expected = tiny.main_output(handle(**inputs)), tiny.main_output(twin(**inputs))
+    by_hooks(plain_base, handle, handle.peft_config["default"])
+    found, expected = tiny.main_output(handle(**inputs)), tiny.main_output(plain_base(**inputs))
     assert (expected - tiny.main_output(base(**inputs))).abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     parameters = list(handle.adapters.parameters())

@@ -59,15 +59,15 @@ CHANGES = ["LORA, loftq"]  # starts as a quantised base
 
 
 def handle_on(method: str, layer: str, dtype: torch.dtype = torch.float64) -> tuple[PeftModel, nn.Module, dict]:
-    """A handle with random, non-trivial adapter values, its untouched twin base, and inputs."""
+    """A handle with random, non-trivial adapter values, an untouched copy of its base, and inputs."""
     name = LAYERS[layer][0]
     base = tiny.make(name).to(dtype)
-    twin = copy.deepcopy(base)
+    plain_base = copy.deepcopy(base)
     handle = get_peft_model(base, make_config(method, layer))
     with torch.no_grad():
         for parameter in handle.adapters.parameters():
             parameter.copy_(parameter + 0.3 * torch.randn_like(parameter))
-    return handle.eval(), twin, tiny.inputs_for(name)
+    return handle.eval(), plain_base, tiny.inputs_for(name)
 
 
 def make_config(method: str, layer: str) -> TargetedConfig:
@@ -98,8 +98,8 @@ def test_starts_as_the_base(method, layer):
 @pytest.mark.each_value_once
 @each
 def test_changes_the_output_and_can_be_switched_off_exactly(method, layer):
-    handle, twin, inputs = handle_on(method, layer)
-    expected = twin(**inputs).logits
+    handle, plain_base, inputs = handle_on(method, layer)
+    expected = plain_base(**inputs).logits
     assert (handle(**inputs).logits - expected).abs().max() > 1e-3
     with handle.disable_adapter():
         assert torch.equal(handle(**inputs).logits, expected)
@@ -108,21 +108,21 @@ def test_changes_the_output_and_can_be_switched_off_exactly(method, layer):
 @pytest.mark.each_value_once
 @each_mergeable
 def test_merged_equals_unmerged_and_unmerging_is_bit_exact(method, layer):
-    handle, twin, inputs = handle_on(method, layer)
+    handle, plain_base, inputs = handle_on(method, layer)
     expected = handle(**inputs).logits
     handle.merge_adapter()
     torch.testing.assert_close(handle(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
     handle.unmerge_adapter()
-    assert all(torch.equal(p, q) for p, q in zip(handle.base_model.parameters(), twin.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(handle.base_model.parameters(), plain_base.parameters()))
     assert torch.equal(handle(**inputs).logits, expected)
 
 
 @pytest.mark.each_value_once
 @each
 def test_saved_and_loaded_bit_exact(method, layer, tmp_path):
-    handle, twin, inputs = handle_on(method, layer, torch.float32)
+    handle, plain_base, inputs = handle_on(method, layer, torch.float32)
     handle.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(twin, tmp_path).eval()(**inputs).logits, handle(**inputs).logits)
+    assert torch.equal(PeftModel.from_pretrained(plain_base, tmp_path).eval()(**inputs).logits, handle(**inputs).logits)
 
 
 @pytest.mark.each_value_once
@@ -156,17 +156,17 @@ def test_only_the_adapter_gets_gradients_and_all_of_it_does(method, layer):
 @pytest.mark.each_value_once
 @each_mergeable
 def test_gradients_equal_those_through_the_merged_weights(method, layer):
-    handle, twin, inputs = handle_on(method, layer)
+    handle, plain_base, inputs = handle_on(method, layer)
     merged = {}
     for path, adapter in handle.tree("default").items():
         if isinstance(adapter, ParameterAdapter):
-            merged |= {f"{path}.{name}": value for name, value in adapter.replaced(twin.get_submodule(path)).items()}
+            merged |= {f"{path}.{name}": value for name, value in adapter.replaced(plain_base.get_submodule(path)).items()}
             continue
-        view = view_of(twin.get_submodule(path))
+        view = view_of(plain_base.get_submodule(path))
         weight, bias = adapter.merge(view.weight(), view.bias, view)
         merged |= {f"{path}.weight": view.stored(weight)} | ({} if bias is None else {f"{path}.bias": bias})
     parameters = list(handle.adapters.parameters())
-    through_merged = torch.func.functional_call(twin, merged, kwargs=inputs).logits.square().sum()
+    through_merged = torch.func.functional_call(plain_base, merged, kwargs=inputs).logits.square().sum()
     expected = torch.autograd.grad(through_merged, parameters)
     found = torch.autograd.grad(handle(**inputs).logits.square().sum(), parameters)
     for got, wanted in zip(found, expected):  # norms and softmax compute in fp32 inside whatever the model's type

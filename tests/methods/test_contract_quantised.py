@@ -35,7 +35,7 @@ PROMPTS = {
 }
 
 
-def acting(base, config, seed=1) -> PeftModel:
+def randomised(base, config, seed=1) -> PeftModel:
     """A handle whose adapter has random values everywhere."""
     torch.manual_seed(seed)
     handle = get_peft_model(base, config)
@@ -45,8 +45,8 @@ def acting(base, config, seed=1) -> PeftModel:
     return handle
 
 
-def with_the_same_adapter(handle, twin, config) -> PeftModel:
-    other = get_peft_model(twin, config)
+def with_the_same_adapter(handle, dense_base, config) -> PeftModel:
+    other = get_peft_model(dense_base, config)
     other.adapters.load_state_dict(handle.adapters.state_dict())
     return other
 
@@ -73,9 +73,9 @@ def assert_equal_steps(found, expected) -> None:
 def test_loss_and_gradients_equal_those_on_the_dense_base(method, form, tmp_path):
     base = quantised.make(tmp_path, form)
     before, config = quantised.stored(base), make_config(method, "linear")
-    twin = quantised.dense_twin(base)
-    handle = acting(base, config)
-    other = with_the_same_adapter(handle, twin, config)
+    dense_base = quantised.dense_copy(base)
+    handle = randomised(base, config)
+    other = with_the_same_adapter(handle, dense_base, config)
     for train in (True, False):
         assert_equal_steps(loss_and_gradients(handle, train), loss_and_gradients(other, train))
     torch.testing.assert_close(out(handle, INPUTS), out(other, INPUTS), rtol=1e-5, atol=1e-5)
@@ -88,9 +88,9 @@ def test_loss_and_gradients_equal_those_on_the_dense_base(method, form, tmp_path
 def test_virtual_tokens_on_a_quantised_base(method, form, tmp_path):
     base = quantised.make(tmp_path, form)
     before, config = quantised.stored(base), PROMPTS[method]
-    twin = quantised.dense_twin(base)
-    handle = acting(base, config)
-    other = with_the_same_adapter(handle, twin, config)
+    dense_base = quantised.dense_copy(base)
+    handle = randomised(base, config)
+    other = with_the_same_adapter(handle, dense_base, config)
     assert_equal_steps(loss_and_gradients(handle), loss_and_gradients(other))
     handle.eval(), other.eval()
     found, expected = (h.generate(**INPUTS, max_new_tokens=5, do_sample=False) for h in (handle, other))
@@ -103,9 +103,9 @@ def test_a_16_bit_step_is_within_rounding_of_fp32(form, tmp_path):
     """Of the norm: a few tens of bf16 roundings (2^-9 each), as on dense bases."""
     base = quantised.make(tmp_path, form, dtype=torch.bfloat16, compute=torch.bfloat16)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    twin = quantised.dense_twin(base)
-    handle = acting(base, config)
-    other = with_the_same_adapter(handle, twin, config)
+    dense_base = quantised.dense_copy(base)
+    handle = randomised(base, config)
+    other = with_the_same_adapter(handle, dense_base, config)
     assert all(p.dtype == torch.float32 for p in handle.adapters.parameters())
     found, expected = loss_and_gradients(handle), loss_and_gradients(other)
     assert abs(found[0] - expected[0]) < 50 * 2**-9 * expected[0]
@@ -119,7 +119,7 @@ def test_nothing_rewrites_what_is_stored(form, tmp_path):
     """Training, evaluation, generation, adapters off: also in modules that carry no adapter."""
     base = quantised.make(tmp_path, form, dtype=torch.bfloat16, compute=torch.bfloat16)
     before, keys = quantised.stored(base), {name: set(m.__dict__) for name, m in base.named_modules()}
-    handle = acting(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    handle = randomised(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     loss_and_gradients(handle)
     handle.eval()
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_the_base_passes_both_ways_bit_for_bit(form, tmp_path):
     """Loaded, adapted, trained, saved as a whole, loaded again."""
     base = quantised.make(tmp_path, form, dtype=torch.bfloat16, compute=torch.bfloat16)
     before = quantised.stored(base)
-    handle = acting(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    handle = randomised(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
     expected = out(handle, INPUTS)
     base.save_pretrained(tmp_path / "again")
     saved = load_file(tmp_path / "again" / "model.safetensors")
@@ -158,9 +158,9 @@ def test_a_checkpoint_of_the_base_passes_both_ways_bit_for_bit(form, tmp_path):
 def test_adapter_files_are_those_of_a_dense_base(form, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     base = quantised.make(tmp_path, form)
-    twin = quantised.dense_twin(base)
-    handle = acting(base, config)
-    with_the_same_adapter(handle, twin, config).save_pretrained(tmp_path / "dense")
+    dense_base = quantised.dense_copy(base)
+    handle = randomised(base, config)
+    with_the_same_adapter(handle, dense_base, config).save_pretrained(tmp_path / "dense")
     handle.save_pretrained(tmp_path / "quantised")
     found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("quantised", "dense"))
     assert found.keys() == expected.keys()
@@ -177,9 +177,9 @@ def test_modules_saved_whole_are_dense_copies(name, form, tmp_path):
     config = LoraConfig(r=4, target_modules=["v_proj"], modules_to_save=[name], init_lora_weights=False)
     base = quantised.make(tmp_path, form)
     before = quantised.stored(base)
-    twin = quantised.dense_twin(base)
-    handle = acting(base, config)
-    other = with_the_same_adapter(handle, twin, config)
+    dense_base = quantised.dense_copy(base)
+    handle = randomised(base, config)
+    other = with_the_same_adapter(handle, dense_base, config)
     assert_equal_steps(loss_and_gradients(handle), loss_and_gradients(other))
     handle.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(quantised.make(tmp_path, form), tmp_path / "adapter").eval()
@@ -190,12 +190,12 @@ def test_modules_saved_whole_are_dense_copies(name, form, tmp_path):
 @each_form
 def test_several_handles_mixed_rows_and_switching(form, tmp_path):
     base = quantised.make(tmp_path, form)
-    twin = quantised.dense_twin(base)
+    dense_base = quantised.dense_copy(base)
     first, second = LoraConfig(target_modules="all-linear"), IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    handle = acting(base, first)
+    handle = randomised(base, first)
     handle.add_adapter("second", second)
-    acting(base, LoraConfig(target_modules=["up_proj"]), seed=2)  # another handle, which nothing here sees
-    other = with_the_same_adapter(acting(base, first), twin, first)
+    randomised(base, LoraConfig(target_modules=["up_proj"]), seed=2)  # another handle, which nothing here sees
+    other = with_the_same_adapter(randomised(base, first), dense_base, first)
     other.adapters["default"].load_state_dict(handle.adapters["default"].state_dict())
     other.add_adapter("second", second)
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_several_handles_mixed_rows_and_switching(form, tmp_path):
 @each_form
 def test_gradient_checkpointing(form, tmp_path):
     base = quantised.make(tmp_path, form)
-    handle = acting(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    handle = randomised(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     expected = loss_and_gradients(handle)
     expected = expected[0], {name: g.clone() for name, g in expected[1].items()}
     for reentrant in (False, True):
@@ -225,7 +225,7 @@ def test_gradient_checkpointing(form, tmp_path):
 
 @each_form
 def test_copies_and_pickles(form, tmp_path):
-    handle = acting(quantised.make(tmp_path, form), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    handle = randomised(quantised.make(tmp_path, form), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     expected = out(handle, INPUTS)
     before = quantised.stored(handle.base_model)
     for copied in (copy.deepcopy(handle), pickle.loads(pickle.dumps(handle))):
@@ -237,7 +237,7 @@ def test_copies_and_pickles(form, tmp_path):
 def test_parameters_are_counted_as_on_the_dense_base(form, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear")
     base = quantised.make(tmp_path, form)
-    twin = quantised.dense_twin(base)
+    dense_base = quantised.dense_copy(base)
     assert get_peft_model(base, config).get_nb_trainable_parameters() == (
-        get_peft_model(twin, config).get_nb_trainable_parameters()
+        get_peft_model(dense_base, config).get_nb_trainable_parameters()
     )

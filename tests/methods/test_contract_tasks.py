@@ -91,13 +91,13 @@ def test_acts_and_can_be_switched_off_saved_and_loaded_exactly(method, name, tmp
     plain_inputs = {key: value for key, value in inputs.items() if key != "task_ids"}
     with torch.no_grad():
         plain = tiny.main_output(tiny.make(name)(**plain_inputs))
-        acting = tiny.main_output(handle(**inputs))
-        assert (acting[:, -plain.shape[1] :] - plain).abs().max() > 1e-4
+        adapted = tiny.main_output(handle(**inputs))
+        assert (adapted[:, -plain.shape[1] :] - plain).abs().max() > 1e-4
         with handle.disable_adapter():
             assert torch.equal(tiny.main_output(handle(**plain_inputs)), plain)
         handle.save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(tiny.make(name), tmp_path).eval()
-        assert torch.equal(tiny.main_output(again(**inputs)), acting)
+        assert torch.equal(tiny.main_output(again(**inputs)), adapted)
 
 
 @pytest.mark.each_value_once

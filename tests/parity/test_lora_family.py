@@ -288,13 +288,13 @@ def test_loftq_makes_up_for_quantising_whatever_the_scale():
 def test_loftq_computes_with_the_quantised_weight_and_merges_it():
     base, inputs = tiny.make("llama"), tiny.inputs_for("llama")
     handle = ours_on(base, "lora", "CAUSAL_LM", init_lora_weights="loftq", loftq_config={"loftq_bits": 2, "loftq_iter": 3})
-    twin = copy.deepcopy(base)
+    changed_base = copy.deepcopy(base)
     for path, adapter in handle.tree("default").items():
-        weight = twin.get_submodule(path).weight
+        weight = changed_base.get_submodule(path).weight
         _, _, quantised = loftq(weight.detach(), 4, adapter.scale, bits=2, rounds=3)
         weight.data = quantised + adapter.scale * (adapter.lora_B @ adapter.lora_A).detach()
-    torch.testing.assert_close(output(handle, inputs), output(twin, inputs), atol=1e-5, rtol=0)
-    torch.testing.assert_close(output(handle.merge_and_unload(copy=True), inputs), output(twin, inputs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output(handle, inputs), output(changed_base, inputs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output(handle.merge_and_unload(copy=True), inputs), output(changed_base, inputs), atol=1e-5, rtol=0)
 
 
 def test_options_of_a_start_are_in_the_file(tmp_path):

@@ -144,11 +144,11 @@ def test_lorafa_of_convolutions_and_embeddings_learns():
 
 def test_lorafa_state_is_saved_and_restored():
     ours = ours_on(tiny.make("llama"), "lora", "CAUSAL_LM")
-    twin = copy.deepcopy(ours)
+    copied = copy.deepcopy(ours)
     first = ts.create_lorafa_optimizer(ours, r=4, lora_alpha=8, lr=1e-2)
     ours(**with_labels("llama")).loss.backward()
     first.step()
-    second = ts.create_lorafa_optimizer(twin, r=4, lora_alpha=8, lr=1e-2)
+    second = ts.create_lorafa_optimizer(copied, r=4, lora_alpha=8, lr=1e-2)
     second.load_state_dict(first.state_dict())
     assert all(state["step"] == 1 for state in second.state_dict()["state"].values())
 

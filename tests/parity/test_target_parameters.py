@@ -119,12 +119,12 @@ def test_two_adapters_of_other_parameters_act_together():
     )
     handle.set_adapter(["default", "second"])
     adapted = output(handle.eval(), INPUTS)
-    twin = copy.deepcopy(base)
+    merged_base = copy.deepcopy(base)
     for name in ("default", "second"):
         for path, adapter in handle.tree(name).items():
-            for parameter, value in adapter.replaced(twin.get_submodule(path)).items():
-                getattr(twin.get_submodule(path), parameter).data = value.detach()
-    torch.testing.assert_close(output(twin, INPUTS), adapted, atol=1e-5, rtol=0)
+            for parameter, value in adapter.replaced(merged_base.get_submodule(path)).items():
+                getattr(merged_base.get_submodule(path), parameter).data = value.detach()
+    torch.testing.assert_close(output(merged_base, INPUTS), adapted, atol=1e-5, rtol=0)
 
 
 def test_masters_are_fp32_beside_bf16_experts_unless_told_otherwise():

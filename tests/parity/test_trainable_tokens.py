@@ -158,12 +158,12 @@ def test_a_second_adapter_and_a_copy_keep_their_rows(tmp_path):
     base, inputs = tiny.make("gpt2"), inputs_with_tokens("gpt2")
     handle = ours_on(base, "lora", "CAUSAL_LM", **LORA)
     expected = output(handle, inputs)
-    twin = copy.deepcopy(handle)
+    copied = copy.deepcopy(handle)
     with torch.no_grad():
         for parameter in handle.adapters.parameters():
             parameter.zero_()
-    assert torch.equal(output(twin, inputs), expected) and not torch.equal(output(handle, inputs), expected)
-    twin.save_pretrained(tmp_path)
+    assert torch.equal(output(copied, inputs), expected) and not torch.equal(output(handle, inputs), expected)
+    copied.save_pretrained(tmp_path)
     handle.load_adapter(tmp_path)
     assert torch.equal(output(handle, inputs), expected)
     other = ours_on(tiny.make("gpt2"), "lora", "CAUSAL_LM", trainable_token_indices=[7, 3, 42])

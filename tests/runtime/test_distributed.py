@@ -178,7 +178,7 @@ def ddp_with_checkpointing(rank, folder):
 
 
 @case
-def ddp_trains_the_acting_adapters_only(rank, folder):
+def ddp_trains_the_effective_adapters_only(rank, folder):
     handle = _make("lora")
     handle.add_adapter("second", LoraConfig())
     model = nn.parallel.DistributedDataParallel(handle)  # complains of unused parameters in the second step, if there are

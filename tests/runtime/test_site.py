@@ -64,7 +64,7 @@ def test_hooks_and_adapters_both_act_whichever_came_first(llama, llama_inputs, e
 
 @pytest.mark.parametrize("attach", ["before the hook", "under the hook"])
 @pytest.mark.parametrize("detach", ["hook first", "adapter first"])
-def test_removing_one_leaves_the_other_acting(llama, llama_inputs, expected, attach, detach):
+def test_removing_one_leaves_the_other_effective(llama, llama_inputs, expected, attach, detach):
     plain = out(llama, llama_inputs)
     if attach == "before the hook":
         handle, hook = lora(llama), _hook(llama)
@@ -187,6 +187,6 @@ def test_removing_all_hooks_of_a_model_keeps_adapters(llama, llama_inputs, expec
 def test_a_hooked_base_can_be_copied(llama, llama_inputs, expected):
     _hook(llama)
     handle = lora(llama)
-    twin = copy.deepcopy(handle)
-    assert torch.equal(out(twin, llama_inputs), expected)
-    assert twin.get_submodule(f"base_model.{PATH}")._old_forward.module() is twin.get_submodule(f"base_model.{PATH}")
+    copied = copy.deepcopy(handle)
+    assert torch.equal(out(copied, llama_inputs), expected)
+    assert copied.get_submodule(f"base_model.{PATH}")._old_forward.module() is copied.get_submodule(f"base_model.{PATH}")

@@ -74,14 +74,14 @@ def test_copies_of_handles_act_and_copies_of_bases_are_plain(method, name):
     plain = out(base, plain_inputs(inputs))
     handle = handle_on(base, method, name)
     expected = out(handle, inputs)
-    twin = copy.deepcopy(handle)
+    copied = copy.deepcopy(handle)
     for model in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
         assert torch.equal(out(model, plain_inputs(inputs)), plain)
         assert all(site_of(module) is None for module in model.modules())
     with torch.no_grad():
         next(handle.adapters.parameters()).zero_()
-    assert torch.equal(out(twin, inputs), expected)
-    assert torch.equal(out(twin.base_model, plain_inputs(inputs)), plain)
+    assert torch.equal(out(copied, inputs), expected)
+    assert torch.equal(out(copied.base_model, plain_inputs(inputs)), plain)
 
 
 @pytest.mark.each_value_once
