@@ -272,7 +272,7 @@ WRONG = {
     "dropout is a text": (LoraConfig, {"lora_dropout": "0.1"}, "lora_dropout='0.1' must be of type float"),
     "bias is unknown": (LoraConfig, {"bias": "some"}, 'bias=\'some\' must be "none", "all" or "lora_only"'),
     "bias is a bool": (LoraConfig, {"bias": True}, "bias=True must be of type str"),
-    "start is unknown": (LoraConfig, {"init_lora_weights": "magic"}, "init_lora_weights='magic' must be True"),
+    "init is unknown": (LoraConfig, {"init_lora_weights": "magic"}, "init_lora_weights='magic' must be True"),
     "rank pattern holds 0": (LoraConfig, {"rank_pattern": {"q": 0}}, 'rank_pattern["q"]=0 must be a whole number'),
     "rank pattern is a list": (LoraConfig, {"rank_pattern": ["q"]}, "rank_pattern=['q'] must be of type dict"),
     "rank pattern's key is no expression": (LoraConfig, {"rank_pattern": {"q(": 2}}, '"q(" is not a valid regular'),
@@ -294,18 +294,18 @@ WRONG = {
     "no virtual tokens": (PromptTuningConfig, {}, "num_virtual_tokens=None must be a whole number of at least 1"),
     "0 virtual tokens": (PromptTuningConfig, {"num_virtual_tokens": 0}, "num_virtual_tokens=0 must be a whole number"),
     "half a virtual token": (PromptTuningConfig, {"num_virtual_tokens": 0.5}, "num_virtual_tokens=0.5 must be of type int"),
-    "start of prompt is unknown": (
+    "init of prompt is unknown": (
         PromptTuningConfig, {"num_virtual_tokens": 1, "prompt_tuning_init": "WORDS"}, "one of RANDOM, SAMPLE_VOCAB, TEXT",
     ),
-    "text start without text": (
+    "text init without text": (
         PromptTuningConfig, {"num_virtual_tokens": 1, "prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "x"},
         "needs prompt_tuning_init_text",
     ),
-    "text start without tokenizer": (
+    "text init without tokenizer": (
         PromptTuningConfig, {"num_virtual_tokens": 1, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x"},
         "needs tokenizer_name_or_path",
     ),
-    "tokenizer arguments without text start": (
+    "tokenizer arguments without text init": (
         PromptTuningConfig, {"num_virtual_tokens": 1, "tokenizer_kwargs": {"use_fast": True}}, "used only with",
     ),
     "tokenizer that runs code": (

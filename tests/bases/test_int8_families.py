@@ -89,7 +89,7 @@ def test_trained_parameters_of_opt_6_7b():
 
 
 def test_trained_parameters_of_llama_2_7b():
-    """Source S3's figure: r=64 on q and v."""
+    """The figure of the QLoRA example: r=64 on q and v."""
     with torch.device("meta"):
         handle = get_peft_model(tf.LlamaForCausalLM(tf.LlamaConfig()), LoraConfig(r=64, task_type="CAUSAL_LM"))
     assert handle.get_nb_trainable_parameters()[0] == 33_554_432

@@ -8,7 +8,7 @@ import transformers as tf
 
 from tests import quantised, tiny
 from tests.handles import out
-from tests.methods.test_contract_quantised import INPUTS, LABELLED, randomised, each_form, with_the_same_adapter
+from tests.methods.test_contract_quantised import INPUTS, LABELLED, each_form, randomised, with_the_same_adapter
 from tunesmith import AutoPeftModelForCausalLM, LoraConfig, UsageError, get_peft_model, prepare_model_for_kbit_training
 from tunesmith.bases.quantised import quantised_views
 

@@ -81,7 +81,7 @@ def test_truncated_and_missing_files(dense, tmp_path):
         load_base(str(tmp_path / "base"))
 
 
-def test_8_bit_files_are_looked_into_too(dense, tmp_path):
+def test_8_bit_files_are_checked_too(dense, tmp_path):
     quantised.load(dense, "int8").save_pretrained(tmp_path / "base")
     expected = load_file(tmp_path / "base" / "model.safetensors")
     for change, message in (

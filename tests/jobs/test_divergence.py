@@ -49,7 +49,7 @@ class Steps:
         self.saved.append(self.state.global_step)
 
 
-class Watched(divergence.StopsWhenDiverging, Steps):
+class Measured(divergence.StopsWhenDiverging, Steps):
     def steps(self, *numbers) -> None:
         for step in numbers:
             self.state.global_step = step
@@ -58,7 +58,7 @@ class Watched(divergence.StopsWhenDiverging, Steps):
 
 
 def test_weights_that_were_good_are_put_back():
-    trainer = Watched([torch.tensor(loss) for loss in (1.0, 1.0, float("nan"))], logging_steps=1)
+    trainer = Measured([torch.tensor(loss) for loss in (1.0, 1.0, float("nan"))], logging_steps=1)
     trainer.steps(0, 1)
     with pytest.raises(DivergedError, match="step 3: the loss is nan") as caught:
         trainer.steps(2)
@@ -67,7 +67,7 @@ def test_weights_that_were_good_are_put_back():
 
 def test_an_accelerators_losses_are_read_where_a_record_is_due_and_before_a_checkpoint():
     read = []
-    trainer = Watched([LossElsewhere(loss, read) for loss in (1.0, 1.1, 1.2, 1.3, float("nan"))], logging_steps=3)
+    trainer = Measured([LossElsewhere(loss, read) for loss in (1.0, 1.1, 1.2, 1.3, float("nan"))], logging_steps=3)
     trainer.steps(0, 1, 2)
     assert read == [1.0]
     trainer.steps(3)

@@ -11,7 +11,7 @@ from tests import quantised
 from tests.bases.test_quantised import linear4bit
 from tests.handles import out
 from tests.methods.test_contract import MERGEABLE, make_config
-from tests.methods.test_contract_quantised import INPUTS, LABELLED, ON_LINEAR, randomised, each_form
+from tests.methods.test_contract_quantised import INPUTS, LABELLED, ON_LINEAR, each_form, randomised
 from tunesmith import LoraConfig, UsageError, get_peft_model, prepare_model_for_kbit_training
 from tunesmith.bases.quantised import quantised_views
 from tunesmith.bases.view import view_of

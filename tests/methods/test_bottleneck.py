@@ -28,7 +28,7 @@ def paths(handle: PeftModel) -> set[str]:
     return {path for path, adapter in handle.tree("default").items() if type(adapter).__name__ == "Bottleneck"}
 
 
-# --- the equation, by hooks on an untouched copy of the base --------------------------------------------------------------------
+# --- the equation, by hooks on an untouched copy of the base -------------------------------------------------------
 
 OPTIONS = {
     "sequential": {},
@@ -257,7 +257,7 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(out(handle, inputs), out(handle, inputs))
 
 
-def test_bert_start_is_near_the_base_and_zero_start_is_the_base():
+def test_bert_init_is_near_the_base_and_zero_init_is_the_base():
     inputs, base = tiny.inputs_for("llama"), tiny.make("llama")
     handle = get_peft_model(base, BottleneckConfig(task_type="CAUSAL_LM", init_weights="bert")).eval()
     distance = (out(handle, inputs) - out(base, inputs)).abs().max()

@@ -53,8 +53,8 @@ VARIANTS = {
 METHODS |= {name: METHODS[method] for name, (method, _) in VARIANTS.items()}
 MERGEABLE += list(VARIANTS)
 EXTRA |= {name: lambda _, fields=fields: fields for name, (_, fields) in VARIANTS.items()}
-# Starts whose two parts cancel: the base's output up to the rounding of as many sums as the model has layers.
-CANCELS = [f"LORA, {start}" for start in ("orthogonal", "pissa", "pissa_niter_4", "olora")]
+# Inits whose two parts cancel: the base's output up to the rounding of as many sums as the model has layers.
+CANCELS = [f"LORA, {init}" for init in ("orthogonal", "pissa", "pissa_niter_4", "olora")]
 CHANGES = ["LORA, loftq"]  # starts as a quantised base
 
 

@@ -1,4 +1,4 @@
-"""The figures of the sources, on models of the real shapes that hold no weights; and where virtual tokens start."""
+"""The figures that published examples print, on models of the real shapes without weights; initial virtual tokens."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ MODELS = {
 }  # fmt: skip
 
 PROMPT, LORA = ts.PromptTuningConfig, ts.LoraConfig
-SOURCES = {
-    "S0": (
+PRINTED = {
+    "two models on one base": (
         "bloomz-560m", PROMPT(num_virtual_tokens=4, task_type="CAUSAL_LM", prompt_tuning_init="RANDOM"),
         "trainable params: 4,096 || all params: 559,218,688 || trainable%: 0.0007",
     ),
-    "S1a": (
+    "LoRA on a sequence-to-sequence model": (
         "mt0-large", LORA(r=8, lora_alpha=32, lora_dropout=0.1, task_type="SEQ_2_SEQ_LM"),
         "trainable params: 2,359,296 || all params: 975,825,920 || trainable%: 0.2418",
     ),
-    "S1d": (
+    "LoRA on an 8-bit base": (
         "opt-6.7b", LORA(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], lora_dropout=0.05, task_type="CAUSAL_LM"),
         "trainable params: 8,388,608 || all params: 6,666,862,592 || trainable%: 0.1258",
     ),
-    "S2": (
+    "Chinese prompt tuning": (
         "bloom-1b4-zh", PROMPT(num_virtual_tokens=16, task_type="CAUSAL_LM"),
         "trainable params: 32,768 || all params: 1,303,144,448 || trainable%: 0.0025",
     ),
-    "S3": (
+    "QLoRA": (
         "llama-2-7b", LORA(r=64, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         "trainable params: 33,554,432 || all params: 6,771,970,048 || trainable%: 0.4955",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_printed_line_is_the_sources(source, capsys):
-    name, config, line = SOURCES[source]
+@pytest.mark.parametrize("example", PRINTED)
+def test_printed_line_is_the_examples(example, capsys):
+    name, config, line = PRINTED[example]
     with torch.device("meta"):
         base = MODELS[name]()
     handle = ts.get_peft_model(base, config)
@@ -99,7 +99,7 @@ def test_counts_and_line_equal_the_references(name, kind, capsys):
     assert lines[0] == lines[1]
 
 
-# --- where virtual tokens start -------------------------------------------------------------------------------------
+# --- initial values of virtual tokens -------------------------------------------------------------------------------------
 
 TEXT = "Write a short and friendly sentence about the sea"
 
@@ -126,30 +126,30 @@ IDS = list(range(2, 11))
     ids=["cut off", "as it is", "begun again", "round and round"],
 )
 @pytest.mark.parametrize("name", tiny.CAUSAL)
-def test_text_start_is_cut_off_or_repeated_in_a_circle_as_the_reference_does(name, tokens, expected, tokenizer_folder):
+def test_text_init_is_cut_off_or_repeated_as_the_reference_does(name, tokens, expected, tokenizer_folder):
     options = {
         "task_type": "CAUSAL_LM", "num_virtual_tokens": tokens, "prompt_tuning_init": "TEXT",
         "prompt_tuning_init_text": TEXT, "tokenizer_name_or_path": tokenizer_folder,
     }  # fmt: skip
     base = tiny.make(name)
-    start = ts.get_peft_model(base, PROMPT(**options)).adapters.default.prompt().detach()
-    assert torch.equal(start, base.get_input_embeddings().weight[expected])
+    found = ts.get_peft_model(base, PROMPT(**options)).adapters.default.prompt().detach()
+    assert torch.equal(found, base.get_input_embeddings().weight[expected])
     with quiet():
         theirs = peft.get_peft_model(tiny.make(name), peft.PromptTuningConfig(**options))
-    assert torch.equal(start, theirs.prompt_encoder.default.embedding.weight)
+    assert torch.equal(found, theirs.prompt_encoder.default.embedding.weight)
 
 
-def test_text_start_of_an_encoder_decoder_fills_the_rows_of_both(tokenizer_folder):
+def test_text_init_of_an_encoder_decoder_fills_the_rows_of_both(tokenizer_folder):
     config = PROMPT(
         task_type="SEQ_2_SEQ_LM", num_virtual_tokens=6, prompt_tuning_init="TEXT",
         prompt_tuning_init_text=TEXT, tokenizer_name_or_path=tokenizer_folder,
     )  # fmt: skip
     base = tiny.make("t5")
-    start = ts.get_peft_model(base, config).adapters.default.prompt().detach()
-    assert torch.equal(start, base.get_input_embeddings().weight[(IDS * 2)[:12]])
+    found = ts.get_peft_model(base, config).adapters.default.prompt().detach()
+    assert torch.equal(found, base.get_input_embeddings().weight[(IDS * 2)[:12]])
 
 
-def test_text_start_does_not_share_memory_with_the_base(tokenizer_folder):
+def test_text_init_does_not_share_memory_with_the_base(tokenizer_folder):
     config = PROMPT(
         task_type="CAUSAL_LM", num_virtual_tokens=9, prompt_tuning_init="TEXT",
         prompt_tuning_init_text=TEXT, tokenizer_name_or_path=tokenizer_folder,
@@ -161,15 +161,15 @@ def test_text_start_does_not_share_memory_with_the_base(tokenizer_folder):
     assert torch.equal(base.get_input_embeddings().weight, before)
 
 
-def test_sampled_start_is_rows_of_the_vocabulary(llama):
+def test_sampled_init_is_rows_of_the_vocabulary(llama):
     config = PROMPT(task_type="CAUSAL_LM", num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")
-    start = ts.get_peft_model(llama, config).adapters.default.prompt().detach()
+    found = ts.get_peft_model(llama, config).adapters.default.prompt().detach()
     table = llama.get_input_embeddings().weight
-    rows = [next(i for i, word in enumerate(table) if torch.equal(word, row)) for row in start]
+    rows = [next(i for i, word in enumerate(table) if torch.equal(word, row)) for row in found]
     assert len(set(rows)) > 10
 
 
-def test_random_start_is_normal_seeded_and_independent_of_the_base(llama):
+def test_random_init_is_normal_seeded_and_independent_of_the_base(llama):
     config = PROMPT(task_type="CAUSAL_LM", num_virtual_tokens=100)
     torch.manual_seed(1)
     first = ts.get_peft_model(llama, config).adapters.default.prompt().detach()
@@ -181,13 +181,13 @@ def test_random_start_is_normal_seeded_and_independent_of_the_base(llama):
     assert abs(first.std().item() - 1) < 4 / (2 * 3200) ** 0.5
 
 
-def test_start_of_a_bf16_base_is_kept_in_fp32(llama):
+def test_init_on_a_bf16_base_is_kept_in_fp32(llama):
     config = PROMPT(task_type="CAUSAL_LM", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB")
-    start = ts.get_peft_model(llama.to(torch.bfloat16), config).adapters.default.prompt()
-    assert start.dtype == torch.float32
+    found = ts.get_peft_model(llama.to(torch.bfloat16), config).adapters.default.prompt()
+    assert found.dtype == torch.float32
 
 
-def test_embedded_base_takes_a_text_start_by_its_name():
+def test_embedded_base_takes_a_text_init_by_its_name():
     base = ts.load_base("sprout")
     config = PROMPT(
         task_type="CAUSAL_LM", num_virtual_tokens=8, prompt_tuning_init="TEXT",

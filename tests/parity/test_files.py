@@ -74,8 +74,8 @@ OPTIONS = {
     "embedding tied to the head": ("gpt2", {"target_modules": ["wte"]}),
     "embedding of positions": ("gpt2", {"target_modules": ["wpe", "c_attn"]}),
     "output head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
-    "gaussian start": ("llama", {"init_lora_weights": "gaussian"}),
-    "start at zero": ("llama", {"init_lora_weights": True}),
+    "gaussian init": ("llama", {"init_lora_weights": "gaussian"}),
+    "zero init": ("llama", {"init_lora_weights": True}),
 }
 
 

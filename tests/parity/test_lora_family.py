@@ -1,4 +1,4 @@
-"""DoRA, a bias on B and the starts that are parts of the weight, against the reference library."""
+"""DoRA, a bias on B and the inits that take parts of the weight, against the reference library."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPTIONS = {
     "bias on B": ("opt", {"lora_bias": True}),
     "bias on B of Conv1D": ("gpt2", {"lora_bias": True}),
     "bias on B without a bias of the base": ("llama", {"lora_bias": True}),
-    "bias on B, start at zero": ("llama", {"lora_bias": True, "init_lora_weights": True}),
+    "bias on B, zero init": ("llama", {"lora_bias": True, "init_lora_weights": True}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
     "eva, before its weights are initialised": ("llama", {"init_lora_weights": "eva"}),
     **{f"pissa on {name}": (name, {"init_lora_weights": "pissa"}) for name in tiny.MODELS},
@@ -166,18 +166,18 @@ def test_bias_on_B_merges_into_the_bias_and_nowhere_else(tmp_path):
         ours_on(tiny.make("llama"), "lora", "CAUSAL_LM", lora_bias=True).merge_adapter()
 
 
-# --- starts ---------------------------------------------------------------------------------------------------------
+# --- inits ----------------------------------------------------------------------------------------------------------
 
 
-def new(base, start, **options):
-    return ts.get_peft_model(base, ts.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=start, **options)).eval()
+def new(base, init, **options):
+    return ts.get_peft_model(base, ts.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=init, **options)).eval()
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_factors_start_where_the_references_do(start):
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_factors_are_initialized_as_the_references(init):
     """Products are compared: signs of singular vectors are free."""
     base = tiny.make("llama")
-    options = {"r": 4, "lora_alpha": 12, "init_lora_weights": start, "target_modules": ["q_proj", "down_proj"]}
+    options = {"r": 4, "lora_alpha": 12, "init_lora_weights": init, "target_modules": ["q_proj", "down_proj"]}
     ours = ts.get_peft_model(base, ts.LoraConfig(**options)).tree("default")
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
     for path, adapter in ours.items():
@@ -187,12 +187,12 @@ def test_factors_start_where_the_references_do(start):
 
 
 @pytest.mark.each_value_once
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "loftq"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "loftq"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_trained_adapter_loads_exactly_and_changes_no_weight(name, start, tmp_path):
+def test_a_trained_adapter_loads_exactly_and_changes_no_weight(name, init, tmp_path):
     """The reference's OLoRA fails on Conv1D (it takes the stored orientation); ours works in (out, in) everywhere."""
     base, inputs = tiny.make(name), tiny.inputs_for(name)
-    handle = ours_on(base, "lora", "CAUSAL_LM", init_lora_weights=start)
+    handle = ours_on(base, "lora", "CAUSAL_LM", init_lora_weights=init)
     handle.save_pretrained(tmp_path)
     assert {key.rsplit(".", 2)[-2] for key in tensors(tmp_path)} == {"lora_A", "lora_B"}
     torch.manual_seed(99)
@@ -211,14 +211,14 @@ def test_quick_pissa_comes_near_the_exact_one_with_each_round():
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-2
 
 
-def test_a_file_of_another_start_cannot_take_the_place_of_this_one(tmp_path):
+def test_a_file_of_another_init_cannot_take_the_place_of_this_one(tmp_path):
     base = tiny.make("llama")
     new(base, "pissa").save_pretrained(tmp_path)
     with pytest.raises(ts.AdapterFileError, match="pissa"):
         new(base, True).load_adapter(tmp_path)
 
 
-def test_no_start_is_taken_from_weights_that_hold_an_adapter():
+def test_no_init_is_taken_from_weights_that_hold_an_adapter():
     handle = ours_on(tiny.make("llama"), "lora", "CAUSAL_LM")
     handle.merge_adapter()
     with pytest.raises(ts.UsageError, match="unmerge_adapter"):
@@ -227,13 +227,13 @@ def test_no_start_is_taken_from_weights_that_hold_an_adapter():
     handle.add_adapter("second", ts.LoraConfig(r=4, init_lora_weights="pissa"))
 
 
-def test_starts_in_bf16_stay_near_the_base():
-    """Start and frozen start cancel in fp32; what is left are the roundings of both products to bf16, relative 2^-8."""
+def test_inits_in_bf16_stay_near_the_base():
+    """Factors and frozen copies cancel in fp32; what is left are the roundings of both products to bf16, relative 2^-8."""
     base, inputs = tiny.make("llama").to(torch.bfloat16), tiny.inputs_for("llama")
     expected = output(base, inputs).float()
-    for start in ("pissa", "olora"):
+    for init in ("pissa", "olora"):
         torch.testing.assert_close(
-            output(new(base, start), inputs).float(), expected, rtol=0, atol=16 * 2.0**-8 * expected.std().item()
+            output(new(base, init), inputs).float(), expected, rtol=0, atol=16 * 2.0**-8 * expected.std().item()
         )
 
 
@@ -288,16 +288,16 @@ def test_loftq_makes_up_for_quantising_whatever_the_scale():
 def test_loftq_computes_with_the_quantised_weight_and_merges_it():
     base, inputs = tiny.make("llama"), tiny.inputs_for("llama")
     handle = ours_on(base, "lora", "CAUSAL_LM", init_lora_weights="loftq", loftq_config={"loftq_bits": 2, "loftq_iter": 3})
-    changed_base = copy.deepcopy(base)
+    changed = copy.deepcopy(base)
     for path, adapter in handle.tree("default").items():
-        weight = changed_base.get_submodule(path).weight
+        weight = changed.get_submodule(path).weight
         _, _, quantised = loftq(weight.detach(), 4, adapter.scale, bits=2, rounds=3)
         weight.data = quantised + adapter.scale * (adapter.lora_B @ adapter.lora_A).detach()
-    torch.testing.assert_close(output(handle, inputs), output(changed_base, inputs), atol=1e-5, rtol=0)
-    torch.testing.assert_close(output(handle.merge_and_unload(copy=True), inputs), output(changed_base, inputs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output(handle, inputs), output(changed, inputs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output(handle.merge_and_unload(copy=True), inputs), output(changed, inputs), atol=1e-5, rtol=0)
 
 
-def test_options_of_a_start_are_in_the_file(tmp_path):
+def test_options_of_an_init_are_in_the_file(tmp_path):
     new(tiny.make("llama"), "loftq", loftq_config=ts.LoftQConfig(loftq_bits=8)).save_pretrained(tmp_path / "loftq")
     assert json.loads((tmp_path / "loftq" / "adapter_config.json").read_text())["loftq_config"] == {
         "loftq_bits": 8, "loftq_iter": 1,

@@ -80,7 +80,7 @@ OPTIONS = {
     "adalora: alpha": ("adalora", "llama", {"lora_alpha": 3, "target_modules": "all-linear"}),
     "adalora: no alpha": ("adalora", "llama", {"lora_alpha": 0}),
     "adalora: bias lora_only": ("adalora", "opt", {"bias": "lora_only"}),
-    "adalora: random start": ("adalora", "llama", {"init_lora_weights": False}),
+    "adalora: random init": ("adalora", "llama", {"init_lora_weights": False}),
     "adalora: Conv1D": ("adalora", "gpt2", {"target_modules": ["c_attn", "c_fc"]}),
     "ia3: no feed-forward": ("ia3", "llama", {"feedforward_modules": []}),
     "ia3: targets, the usual feed-forward": ("ia3", "llama", {"target_modules": ["q_proj", "down_proj"]}),

@@ -152,8 +152,8 @@ def test_gradient_checkpointing_copies_and_bf16():
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-@pytest.mark.parametrize("start", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
-def test_values_of_source_tasks_start_a_new_adapter_as_in_the_reference(start, suffix, tmp_path):
+@pytest.mark.parametrize("init", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
+def test_values_of_source_tasks_initialize_a_new_adapter_as_in_the_reference(init, suffix, tmp_path):
     import peft
 
     base = tiny.make("llama")
@@ -163,7 +163,7 @@ def test_values_of_source_tasks_start_a_new_adapter_as_in_the_reference(start, s
         torch.save(load_file(path), tmp_path / "values.bin")
         path = tmp_path / "values.bin"
     fields = {
-        "task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "num_tasks": 1, "num_ranks": 2, "prompt_tuning_init": start,
+        "task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "num_tasks": 1, "num_ranks": 2, "prompt_tuning_init": init,
         "prompt_tuning_init_state_dict_path": str(path), "prompt_tuning_init_task": 2,
     }  # fmt: skip
     mine = ts.get_peft_model(base, MultitaskPromptTuningConfig(**fields)).tree("default").prompt
@@ -171,7 +171,7 @@ def test_values_of_source_tasks_start_a_new_adapter_as_in_the_reference(start, s
         other = peft.get_peft_model(copy.deepcopy(base), peft.MultitaskPromptTuningConfig(**fields)).prompt_encoder["default"]
     assert torch.equal(mine.embedding, other.embedding.weight)
     same = [torch.equal(getattr(mine, name), getattr(other, name)) for name in ("prefix_task_cols", "prefix_task_rows")]
-    assert same == [start != "ONLY_SOURCE_SHARED"] * 2
+    assert same == [init != "ONLY_SOURCE_SHARED"] * 2
 
 
 def _starting_from(path, **fields):

@@ -167,7 +167,7 @@ def test_a_damaged_encoder_is_refused_and_nothing_is_loaded(tmp_path):
     assert all(torch.equal(value, _values(handle)[name]) for name, value in before.items())
 
 
-def test_values_of_an_adapter_in_training_cannot_be_replaced_by_finished_ones(tmp_path):
+def test_values_of_an_adapter_in_training_cannot_be_replaced_by_materialized_ones(tmp_path):
     handle = ours_on(tiny.make("llama"), "p-tuning", "CAUSAL_LM")
     handle.save_pretrained(tmp_path)
     (tmp_path / ENCODER).unlink()

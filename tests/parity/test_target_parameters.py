@@ -44,7 +44,7 @@ OPTIONS = {
     "with no modules named": ("mixtral", {**BOTH, "target_modules": None}),
     "with patterns": ("gpt-oss", {**BOTH, "rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"gate_up_proj": 3}}),
     "rslora": ("qwen3-moe", {**BOTH, "use_rslora": True}),
-    "start at zero": ("qwen3-moe", {**BOTH, "init_lora_weights": True}),
+    "zero init": ("qwen3-moe", {**BOTH, "init_lora_weights": True}),
     "matrices of a Linear": ("mixtral", {**BOTH, "target_parameters": ["q_proj.weight", "lm_head.weight"]}),
 }
 
@@ -152,7 +152,7 @@ BAD = {
     "dropout": ({**BOTH, "lora_dropout": 0.1}, ts.ConfigError, "lora_dropout cannot be combined"),
     "dora": ({**BOTH, "use_dora": True}, ts.ConfigError, "use_dora cannot be combined"),
     "bias": ({**BOTH, "lora_bias": True}, ts.ConfigError, "lora_bias cannot be combined"),
-    "start": ({**BOTH, "init_lora_weights": "pissa"}, ts.ConfigError, "got 'pissa'"),
+    "init": ({**BOTH, "init_lora_weights": "pissa"}, ts.ConfigError, "got 'pissa'"),
     "expression": ({"target_parameters": "experts.*"}, ts.ConfigError, "must be of type list"),
     "nothing": ({"target_modules": []}, ts.ConfigError, "target_modules is empty"),
     "no parameter": ({"target_parameters": ["inner.weigth"]}, ts.TargetError, "did you mean 'inner.weight'"),

@@ -351,7 +351,7 @@ def test_a_private_copy_of_the_head_is_packed():
     check_texts_are_alone(handles.lora(base_of("llama"), modules_to_save=["lm_head"]).eval())
 
 
-def test_can_pack_speaks_of_how_adapters_act_now():
+def test_can_pack_answers_for_the_effective_adapters():
     handle = handles.lora(base_of("llama"), target_modules=["down_proj"], modules_to_save=["self_attn"])
     assert can_pack(handle.base_model) and not can_pack(handle)
     handle.disable_adapters()

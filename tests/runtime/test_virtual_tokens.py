@@ -103,8 +103,8 @@ def test_saved_and_loaded_bit_exact_for_inference_and_for_training(method, name,
     handle.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
     assert torch.equal(out(again, inputs), out(handle, inputs))
-    finished = PeftModel.from_pretrained(base, tmp_path).eval()
-    torch.testing.assert_close(out(finished, inputs), out(handle, inputs), atol=1e-6, rtol=0)
+    materialized = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(out(materialized, inputs), out(handle, inputs), atol=1e-6, rtol=0)
 
 
 @pytest.mark.each_value_once

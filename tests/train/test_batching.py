@@ -21,12 +21,12 @@ def test_the_trainer_of_buckets_reads_them(tmp_path):
     rows = [{"input_ids": [3] * (length // 4 + 2)} for length in LENGTHS]
     shapes = []
 
-    class Watched(BucketTrainer):
+    class Recording(BucketTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             shapes.append(tuple(inputs["input_ids"].shape))
             return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
 
-    Watched(model=lora(tiny.make("llama")), args=arguments, train_dataset=rows, data_collator=PadRight(0)).train()
+    Recording(model=lora(tiny.make("llama")), args=arguments, train_dataset=rows, data_collator=PadRight(0)).train()
     expected = []
     for epoch in range(2):
         sampler = LengthBuckets([len(row["input_ids"]) for row in rows], 8, seed=4)

@@ -1,4 +1,4 @@
-"""The adapter that EVA starts."""
+"""The adapter that EVA initializes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_modules_that_explain_nothing_lose_their_adapter():
     assert handle.peft_config["default"].target_modules == set(kept)
 
 
-def test_padding_and_tokens_without_a_label_are_not_looked_at():
+def test_padding_and_tokens_without_a_label_are_ignored():
     base, batch = tiny.make("llama"), tiny.inputs_for("llama", rows=4, length=12)
     batch["attention_mask"][:, :3] = 0
     batch["labels"] = torch.where(torch.arange(12) < 6, -100, batch["input_ids"])
