@@ -89,7 +89,7 @@ class PeftConfig:
     Args:
         task_type: a `TaskType` or its name; None for models without a task class (images, audio, own modules).
         base_model_name_or_path: filled in by `get_peft_model` from the base.
-        revision: revision of the base on the hub.
+        revision: revision of the base on the Hub.
         inference_mode: adapters made with True do not train.
     """
 
@@ -163,7 +163,7 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
-        """Read `adapter_config.json` from a folder or the hub (kwargs: `revision`, `token`, `cache_dir`, ...)."""
+        """Read `adapter_config.json` from a folder or the Hub (kwargs: `revision`, `token`, `cache_dir`, ...)."""
         return read_config(AdapterFolder.find(pretrained_model_name_or_path, subfolder=subfolder, **kwargs), cls)
 
     def save_pretrained(self, save_directory: str, **_: Any) -> None:
@@ -258,7 +258,7 @@ class TargetedConfig(PeftConfig):
         exclude_modules: names or a regular expression to leave out.
         layers_to_transform: index or indices of the layers to adapt; needs names such as `layers.3.`.
         layers_pattern: name(s) of the layer list, where the path holds several numbers.
-        modules_to_save: modules trained whole, as private copies (task heads).
+        modules_to_save: modules trained in full, as private copies (task heads).
         fan_in_fan_out: the targeted weights are stored `(in, out)`; GPT-2's `Conv1D` is recognised without it.
     """
 
@@ -326,7 +326,7 @@ class PromptConfig(PeftConfig):
     """Fields of methods that put virtual tokens in front of the input.
 
     Args:
-        num_virtual_tokens: how many.
+        num_virtual_tokens: number of virtual tokens.
         token_dim, num_transformer_submodules, num_attention_heads, num_layers: filled in from the base.
     """
 

@@ -75,7 +75,7 @@ UNFIT = {
     "text without tokens": (
         PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", prompt_tuning_init="TEXT",
                            prompt_tuning_init_text="?", tokenizer_name_or_path="EMPTY"),
-        ConfigError, ["is tokenized to nothing", "give it words"],
+        ConfigError, ["has no tokens", "give it some text"],
     ),
     "no config": ({"r": 8}, ConfigError, [r"peft_config must be a configuration such as LoraConfig\(...\), got dict"]),
 }  # fmt: skip

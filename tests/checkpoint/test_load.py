@@ -91,7 +91,7 @@ def _(folder):
 @damage("wrong type")
 def _(folder):
     edit_tensors(folder, lambda v: v.update({FIRST: v[FIRST].to(torch.int32)}))
-    return AdapterFileError, [FIRST, "holds torch.int32", "expected a type like torch.float32", "nothing was loaded"]
+    return AdapterFileError, [FIRST, "holds torch.int32", "expected a dtype like torch.float32", "nothing was loaded"]
 
 
 @damage("complex numbers")
@@ -426,8 +426,8 @@ def test_damaged_adapter_on_a_handle(case, name, llama, saved):
     kind, words = DAMAGES[case](saved)
     before, adapted, count = Snapshot(llama), output(handle, INPUTS), sites(llama)
     trained = {key: p.requires_grad for key, p in handle.named_parameters()}
-    if name == "default" and case.startswith("rank"):  # seen sooner, in comparison with the adapter here
-        kind, words = AdapterFileError, ["cannot replace an adapter", r"r=\d+.* there, .*r=4.* here"]
+    if name == "default" and case.startswith("rank"):  # seen sooner, in comparison with the adapter in use
+        kind, words = AdapterFileError, ["cannot replace an adapter", r"r=\d+.* in the file, .*r=4.* in the adapter"]
     with one_error(kind, *words):
         handle.load_adapter(saved, name)
     before.check()
@@ -492,7 +492,7 @@ def test_values_of_a_merged_adapter_cannot_be_replaced(llama, saved):
         handle.load_adapter(saved, "default")
 
 
-def test_text_start_needs_no_tokenizer_when_values_are_loaded(llama, tmp_path):
+def test_text_init_needs_no_tokenizer_when_values_are_loaded(llama, tmp_path):
     ours_on(llama, "prompt", "CAUSAL_LM").save_pretrained(tmp_path)
     edit_config(tmp_path, prompt_tuning_init="TEXT", prompt_tuning_init_text="x", tokenizer_name_or_path="/gone")
     ts.PeftModel.from_pretrained(llama, tmp_path)

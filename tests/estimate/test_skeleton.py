@@ -37,5 +37,5 @@ def test_every_known_model_can_be_named():
 
 
 def test_an_unknown_base_is_one_sentence():
-    with pytest.raises(UsageError, match=r"cannot be fetched from the hub.*not a known name; did you mean 'Llama-2-7B'"):
+    with pytest.raises(UsageError, match=r"cannot be fetched from the Hub.*not a known name; did you mean 'Llama-2-7B'"):
         skeleton.config_of("Llama-2-7Z")

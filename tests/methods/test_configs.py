@@ -52,7 +52,7 @@ BAD_VALUES = [
     (HRAConfig, {"bias": "some"}, r'must be "none", "all" or "hra_only"'),
     (AdaLoraConfig, {}, r"total_step=None must be the number of optimiser steps"),
     (AdaLoraConfig, {"total_step": 10, "target_r": 13}, r"target_r=13 must be at most init_r=12"),
-    (AdaLoraConfig, {"total_step": 10, "tinit": 5, "tfinal": 5}, r"tinit=5 and tfinal=5 leave no step of total_step=10"),
+    (AdaLoraConfig, {"total_step": 10, "tinit": 5, "tfinal": 5}, r"tinit=5 and tfinal=5 leave no steps of total_step=10"),
     (AdaLoraConfig, {"total_step": 10, "beta1": 1.0}, r"beta1=1.0 must be above 0 and below 1"),
     (AdaLoraConfig, {"total_step": 10, "tinit": -1}, r"tinit=-1 must be at least 0"),
     (AdaLoraConfig, {"total_step": 10, "orth_reg_weight": -0.5}, r"orth_reg_weight=-0.5 must be at least 0"),

@@ -10,23 +10,23 @@ import tunesmith as ts
 from tests import tiny
 
 BAD = {
-    "unknown start": ({"init_lora_weights": "pisa"}, '"pissa"'),
-    "start without rounds": ({"init_lora_weights": "pissa_niter_"}, "pissa_niter_<rounds>"),
+    "unknown init": ({"init_lora_weights": "pisa"}, '"pissa"'),
+    "init without rounds": ({"init_lora_weights": "pissa_niter_"}, "pissa_niter_<rounds>"),
     "odd orthogonal rank": ({"init_lora_weights": "orthogonal", "r": 5}, "even ranks, got 5"),
     "odd orthogonal rank in a pattern": ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 3}}, "got 3"),
     "dora from the weight": ({"init_lora_weights": "pissa", "use_dora": True}, "cannot be combined"),
     "dora and a bias": ({"lora_bias": True, "use_dora": True}, "without use_dora"),
-    "bias and a start": ({"lora_bias": True, "init_lora_weights": "gaussian"}, "True or False"),
+    "bias and an init": ({"lora_bias": True, "init_lora_weights": "gaussian"}, "True or False"),
     "dora of no type": ({"use_dora": "yes"}, "must be of type bool"),
     "loftq bits": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 5}}, "must be 2, 3, 4 or 8"),
     "loftq rounds": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 0}}, "at least 1"),
     "loftq field": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bit": 4}}, "did you mean 'loftq_bits'"),
-    "loftq options alone": ({"loftq_config": {"loftq_bits": 4}}, 'acts only with init_lora_weights="loftq"'),
+    "loftq options alone": ({"loftq_config": {"loftq_bits": 4}}, 'has an effect only with init_lora_weights="loftq"'),
     "loftq options of no type": ({"init_lora_weights": "loftq", "loftq_config": [4]}, "must be of type"),
     "eva rho": ({"init_lora_weights": "eva", "eva_config": {"rho": 0.5}}, "rho=0.5 must be"),
     "eva rho of no type": ({"init_lora_weights": "eva", "eva_config": {"rho": "2"}}, "rho='2' must be"),
     "eva tau": ({"init_lora_weights": "eva", "eva_config": {"tau": 1.5}}, "tau=1.5 must be"),
-    "eva options alone": ({"eva_config": {"rho": 2.0}}, 'acts only with init_lora_weights="eva"'),
+    "eva options alone": ({"eva_config": {"rho": 2.0}}, 'has an effect only with init_lora_weights="eva"'),
 }
 
 

@@ -20,7 +20,7 @@ NOWHERE = {
     "parent's path": ("../../no-such-folder-here", ["there is no folder"]),
     "deep path": ("a/b/c", ["there is no folder a/b/c"]),
     "hub id": ("nobody/nothing", ['"nobody/nothing" is not a local folder', "Hub cannot be reached", "HF_HUB_OFFLINE"]),
-    "hub id that is none": ("no body/nothing?", ["neither a local folder nor a repository"]),
+    "malformed hub id": ("no body/nothing?", ["neither a local folder nor a repository"]),
     "endless name": ("x" * 5000, ["there is no folder", "owner/name"]),
     "name with a zero byte": ("a\0b", ["there is no folder", "owner/name"]),
     "empty name": ("", ["'' does not name an adapter"]),

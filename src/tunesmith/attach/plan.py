@@ -103,7 +103,7 @@ def _claimed_twice(plan: Plan) -> Iterator[str]:
     """Modules whose tokens or parameters train, and that something else of the adapter changes, too."""
     for path in plan.tokens:
         if path in plan.adapted or _is_copied(path, plan):
-            yield f"{path}: its chosen tokens train (trainable_token_indices), so it cannot be a target or saved whole"
+            yield f"{path}: some of its tokens are trained (trainable_token_indices), so it cannot be a target or saved whole"
     for path in plan.parameters:
         if path in plan.adapted or path in plan.tokens or _is_copied(path, plan):
             yield f"{path}: its parameters are adapted (target_parameters), so it cannot be a target or saved whole"
@@ -144,7 +144,7 @@ def check_config(config: Any) -> None:
 def check_task(model: Any, config: PeftConfig) -> None:
     """Refuse a task that the model cannot do, before anything is built."""
     task = config.task_type
-    assert task is None or isinstance(task, TaskType), "a config makes one of its name"
+    assert task is None or isinstance(task, TaskType), "a config turns a name into a TaskType"
     name = type(model).__name__
     base = architecture.config_of(model)
     encoder_decoder = architecture.is_encoder_decoder(base)

@@ -40,7 +40,7 @@ def plan_parameters(modules: dict[str, nn.Module], config: Any, faults: list[str
 
 def _fault(path: str, parameter: nn.Parameter) -> str | None:
     if not path:
-        return "belongs to the model itself, whose call is the handle's; wrap it in a module"
+        return "belongs to the model itself rather than to a module inside it; move it into a submodule"
     if parameter.dim() not in (2, 3):
         return f"has the shape {tuple(parameter.shape)}; only matrices and stacks of them (experts) can be adapted"
     if not parameter.is_floating_point():

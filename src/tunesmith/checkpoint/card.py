@@ -15,7 +15,7 @@ _PIPELINES = {
 
 
 def card_text(config: PeftConfig) -> str:
-    """A card in the hub's form: YAML the hub reads, then how to load the adapter."""
+    """A card in the Hub's format: YAML that the Hub reads, then how to load the adapter."""
     base = config.base_model_name_or_path or ""
     method = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", "-")
     lines = ["---", "library_name: peft"]

@@ -99,7 +99,7 @@ def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftC
     """
     faults = []
     if stored.peft_type != config.peft_type:
-        faults.append(f"it is {stored.method}, the adapter here is {config.method}")
+        faults.append(f"its method is {stored.method}, the adapter's is {config.method}")
     elif isinstance(config, TargetedConfig):
         parameters = {f"{path}.{name}": each for path, named in plan.parameters.items() for name, each in named.items()}
         stored_settings = plan.adapted | parameters
@@ -107,10 +107,10 @@ def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftC
         for path in sorted(settings.keys() | stored_settings.keys()):
             found, expected = stored_settings.get(path, "not adapted"), settings.get(path, "not adapted")
             if found != expected:
-                faults.append(f"{path}: {found} there, {expected} here")
-    there, here_too = (getattr(one, "trainable_token_indices", None) for one in (stored, config))
-    if there != here_too:
-        faults.append(f"trainable tokens: {there} there, {here_too} here")
+                faults.append(f"{path}: {found} in the file, {expected} in the adapter")
+    in_file, in_use = (getattr(one, "trainable_token_indices", None) for one in (stored, config))
+    if in_file != in_use:
+        faults.append(f"trainable tokens: {in_file} in the file, {in_use} in the adapter")
     if faults:
         raise AdapterFileError(
             f'"{folder.name}" cannot replace an adapter with other settings; load it under another name:\n'
@@ -122,7 +122,7 @@ def _faults(key: str, found: Tensor, expected: Tensor) -> list[str]:
     if found.shape != expected.shape:
         return [f'"{key}" has the shape {tuple(found.shape)}, the base needs {tuple(expected.shape)}']
     if found.is_floating_point() != expected.is_floating_point():
-        return [f'"{key}" holds {found.dtype}, expected a type like {expected.dtype}']
+        return [f'"{key}" holds {found.dtype}, expected a dtype like {expected.dtype}']
     if found.is_floating_point() and not torch.isfinite(found.to(expected.dtype)).all():
         return [f'"{key}" holds values that are not finite (NaN or infinity) in {expected.dtype}']
     return []

@@ -20,10 +20,10 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 
 def config_of(name: str) -> Any:
-    """The configuration of a base: a known name (with or without its owner), a folder, a config file, or a hub id.
+    """The configuration of a base: a known name (with or without its owner), a folder, a config file, or a Hub id.
 
     Raises:
-        UsageError: there is none, or the hub cannot be reached.
+        UsageError: there is none, or the Hub cannot be reached.
     """
     import transformers
 
@@ -39,7 +39,7 @@ def config_of(name: str) -> Any:
     except (OSError, ValueError) as error:
         near = did_you_mean(_plain(name), table)
         raise UsageError(
-            f'"{name}" is not a folder with a config.json, cannot be fetched from the hub, and is not a known name'
+            f'"{name}" is not a folder with a config.json, cannot be fetched from the Hub, and is not a known name'
             + (near or f"; known names: {', '.join(table)}")
         ) from error
 

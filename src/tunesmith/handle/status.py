@@ -191,8 +191,8 @@ def _devices(parameters: Iterable[nn.Parameter]) -> list[str]:
 def _handle(model: Any) -> HandleState:
     if not hasattr(model, "peft_config") or not hasattr(model, "adapters"):
         count = len(handles_of(model)) if isinstance(model, nn.Module) else 0
-        more = f"; {count} handle(s) share this base, ask one of them" if count else ""
-        raise UsageError(f"expected a handle, as get_peft_model returns it; a {type(model).__name__} holds no adapters{more}")
+        more = f"; {count} handle(s) share this base; pass one of them" if count else ""
+        raise UsageError(f"expected a handle, as returned by get_peft_model; a {type(model).__name__} holds no adapters{more}")
     if not model.peft_config:
         raise UsageError("this handle has no adapters; add one with add_adapter or load_adapter")
     found: HandleState = model

@@ -18,7 +18,7 @@ PACKAGES = ("tunesmith", "torch", "transformers", "accelerate", "safetensors", "
 OPTIONAL = {
     "bitsandbytes": "4-bit and 8-bit bases",
     "pyarrow": "parquet files",
-    "datasets": "data sets from the hub",
+    "datasets": "data sets from the Hub",
     "matplotlib": "plots",
 }
 
@@ -69,11 +69,13 @@ def _processor() -> Iterator[Finding]:
         yield Finding("slow", "threads", f"torch uses {threads} of {cores} cores ({reason})")
     flags = _processor_flags()
     if "amx_bf16" in flags:
-        yield Finding("good", "bfloat16", "the processor multiplies bf16 in tiles (AMX): bf16 bases are fast")
+        yield Finding("good", "bfloat16", "the processor has bf16 matrix instructions (AMX): bf16 bases are fast")
     elif "avx512_bf16" in flags:
-        yield Finding("good", "bfloat16", "the processor multiplies bf16 (AVX-512): bf16 bases take half the memory")
+        yield Finding("good", "bfloat16", "the processor has bf16 instructions (AVX-512): bf16 bases take half the memory")
     elif flags:
-        yield Finding("slow", "bfloat16", "the processor does not multiply bf16: bf16 bases save memory, fp32 bases are faster")
+        yield Finding(
+            "slow", "bfloat16", "the processor has no bf16 instructions: bf16 bases save memory, fp32 bases are faster"
+        )
 
 
 def _processor_flags() -> set[str]:

@@ -24,7 +24,7 @@ class Generator:
     """A base with or without an adapter.
 
     Args:
-        adapter: a folder or hub id; None generates with the bare base.
+        adapter: a folder or Hub id; None generates with the bare base.
         base: the base's name; None uses the one that the adapter names, else sprout.
         template: a name or file; None uses the one saved with the adapter, else the tokenizer's chat template, else none.
         bits: of the base's linear weights: 4, 8, or 16 for what its files hold.

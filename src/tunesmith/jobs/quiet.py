@@ -8,7 +8,7 @@ from typing import Any
 
 
 def hush() -> None:
-    """Silence progress bars, advice and warnings of transformers and the hub; errors stay."""
+    """Silence progress bars, advice and warnings of transformers and the Hub; errors stay."""
     for name in ("accelerate", "bitsandbytes", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)  # before they are imported, which is when bitsandbytes logs
     from transformers import logging as transformers_logging

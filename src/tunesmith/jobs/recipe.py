@@ -234,7 +234,7 @@ def _pairs(value: Any, texts: bool) -> dict[str, Any]:
 
 
 def _split(text: str) -> list[str]:
-    """The pairs of a text with commas; a comma inside a JSON list or of a plain list is no separator."""
+    """The pairs of a text with commas; a comma inside a JSON list or of a plain list is not a separator."""
     parts: list[str] = []
     for part in text.split(","):
         if "=" in part and (not parts or parts[-1].count("[") == parts[-1].count("]")):

@@ -114,7 +114,7 @@ class RunFolder:
 
 
 def file_hash(path: str | Path) -> str:
-    """The SHA-256 of a file; of a name on the hub, of the name."""
+    """The SHA-256 of a file; of a name on the Hub, of the name."""
     file = Path(path)
     return hashlib.sha256(file.read_bytes() if file.is_file() else str(path).encode()).hexdigest()
 

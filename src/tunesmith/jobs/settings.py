@@ -38,7 +38,7 @@ class Settings:
     """A job's settings under Hugging Face's names; those of the method are checked, too."""
 
     method: str = setting("prompt-tuning", "See `tunesmith methods`.", shown=True)
-    data: str | None = setting(None, "csv, json, jsonl, parquet, txt or hub name.", "dataset", shown=True)
+    data: str | None = setting(None, "csv, json, jsonl, parquet, txt or Hub name.", "dataset", shown=True)
     text_column: str | None = setting(None, "Train on this column as plain text.", shown=True)
     columns: dict[str, str] = setting(  # noqa: RUF009
         dict, "Column names, e.g. instruction=question.", shown=True
@@ -46,10 +46,10 @@ class Settings:
     format: str | None = setting(
         None, "alpaca, messages, sharegpt, prompt-completion or text. Default: detected from the columns."
     )
-    skip_bad_rows: bool = setting(False, "Skip rows that cannot be used rather than stop.")
+    skip_bad_rows: bool = setting(False, "Skip rows that cannot be used.")
     template: str | None = setting(None, "chat, human-assistant, none, file.jinja, ...", shown=True)
     completion_only_loss: bool = setting(True, "Train on the answers only, not on the questions.")
-    base: str = setting("sprout", "Base: sprout, a folder or a hub id.", "model_name_or_path", shown=True)
+    base: str = setting("sprout", "Base: sprout, a folder or a Hub id.", "model_name_or_path", shown=True)
     dtype: str = setting("auto", "Data type of the base: auto (bfloat16 where that is fast), float32, bfloat16 or float16.")
     load_in_4bit: bool = setting(False, "Load the base in 4 bits (QLoRA).", shown=True)
     load_in_8bit: bool = setting(False, "Load the base in 8 bits.")

@@ -68,7 +68,7 @@ def plan_training(settings: Settings, rows: Rows | None = None, device: str | No
     """The memory and work that a job takes, in seconds, without a download and without weights.
 
     Args:
-        settings: as for `tunesmith train`; the base by a known name, folder, config file or hub id.
+        settings: as for `tunesmith train`; the base by a known name, folder, config file or Hub id.
         rows: the data; None stands for 1,000 rows of `max_length` tokens.
         device: "cpu" or "cuda"; None stands for the device that this machine would train on.
 

@@ -42,16 +42,16 @@ class AdaLoraConfig(TargetedConfig):
     """Configuration of AdaLoRA.
 
     Args:
-        total_step: number of optimiser steps of the whole training, which are counted from 1.
+        total_step: number of optimiser steps of the whole run, counted from 1.
         init_r, target_r: rank of every module at first, and on average in the end.
         tinit, tfinal: steps before the first and after the last change of ranks.
         deltaT: steps between two changes.
         beta1, beta2: how slowly importance and uncertainty follow the last step.
         orth_reg_weight: weight of the penalty that keeps A and B orthogonal, added to the loss in training.
         lora_alpha, lora_dropout, bias: as for LoRA.
-        init_lora_weights: start from no change (E is zero) rather than from random values.
+        init_lora_weights: True: no change at first (E is zero); False: random values.
         rank_pattern: `{module path + ".lora_E": which triplets are left}`; filled in by the last allocation.
-        r: without effect; the ecosystem's files have it.
+        r: no effect; it is there because files of `peft` contain it.
     """
 
     total_step: int | None = None
@@ -91,12 +91,12 @@ class AdaLoraConfig(TargetedConfig):
         found += [f"{name}={getattr(self, name)!r} must be above 0 and below 1" for name in ("beta1", "beta2")
                   if not 0 < getattr(self, name) < 1]  # fmt: skip
         if self.target_r > self.init_r:
-            found.append(f"target_r={self.target_r} must be at most init_r={self.init_r}: ranks only fall")
+            found.append(f"target_r={self.target_r} must be at most init_r={self.init_r}: ranks only decrease")
         if self.total_step is None or self.total_step < 1:
-            found.append(f"total_step={self.total_step} must be the number of optimiser steps of the training")
+            found.append(f"total_step={self.total_step} must be the number of optimiser steps")
         elif self.tinit + self.tfinal >= self.total_step:
             found.append(
-                f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={self.total_step} to change ranks in"
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave no steps of total_step={self.total_step} for changing ranks"
             )
         return found
 

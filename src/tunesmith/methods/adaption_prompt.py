@@ -30,7 +30,7 @@ class AdaptionPromptConfig(TargetedConfig):
 
     Args:
         adapter_len: trained tokens of each layer.
-        adapter_layers: how many layers get them, counted from the last.
+        adapter_layers: number of layers that get them, counted from the last.
         target_modules: name of the attention modules; None takes the architecture's.
     """
 
@@ -117,7 +117,7 @@ def _fused_projections(module: Any, x: Tensor, prompt: Tensor, _: dict[str, Any]
 
 
 def _rotary_projections(module: Any, x: Tensor, prompt: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Llama and its kin: queries are turned by their positions, the trained tokens have none."""
+    """Llama and similar models: queries are turned by their positions, the trained tokens have none."""
     queries, keys, values = (
         projection(tokens).unflatten(2, (-1, module.head_dim))
         for projection, tokens in ((module.q_proj, x), (module.k_proj, prompt), (module.v_proj, prompt))

@@ -32,9 +32,9 @@ class BOFTConfig(TargetedConfig):
         boft_block_size: size of a block; it must divide every adapted module's input.
         boft_block_num: number of blocks of a factor.
         boft_n_butterfly_factor: number of factors m; each doubles how many inputs an output mixes. 1 is OFT with a scale.
-        boft_dropout: probability of leaving a block unrotated while training.
+        boft_dropout: probability of leaving a block unrotated in training.
         bias: "none", "boft_only" (biases of adapted modules) or "all" (every bias); trained as private copies.
-        init_weights: start from no change rather than from random rotations and scales.
+        init_weights: True: no change at first; False: random rotations and scales.
     """
 
     boft_block_size: int = 4

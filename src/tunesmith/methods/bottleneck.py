@@ -55,7 +55,7 @@ _BLOCKS: dict[tuple[str, ...], tuple[str, str]] = {
 }  # fmt: skip
 # Parallel adapters need the block's input, so where the modules above are only its last linear map, the whole block.
 _WHOLE = {"self_attention.dense": "self_attention", "mlp.dense_4h_to_h": "mlp", "ffn.down_proj": "ffn"}
-_NO_BLOCK = ("fc2", "output.dense", "attention.output.dense")  # blocks that are no module of their own
+_NO_BLOCK = ("fc2", "output.dense", "attention.output.dense")  # blocks that are not modules of their own
 
 
 @dataclass(frozen=True)

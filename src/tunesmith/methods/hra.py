@@ -32,9 +32,9 @@ class HRAConfig(TargetedConfig):
     """Configuration of HRA.
 
     Args:
-        r: number of reflections. An even one starts as the base: equal neighbours undo each other.
+        r: number of reflections. If it is even, nothing changes at first: equal neighbours cancel out.
         apply_GS: make the vectors orthogonal to each other first (Gram-Schmidt); H = I - 2 U U^T, which is never the base.
-        init_weights: start from equal neighbours where `r` is even, rather than from independent random vectors.
+        init_weights: True: neighbours are equal at first if `r` is even; False: independent random vectors.
         bias: "none", "hra_only" (biases of adapted modules) or "all" (every bias); trained as private copies.
     """
 

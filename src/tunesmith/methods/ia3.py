@@ -57,7 +57,7 @@ class IA3Config(TargetedConfig):
     Args:
         feedforward_modules: which targets scale their input rather than their output; None takes those that usually do
             in this architecture.
-        init_ia3_weights: start from factors of one (no change) rather than from random ones.
+        init_ia3_weights: True: factors of one (no change) at first; False: random factors.
     """
 
     feedforward_modules: list[str] | set[str] | str | None = None

@@ -26,7 +26,7 @@ class LoHaConfig(LycorisConfig):
     """Configuration of LoHa, besides the fields of `LycorisConfig`.
 
     Args:
-        init_weights: start from no change (one factor is zero) rather than from random factors.
+        init_weights: True: no change at first (one factor is zero); False: random factors.
     """
 
     init_weights: bool = True

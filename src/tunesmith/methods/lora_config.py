@@ -46,7 +46,7 @@ class EvaConfig:
         rho: a module's rank may grow to `rho * r`, at others' cost; 1 leaves all ranks at `r`.
         tau: a direction has converged when a batch turns it by no more than this cosine.
         use_label_mask: leave out tokens whose label is `label_mask_value`.
-        label_mask_value: the label of tokens that are no part of the loss.
+        label_mask_value: the label of tokens that are not part of the loss.
         whiten: scale each direction by the inverse root of its singular value.
         adjust_scaling_factors: keep each module's scale at `lora_alpha / r` when its rank changes.
     """
@@ -113,7 +113,7 @@ class LoraConfig(TargetedConfig):
             (`lora_parameters.py`); `target_modules` may then be empty, and None means none.
         trainable_token_indices: tokens whose embeddings train, too; `{embedding's name: tokens}` for other embeddings than
             the input's (`trainable_tokens.py`).
-        loftq_config, eva_config: of the inits of these names; a `LoftQConfig`, an `EvaConfig` or a dictionary.
+        loftq_config, eva_config: options of the inits of these names; a `LoftQConfig`, an `EvaConfig` or a dictionary.
     """
 
     r: int = 8
@@ -222,5 +222,7 @@ def _made(name: str, kind: Any, value: Any, wanted: bool) -> Any:
             raise ConfigError("; ".join(wrong))
         value = kind(**value)
     if value and not wanted:
-        raise ConfigError(f'{name} acts only with init_lora_weights="{name.removesuffix("_config")}"; set it, or leave it out')
+        raise ConfigError(
+            f'{name} has an effect only with init_lora_weights="{name.removesuffix("_config")}"; set it, or leave it out'
+        )
     return value or (kind() if wanted else None)

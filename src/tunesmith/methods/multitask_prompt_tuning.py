@@ -24,7 +24,7 @@ from .prompt_tuning import PromptTuning, PromptTuningConfig
 
 
 class MultitaskPromptTuningInit(str, Enum):
-    """Where the values start: as in prompt tuning, or from values trained on source tasks.
+    """Initial values: as in prompt tuning, or trained on source tasks.
 
     Of these: the shared prompt and the mean of all tasks' factors, those of one task, or the shared prompt alone.
     """
@@ -48,7 +48,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         prompt_tuning_init_state_dict_path: file of the source tasks' values (an adapter's weights file).
         prompt_tuning_init_task: which source task; for EXACT_SOURCE_TASK.
         num_ranks: rank of the tasks' factors.
-        num_tasks: how many tasks.
+        num_tasks: number of tasks.
     """
 
     prompt_tuning_init: MultitaskPromptTuningInit | str = MultitaskPromptTuningInit.RANDOM  # type: ignore[assignment]
@@ -66,8 +66,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         if self.prompt_tuning_init_task < 0:
             found.append(f"prompt_tuning_init_task={self.prompt_tuning_init_task!r} must be a whole number of at least 0")
         if self.prompt_tuning_init in _FROM_SOURCE and not self.prompt_tuning_init_state_dict_path:
-            start = MultitaskPromptTuningInit(self.prompt_tuning_init).value
-            found.append(f"prompt_tuning_init={start} needs prompt_tuning_init_state_dict_path")
+            init = MultitaskPromptTuningInit(self.prompt_tuning_init).value
+            found.append(f"prompt_tuning_init={init} needs prompt_tuning_init_state_dict_path")
         return found
 
 
@@ -105,16 +105,16 @@ class MultitaskPromptTuning(PromptTuning):
         return self.values() * (self.prefix_task_cols[ids] @ self.prefix_task_rows[ids])
 
     def _take_from_source(self) -> None:
-        """Copy the source tasks' values; all tasks here start from the same factors.
+        """Copy the source tasks' values; all tasks get the same initial factors.
 
         Raises:
             ConfigError: the file holds no such values, or values of another size.
         """
         config = self.config
-        path, start = config.prompt_tuning_init_state_dict_path, config.prompt_tuning_init.value
+        path, init = config.prompt_tuning_init_state_dict_path, config.prompt_tuning_init.value
         source = _read(path)
         wanted: dict[str, Any] = {"prompt_embeddings": self.embedding}
-        if start != "ONLY_SOURCE_SHARED":
+        if init != "ONLY_SOURCE_SHARED":
             wanted |= {"prefix_task_cols": self.prefix_task_cols, "prefix_task_rows": self.prefix_task_rows}
         for name, parameter in wanted.items():
             if name not in source:
@@ -123,10 +123,10 @@ class MultitaskPromptTuning(PromptTuning):
                 )
             value = source[name]
             if name != "prompt_embeddings":
-                if start == "EXACT_SOURCE_TASK" and config.prompt_tuning_init_task >= len(value):
+                if init == "EXACT_SOURCE_TASK" and config.prompt_tuning_init_task >= len(value):
                     number = config.prompt_tuning_init_task
                     raise ConfigError(f"prompt_tuning_init_task={number}, but {path} holds tasks 0 to {len(value) - 1}")
-                value = value.mean(0) if start == "AVERAGE_SOURCE_TASKS" else value[config.prompt_tuning_init_task]
+                value = value.mean(0) if init == "AVERAGE_SOURCE_TASKS" else value[config.prompt_tuning_init_task]
             expected = parameter.shape if name == "prompt_embeddings" else parameter.shape[1:]
             if value.shape != expected:
                 found = f'"{name}" of the shape {tuple(value.shape)}'

@@ -36,13 +36,13 @@ class OFTConfig(TargetedConfig):
     Args:
         r: number of blocks.
         oft_block_size: size of a block; where it does not divide a module's input, the nearest divisor is taken.
-        module_dropout: probability of leaving a block unrotated while training.
+        module_dropout: probability of leaving a block unrotated in training.
         bias: "none", "oft_only" (biases of adapted modules) or "all" (every bias); trained as private copies.
-        init_weights: start from no rotation rather than from random ones.
+        init_weights: True: no rotation at first; False: random rotations.
         coft: keep the norm of each Q below `eps / sqrt(blocks)`.
         eps: how far `coft` lets the rotation go.
         block_share: one block for all.
-        use_cayley_neumann: the series in place of the inverse: quicker, nearly orthogonal for small Q.
+        use_cayley_neumann: a series instead of the inverse: faster, nearly orthogonal for small Q.
         num_cayley_neumann_terms: length of the series.
     """
 

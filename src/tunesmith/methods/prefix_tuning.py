@@ -27,7 +27,7 @@ class PrefixTuningConfig(PromptConfig):
     Args:
         prefix_projection: train an encoder that computes the keys and values, rather than these themselves.
         encoder_hidden_size: width of that encoder; None takes the width of the keys.
-        init_weights: None starts at random, "zero" from keys and values of zero.
+        init_weights: None: random at first; "zero": keys and values of zero.
     """
 
     prefix_projection: bool = False

@@ -36,8 +36,7 @@ class PromptTuningConfig(PromptConfig):
 
     Args:
         prompt_tuning_init: a `PromptTuningInit` or its name.
-        prompt_tuning_init_text: for TEXT. More tokens than `num_virtual_tokens` are cut off; fewer are repeated in
-            a circle.
+        prompt_tuning_init_text: for TEXT. More tokens than `num_virtual_tokens` are cut off; fewer are repeated.
         tokenizer_name_or_path: whose tokens `prompt_tuning_init_text` is split into; for TEXT.
         tokenizer_kwargs: further arguments for `AutoTokenizer.from_pretrained`; for TEXT.
     """
@@ -91,7 +90,7 @@ class PromptTuning(PromptAdapter):
 
 
 def _text_ids(config: PromptTuningConfig, rows: int, words: int) -> Tensor:
-    """`rows` token ids of the initial text, cut off or repeated in a circle.
+    """`rows` token ids of the initial text, cut off or repeated from the start.
 
     Raises:
         ConfigError: the tokenizer is not there, makes no tokens of the text, or is not the base's.
@@ -105,7 +104,7 @@ def _text_ids(config: PromptTuningConfig, rows: int, words: int) -> Tensor:
         raise ConfigError(f'tokenizer_name_or_path: "{name}" has no tokenizer that can be loaded; check the name') from error
     ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not ids:
-        raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} is tokenized to nothing; give it words")
+        raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens; give it some text")
     if max(ids) >= words:
         raise ConfigError(
             f'tokenizer_name_or_path: "{name}" gives token id {max(ids)}, but the base has {words} tokens; '

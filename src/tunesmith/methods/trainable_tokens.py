@@ -1,4 +1,4 @@
-"""Trained rows of an embedding: new or chosen tokens learn, the rest of the vocabulary stays.
+"""Trained rows of an embedding: new or chosen tokens learn, the rest of the vocabulary stays frozen.
 
     E'[i] = D[j] where i is the j-th trained token, else E[i];   an output head tied to E follows: W' = E'
 
@@ -29,7 +29,7 @@ class TrainableTokensConfig(PeftConfig):
     Args:
         token_indices: the tokens to train.
         target_modules: name(s) of the embedding; None takes the model's input embedding.
-        init_weights: start as the base's rows; False starts from random ones.
+        init_weights: True: the base's rows at first; False: random rows.
     """
 
     token_indices: list[int] | None = None

@@ -32,7 +32,7 @@ class VeraConfig(TargetedConfig):
         vera_dropout: probability of dropping an input of the change while training.
         d_initial: initial value of `lambda_d`; `lambda_b` starts at zero.
         bias: "none", "vera_only" (biases of adapted modules) or "all" (every bias); trained as private copies.
-        init_weights: start from no change rather than from random `lambda_d` and a `lambda_b` of ones.
+        init_weights: True: no change at first; False: random `lambda_d`, and a `lambda_b` of ones.
     """
 
     r: int = 256
