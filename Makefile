@@ -4,6 +4,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 METHOD ?= prompt-tuning
 
+# What others build on: what each part may use of the others is in its types.
+STRICT := $(addprefix src/tunesmith/,handle runtime attach adapter.py config.py registry.py model.py cli data jobs estimate train)
+
 CASES ?= startup lora_step packing speed qlora learning
 
 .PHONY: demo test test-all test-matrix test-sample check bench docs format clean
@@ -44,6 +47,7 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent $(STRICT)
 	$(BIN)/python tools/check_layers.py
 
 format: .venv/dev.stamp

@@ -61,3 +61,16 @@ def test_the_range_is_the_declared_one_and_the_one_of_the_pinned_sets():
         for name, release in (("oldest", package.oldest), ("newest", package.newest)):
             pinned = (root / f"constraints-{name}.txt").read_text(encoding="utf-8").splitlines()
             assert f"{package.package}=={release}" in pinned
+
+
+def test_a_source_tree_without_a_release_number_is_no_reason_to_fail(monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    tested.warn_once.cache_clear()
+    monkeypatch.setattr(tested.metadata, "version", version)
+    tested.warn_once()
+    tested.warn_once.cache_clear()
+    monkeypatch.setattr(tested.metadata, "version", lambda name: "main")
+    tested.warn_once()
+    tested.warn_once.cache_clear()

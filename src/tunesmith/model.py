@@ -76,14 +76,14 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        if any(handle.merged for handle in handles_of(model)):
+        if any(handle.merged_adapters for handle in handles_of(model)):
             raise UsageError("another handle's adapters are merged into this base's weights; call its unmerge_adapter() first")
         tested.warn_once()
-        self.init_state(model)
-        self.forget()
+        self._init_state(model)
+        self._forget()
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self.register()
+        self._join_base()
         self.train(model.training)
 
     def get_base_model(self) -> nn.Module:
@@ -106,7 +106,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         """
         base = self.base_model
         replaced: set[Any] = {base.get_input_embeddings(), base.get_output_embeddings()}
-        trees = [handle.tree(name) for handle in self.shared_base.handles for name in handle.peft_config]
+        trees = [handle.tree(name) for handle in self._shared_base.handles for name in handle.peft_config]
         adapted = {path for tree in trees for path, _ in tree.items()}
         faults = [path for path in sorted(adapted) if replaced & set(base.get_submodule(path).modules())]
         if faults:
@@ -138,7 +138,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
     def _load(
         self, folder: AdapterFolder, stored: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
     ) -> None:
-        self.require_unmerged(name)
+        self._require_unmerged(name)
         if name not in self.peft_config:
             check_name(name, self.peft_config)
         try:
@@ -183,7 +183,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         try:
             handle._load(folder, stored, adapter_name, is_trainable, autocast_adapter_dtype)
         except BaseException:
-            handle.detach()
+            handle._leave_base()
             raise
         return handle
 
@@ -200,7 +200,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         Each adapter is written completely or not at all. A sharded handle is gathered by all ranks together, so each of
         them must call this (`is_main_process` selects the one that writes), unless `state_dict` holds the gathered values.
         """
-        names = tuple(self.peft_config) if selected_adapters is None else self.named(selected_adapters)
+        names = tuple(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
         save.write(self, list(names), save_directory, state_dict, is_main_process)
 
     def get_adapter_state_dict(
@@ -208,7 +208,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
     ) -> dict[str, torch.Tensor]:
         """`{name in files: tensor}` of one adapter (by default the active one), copied to the CPU."""
         name = adapter_name or self.active_adapter
-        self.require(name)
+        self.require_adapter(name)
         return save.tensors(self, name, state_dict)
 
     def enable_peft_hotswap(self, *_: Any, **__: Any) -> None:
@@ -228,7 +228,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         except AttributeError:
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
-        return self.from_base(name)
+        return self._from_base(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_handle, (self.task_class, self.base_class), self.__dict__
@@ -236,12 +236,12 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled handle installs its sites on its own base."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.forget()
+        self._forget()
         schedules.observe_steps(self, self.peft_config.values())
-        self.find_checkpointing_modules()
-        adopt(self, self.shared_base)
-        self.hold_stored()
-        self.by_site(tuple(self.peft_config))
+        self._find_checkpointing_modules()
+        adopt(self, self._shared_base)
+        self._hold_stored()
+        self._by_site(tuple(self.peft_config))
 
 
 def _empty_handle(task_class: type[PeftModel], base_class: type[nn.Module]) -> PeftModel:

@@ -44,7 +44,10 @@ TORCH = Tested("torch", "2.13.0", "2.13.0")
 @functools.cache
 def warn_once() -> None:
     """Warn, once per process, if transformers is outside the tested range."""
-    fault = TRANSFORMERS.fault(metadata.version("transformers"))
+    try:
+        fault = TRANSFORMERS.fault(metadata.version("transformers"))
+    except (metadata.PackageNotFoundError, ValueError):  # a source tree, or not a release number: nothing to compare
+        return
     if fault:
         logger.warning(fault)
 

@@ -101,16 +101,16 @@ def test_attentions_that_do_not_ask_transformers_for_their_function():
     class Own(nn.Module):  # its home, this module, has no table
         is_causal, config = True, SimpleNamespace()
 
-    reason = architecture.attention_fault(nn.Sequential(Own()))
+    reason = architecture.attention_fault(nn.Sequential(Own()).named_modules())
     assert reason is not None and "0 has its own attention implementation" in reason
 
 
 @pytest.mark.parametrize("kind, faulty", [("eager", False), ("sdpa", True)])
 def test_capped_scores_that_sdpa_would_leave_uncapped(kind, faulty):
     model = tf.LlamaModel(tf.LlamaConfig(**tiny.SIZES, attn_implementation=kind))
-    assert architecture.attention_fault(model) is None
+    assert architecture.attention_fault(model.named_modules()) is None
     model.config.attn_logit_softcapping = 2.0
-    assert bool(architecture.attention_fault(model)) is faulty
+    assert bool(architecture.attention_fault(model.named_modules())) is faulty
 
 
 class Newer:

@@ -129,10 +129,10 @@ def test_the_check_leaves_no_hooks_and_runs_once(llama, llama_inputs):
     handle = lora(llama).train()
     handle(**llama_inputs)
     assert not any(module._forward_pre_hooks for module in llama.modules())
-    assert not handle.is_due(handle.frame)
-    assert handle.eval().is_due(handle.frame) and not handle.train().is_due(handle.frame)
+    assert not handle.is_due(handle.effective_frame)
+    assert handle.eval().is_due(handle.effective_frame) and not handle.train().is_due(handle.effective_frame)
     handle.add_adapter("second", LoraConfig())
-    assert handle.is_due(handle.frame), "a new adapter is checked, too"
+    assert handle.is_due(handle.effective_frame), "a new adapter is checked, too"
 
 
 def test_an_adapter_that_is_passed_by_raises_in_inference_too():

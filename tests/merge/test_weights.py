@@ -83,7 +83,7 @@ def test_a_bias_that_has_no_place_in_the_module_is_not_lost_in_merging(llama, ll
     handle = lora(llama).eval()
     path, module = "model.layers.1.self_attn.v_proj", llama.model.layers[1].self_attn.v_proj
     handle.tree("default").node(path)._modules["_adapter"] = Shifted(view_of(module), None, {})
-    handle.forget()
+    handle._forget()
     before, expected = state(llama), out(handle, llama_inputs)
     with pytest.raises(UsageError, match="Shifted adds a bias to a Linear that has none"):
         handle.merge_adapter()
@@ -144,7 +144,7 @@ def test_merging_16_bit_weights_rounds_once():
     bound = exact.abs() * 2.0**-8 + 1e-6  # half a step of bf16's 8 significant bits, and the fp32 sum's own error
     assert ((merged.double() - exact).abs() <= bound).all()
     change = adapter.scale * (adapter.lora_B.bfloat16() @ adapter.lora_A.bfloat16())
-    often = handle.merged["default"]["0", "weight"] + change
+    often = handle.merged_adapters["default"]["0", "weight"] + change
     assert not ((often.double() - exact).abs() <= bound).all(), "the case tells one rounding from several"
 
 
@@ -177,7 +177,7 @@ def test_a_merge_that_fails_leaves_everything_as_it_was(safe):
         with pytest.raises(UsageError, match="non-finite"):
             call(safe_merge=safe)
         assert_same_state(before, state(base))
-        assert handle.merged == {} and handle.active_adapters == ["default", "second"]
+        assert handle.merged_adapters == {} and handle.active_adapters == ["default", "second"]
     handle.delete_adapter("second")
     assert not torch.equal(handle(x), base(x))
 

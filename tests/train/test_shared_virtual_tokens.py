@@ -45,10 +45,10 @@ def test_virtual_tokens_run_once_for_all_rows_with_the_same_loss_and_gradients(n
 def test_virtual_tokens_are_shared_where_that_saves_more_than_another_pass_over_the_weights():
     handle = get_peft_model(tiny.make("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30)).train()
     batch = {"input_ids": torch.ones(4, 5, dtype=torch.long)}
-    assert shared_virtual_tokens.applies(handle, handle.frame, batch)
-    assert not shared_virtual_tokens.applies(handle, handle.frame, {"input_ids": batch["input_ids"][:2]})
+    assert shared_virtual_tokens.applies(handle, handle.effective_frame, batch)
+    assert not shared_virtual_tokens.applies(handle, handle.effective_frame, {"input_ids": batch["input_ids"][:2]})
     assert not shared_virtual_tokens.applies(
-        handle, handle.frame, {**batch, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 4)}
+        handle, handle.effective_frame, {**batch, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 4)}
     )
     handle.gradient_checkpointing_enable()
-    assert not shared_virtual_tokens.applies(handle, handle.frame, batch)
+    assert not shared_virtual_tokens.applies(handle, handle.effective_frame, batch)

@@ -7,8 +7,9 @@ nowhere else. A configuration may be None, as it is for plain modules; a fact is
 from __future__ import annotations
 
 import copy
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -251,22 +252,27 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in inner if is_attention(module) or isinstance(module, PreTrainedModel)]
 
 
-def attention_fault(model: nn.Module) -> str | None:
-    """Why a model's attention function cannot be replaced without changing the result; None if it can.
+def attention_fault(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Why the attention function of one of these modules, by path, cannot be replaced with the same result; None if all can.
 
-    Nemotron has its own attention classes before 5.13. `sdpa` ignores the cap on Gemma 2's scores, which releases before 5.23
+    Nemotron has its own attention classes before 5.13. `sdpa` ignores the cap on Gemma 2's scores, which releases up to 5.18
     allow.
     """
-    for path, module in model.named_modules():
+    for path, module in modules:
         if not is_attention(module):
             continue
-        homes = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
-        if not any(hasattr(home, _TABLE) for home in homes):
+        if not any(_knows_attention_table(cls.__module__) for cls in type(module).__mro__):
             return f"{path} has its own attention implementation"
         capped = getattr(module.config, "attn_logit_softcapping", None) is not None
         if capped and getattr(module.config, _ATTENTION, None) == "sdpa":
             return f'{path} caps its scores, which sdpa does not support; load the base with attn_implementation="eager"'
     return None
+
+
+@functools.cache
+def _knows_attention_table(module_name: str) -> bool:
+    """Whether a Python module has transformers' table of attentions at hand."""
+    return hasattr(sys.modules.get(module_name), _TABLE)
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:

@@ -52,7 +52,7 @@ class Adding(Switching):
             kind.prepare(config, self.base_model)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
-        if self.merged and getattr(config, "init_from_weight", False):
+        if self.merged_adapters and getattr(config, "init_from_weight", False):
             raise UsageError(
                 "such an adapter is initialized from the base's weights, which hold merged adapters now; "
                 "call unmerge_adapter() first"
@@ -66,8 +66,8 @@ class Adding(Switching):
         tree.train(self.training)
         self.adapters[name] = tree
         self.peft_config[name] = config
-        self.forget()
+        self._forget()
         schedules.observe_steps(self, [config])
         tree.requires_grad_(False)
-        if not self.active:
+        if not self._active:
             self.set_adapter(name)

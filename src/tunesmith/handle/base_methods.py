@@ -26,14 +26,14 @@ class BaseMethods(Calls):
         if kwargs.get(BOUNDARIES) is not None:
             raise UsageError(f"generate continues one text per row; pad the texts into rows and leave {BOUNDARIES} out")
         names = kwargs.pop("adapter_names", None)
-        frame = self.frame if names is None else self.mixed_frame(names, args, kwargs)
+        frame = self.effective_frame if names is None else self._mixed_frame(names, args, kwargs)
         with self.entered(frame):
             kwargs, task_ids = self._without_task_ids(kwargs)
             if frame.prompts:
                 args, kwargs = call_inputs.for_generate(self.base_model, self.input_spec, frame, args, kwargs, task_ids)
             return self.base_model.generate(*args, **kwargs)
 
-    def call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the base, with the adapters in effect, as they are in a module that it returns."""
         with self.entered():
             result = getattr(self.base_model, name)(*args, **kwargs)
@@ -41,7 +41,7 @@ class BaseMethods(Calls):
             return Proxy(self, result)
         return result
 
-    def from_base(self, name: str) -> Any:
+    def _from_base(self, name: str) -> Any:
         """An attribute of the base; its own methods run with the adapters in effect."""
         value = getattr(self.base_model, name)
         if inspect.ismethod(value) and value.__self__ is self.base_model:

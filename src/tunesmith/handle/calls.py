@@ -28,13 +28,14 @@ class Calls(Frames):
             cu_seq_lens_q: boundaries of the texts packed into one row, `(texts + 1,)`; each attends only to itself.
         """
         names = kwargs.pop("adapter_names", None)
-        return self.forward_within(self.frame if names is None else self.mixed_frame(names, args, kwargs), *args, **kwargs)
+        frame = self.effective_frame if names is None else self._mixed_frame(names, args, kwargs)
+        return self.forward_within(frame, *args, **kwargs)
 
     def forward_within(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         """As `forward`, in a frame that need not be the handle's own."""
         if kwargs.get(BOUNDARIES) is not None:
-            kwargs.update(zip(self.accepts, args))
-            args, (frame, kwargs) = (), self.pack(frame, kwargs)
+            kwargs.update(zip(self._accepts, args))
+            args, (frame, kwargs) = (), self.pack_inputs(frame, kwargs)
         if self.is_due(frame):
             result = preflight.checked(self, frame, lambda noted: self._run(noted, args, kwargs))
         else:
@@ -45,7 +46,7 @@ class Calls(Frames):
         """Whether this is the first forward with these adapters in this mode, which `preflight` checks unless compiled."""
         if torch.compiler.is_compiling():
             return False
-        return bool(frame.names) and (frame.names, self.trains) not in self.checked
+        return bool(frame.names) and (frame.names, self._trains) not in self._checked
 
     def entered(self, frame: Frame | None = None) -> entered:
         """Prepare the base for a call of this handle; returns the context manager of a frame, by default the handle's own.
@@ -58,8 +59,8 @@ class Calls(Frames):
             base.train(self.training)
         if self.training:
             self._carry_frames()
-        frame = self.frame if frame is None else frame
-        if self._conflict is not None and frame.mixture is None and frame.names == self.frame.names:
+        frame = self.effective_frame if frame is None else frame
+        if self._conflict is not None and frame.mixture is None and frame.names == self.effective_frame.names:
             raise UsageError(self._conflict)
         if not torch.compiler.is_compiling() and any(at.module() is None for at in frame.adapters):
             raise UsageError(
@@ -71,16 +72,16 @@ class Calls(Frames):
     def _carry_frames(self) -> None:
         """Let layers that gradient checkpointing recomputes see the frame of their forward pass."""
         for module in self.checkpointing_modules:
-            function = vars(module).get(CHECKPOINTING_FUNCTION)
+            function = getattr(module, CHECKPOINTING_FUNCTION, None)
             if function is not None and not isinstance(function, CarriesFrame):
                 setattr(module, CHECKPOINTING_FUNCTION, CarriesFrame(function))
 
-    def prepare(self, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
+    def prepare_inputs(self, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the base's forward for these inputs of the handle; must be called inside the frame."""
         inputs, task_ids = self._without_task_ids(inputs)
         return call_inputs.prepare(self.base_model, self.input_spec, frame, inputs, task_ids)
 
-    def pack(self, frame: Frame, inputs: dict[str, Any], multiple_of: int = 1) -> tuple[Frame, dict[str, Any]]:
+    def pack_inputs(self, frame: Frame, inputs: dict[str, Any], multiple_of: int = 1) -> tuple[Frame, dict[str, Any]]:
         """The frame and the base's inputs of a call whose texts are packed into one row; see `call_inputs.pack`."""
         inputs, task_ids = self._without_task_ids(inputs)
         with self.entered(frame):
@@ -90,7 +91,7 @@ class Calls(Frames):
         with self.entered(frame):
             if not frame.prompts:
                 return self.base_model(*args, **self._without_task_ids(kwargs)[0])
-            return self.base_model(**self.prepare(frame, {**kwargs, **dict(zip(self.accepts, args))}))
+            return self.base_model(**self.prepare_inputs(frame, {**kwargs, **dict(zip(self._accepts, args))}))
 
     def _without_task_ids(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The inputs for the base, and `task_ids` if an adapter of this handle uses them."""

@@ -46,7 +46,7 @@ class Combining(Adding):
             AdapterNameError, ConfigError, UsageError: in each case nothing was added.
         """
         for name in adapters:
-            self.require(name)
+            self.require_adapter(name)
         check_name(adapter_name, self.peft_config)
         check_weights(adapters, weights)
         members = [Member(name, self.peft_config[name], self.tree(name), weight) for name, weight in zip(adapters, weights)]

@@ -27,7 +27,7 @@ def described(handle: HandleState) -> str:
     lines = [f"{type(handle).__name__} on {type(base).__name__} ({size:,} parameters, frozen)"]
     width = max((len(name) for name in handle.peft_config), default=0)
     for name in handle.peft_config:
-        lines.append(f"  {'*' if name in handle.active else '-'} {name:<{width}}  {_summary(handle, name)}")
+        lines.append(f"  {'*' if name in handle._active else '-'} {name:<{width}}  {_summary(handle, name)}")
         lines += [f"      {place}" for place in _places(handle, name)]
     return "\n".join(lines if handle.peft_config else [*lines, "  no adapters"])
 
@@ -36,8 +36,8 @@ def _summary(handle: HandleState, name: str) -> str:
     config, parameters = handle.peft_config[name], list(handle.tree(name).parameters())
     task = getattr(config.task_type, "value", config.task_type)
     state = [
-        "merged into the base" if name in handle.merged else "active" if name in handle.active else "not active",
-        "switched off" if handle.disabled else "",
+        "merged into the base" if name in handle.merged_adapters else "active" if name in handle._active else "not active",
+        "switched off" if handle._disabled else "",
         "trains" if any(p.requires_grad for p in parameters) else "",
     ]
     count = f"{sum(p.numel() for p in parameters):,} parameters"

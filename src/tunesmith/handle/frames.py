@@ -26,35 +26,35 @@ class Frames(HandleState):
     """The part of a handle that turns names of adapters into frames.
 
     Attributes:
-        frame: of the effective adapters. Calls only read it: reading names there would compile one graph per name (the limit
-            is 8).
-        checked: what `preflight` has checked: names of adapters, and whether they trained.
+        effective_frame: the frame of the effective adapters. Calls only read it: reading names there would compile one graph
+            per name (the limit is 8).
+        _checked: what `preflight` has checked: names of adapters, and whether they trained.
     """
 
-    frame: Frame
-    checked: set[tuple[tuple[str, ...], bool]]
+    effective_frame: Frame
+    _checked: set[tuple[tuple[str, ...], bool]]
     _frames: dict[tuple[str, ...], Frame]
     _single_experts: dict[str, list[str]]  # per adapter, the paths that keep it out of mixed batches
     _conflict: str | None
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Derive the frame from the handle's state; must be called after each change of it."""
-        self.frame = self.frame_of(self.effective)
-        self._conflict = conflict({name: self.tree(name) for name in (*self.merged, *self.effective)})
+        self.effective_frame = self._frame_of(self._effective)
+        self._conflict = conflict({name: self.tree(name) for name in (*self.merged_adapters, *self._effective)})
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Discard what is derived from adapters and base, and derive it again."""
         self._frames = {}
         self._single_experts = {}
-        self.checked = set()
-        self.settle()
+        self._checked = set()
+        self._settle()
 
-    def frame_of(self, names: tuple[str, ...]) -> Frame:
+    def _frame_of(self, names: tuple[str, ...]) -> Frame:
         """The frame in which these adapters are in effect together."""
         if names not in self._frames:
             prompts = tuple(prompt for name in names if (prompt := self._prompt(name)) is not None)
             penalties = schedules.penalties(self, names)
-            self._frames[names] = Frame(self.by_site(names), prompts, penalties=penalties, names=names)
+            self._frames[names] = Frame(self._by_site(names), prompts, penalties=penalties, names=names)
         return self._frames[names]
 
     def _prompt(self, name: str) -> tuple[PromptAdapter, int] | None:
@@ -65,7 +65,7 @@ class Frames(HandleState):
         assert isinstance(config, PromptConfig) and config.num_virtual_tokens is not None
         return prompt, config.num_virtual_tokens
 
-    def mixed_frame(self, names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
+    def _mixed_frame(self, names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
         """The frame of a batch with one adapter per row.
 
         Args:
@@ -85,10 +85,10 @@ class Frames(HandleState):
             raise UsageError(f"adapter_names holds {len(names)} names for {first.shape[0]} rows; give one for each row")
         for name in dict.fromkeys(names):
             if name != BASE_ROW:
-                self.require(name)
+                self.require_adapter(name)
                 self._check_no_single_experts(name)
-        if self.merged:
-            merged = ", ".join(f'"{name}"' for name in self.merged)
+        if self.merged_adapters:
+            merged = ", ".join(f'"{name}"' for name in self.merged_adapters)
             raise UsageError(f"{merged} is merged into the weights, so it would affect every row; call unmerge_adapter() first")
         return self._mixture(names, None if first is None else first.device)
 
@@ -96,8 +96,8 @@ class Frames(HandleState):
         """One frame made of those of all names; the plain frame if all rows have the same name."""
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(names):
-            rows_of.setdefault(BASE_ROW if self.disabled else name, []).append(row)
-        frames = [self.frame_of(() if name == BASE_ROW else (name,)) for name in rows_of]
+            rows_of.setdefault(BASE_ROW if self._disabled else name, []).append(row)
+        frames = [self._frame_of(() if name == BASE_ROW else (name,)) for name in rows_of]
         if len(frames) == 1:
             return frames[0]
         groups = [torch.tensor(rows, device=device) for rows in rows_of.values()]
@@ -116,7 +116,7 @@ class Frames(HandleState):
                 "to rows; run such a batch one adapter at a time"
             )
 
-    def by_site(self, names: tuple[str, ...]) -> BySite:
+    def _by_site(self, names: tuple[str, ...]) -> BySite:
         """`{site: adapters}`, at each site in the order of `names` and, within one adapter, of its kinds."""
         found: BySite = {}
         for name in names:

@@ -25,10 +25,10 @@ class Merging(Switching):
     """The part of a handle that changes its base, and restores it.
 
     Attributes:
-        shared_base: what this handle shares with others of its base.
+        _shared_base: what this handle shares with others of its base.
     """
 
-    shared_base: SharedBase
+    _shared_base: SharedBase
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, requantize: bool = False
@@ -42,10 +42,10 @@ class Merging(Switching):
             UsageError: adapters are switched off, other handles use this base, the adapter cannot be merged, or its modules
                 are quantised and `requantize` is not set.
         """
-        if self.disabled:
+        if self._disabled:
             raise UsageError("adapters are disabled, and merging would put them into effect; call enable_adapters() first")
-        names = [name for name in self.named(adapter_names or self.active) if name not in self.merged]
-        self._check_mergeable(names, after=tuple(self.merged))
+        names = [name for name in self._named(adapter_names or self._active) if name not in self.merged_adapters]
+        self._check_mergeable(names, after=tuple(self.merged_adapters))
         rounded = [] if requantize else changed(self.base_model, [self.tree(name) for name in names])
         if rounded:
             raise UsageError(
@@ -60,14 +60,14 @@ class Merging(Switching):
             for originals in reversed(done.values()):
                 restore(self.base_model, originals)
             raise
-        self.merged.update(done)
-        self.settle()
+        self.merged_adapters.update(done)
+        self._settle()
 
     def unmerge_adapter(self) -> None:
         """Put back the tensors that merging replaced, bit for bit."""
-        for name in reversed(list(self.merged)):
-            restore(self.base_model, self.merged.pop(name))
-        self.settle()
+        for name in reversed(list(self.merged_adapters)):
+            restore(self.base_model, self.merged_adapters.pop(name))
+        self._settle()
 
     def merge_and_unload(
         self,
@@ -91,7 +91,7 @@ class Merging(Switching):
         Raises:
             UsageError: other handles use this base and `copy` is not set, or an adapter cannot be merged.
         """
-        names = list(self.named(adapter_names or self.active))
+        names = list(self._named(adapter_names or self._active))
         self._check_mergeable(names, alone=not copy)
         trees = [self.tree(name) for name in names]
         if copy:
@@ -99,42 +99,42 @@ class Merging(Switching):
                 base = plain_copy(self.base_model)
             quantised.release(base)
             _into(base, trees, safe_merge, dtype, requantize)
-            self.shared_base.thaw(base)
+            self._shared_base.thaw(base)
             return base
         self.unmerge_adapter()
         _into(self.base_model, trees, safe_merge, dtype, requantize)
-        return self.detach()
+        return self._leave_base()
 
     def unload(self) -> nn.Module:
         """The base as it was before: our sites removed, `requires_grad` restored (unless other handles use it)."""
         self.unmerge_adapter()
-        return self.detach()
+        return self._leave_base()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the handle computes exactly what its base does."""
-        before, merged = self.disabled, list(self.merged)
+        before, merged = self._disabled, list(self.merged_adapters)
         self.disable_adapters()
         try:
             yield
         finally:
-            self.disabled = before
-            self.settle()
+            self._disabled = before
+            self._settle()
             if merged:
                 self.merge_adapter([name for name in merged if name in self.peft_config], requantize=True)
 
     def disable_adapters(self) -> None:
         """As `disable_adapter()`, until `enable_adapters()`."""
         self.unmerge_adapter()
-        self.disabled = True
-        self.settle()
+        self._disabled = True
+        self._settle()
 
     def enable_adapters(self) -> None:
-        self.disabled = False
-        self.settle()
+        self._disabled = False
+        self._settle()
 
     def _check_mergeable(self, names: list[str], alone: bool = True, after: tuple[str, ...] = ()) -> None:
-        others = [handle for handle in self.shared_base.handles if handle is not self]
+        others = [handle for handle in self._shared_base.handles if handle is not self]
         if alone and others:
             raise UsageError(
                 f"{len(others)} other handle(s) use this base, whose weights merging would change under them; "
@@ -156,33 +156,33 @@ class Merging(Switching):
             raise UsageError(reason)
         check_order(self.base_model, together)
 
-    def register(self) -> None:
+    def _join_base(self) -> None:
         """Join the base's handles, and freeze its parameters."""
-        self.shared_base = join(self)
-        self.hold_stored()
+        self._shared_base = join(self)
+        self._hold_stored()
         for parameter in self.base_model.parameters():
             parameter.requires_grad_(False)
 
-    def hold_stored(self) -> None:
+    def _hold_stored(self) -> None:
         """Quantised modules compute through their views, so that nothing rewrites what they store."""
         quantised.hold(self.base_model)
         for _, view in quantised.quantised_views(self.base_model):
             if site.fault(view.module) is None:
                 site.install(view.module)
 
-    def detach(self) -> nn.Module:
+    def _leave_base(self) -> nn.Module:
         """Leave the base; the last handle to do so removes everything that was installed on it."""
         base = self.base_model
-        self.active = ()
-        self.settle()
-        if leave(self, self.shared_base):
+        self._active = ()
+        self._settle()
+        if leave(self, self._shared_base):
             for module in base.modules():
                 site.remove(module)
                 function = vars(module).get(architecture.CHECKPOINTING_FUNCTION)
                 if isinstance(function, CarriesFrame):
                     setattr(module, architecture.CHECKPOINTING_FUNCTION, function.checkpoint)
             quantised.release(base)
-            self.shared_base.thaw(base)
+            self._shared_base.thaw(base)
         return cast(nn.Module, base)
 
 

@@ -74,7 +74,7 @@ def _passed_on(name: str, found: Any, base_class: type) -> Any:
 
         @functools.wraps(found)
         def method(self: BaseMethods, *args: Any, **kwargs: Any) -> Any:
-            return self.call_base(name, *args, **kwargs)
+            return self._call_base(name, *args, **kwargs)
 
         return method
     return Mirrored(name, getattr(base_class, name, None))

@@ -6,13 +6,12 @@ from typing import Any
 
 from ..runtime import packed_row
 from ..runtime.frame import Frame
-from .frames import Frames
 
 
 def packing_fault(model: Any) -> str | None:
     """Why texts of one row cannot be kept apart with a handle's effective adapters; None if they can."""
-    if isinstance(model, Frames):
-        return packed_row.fault(model.base_model, model.frame)
+    if hasattr(model, "peft_config"):  # also a handle inside the wrapper of torch.compile, which passes attributes on
+        return packed_row.fault(model.base_model, model.effective_frame)
     return packed_row.fault(model, Frame({}))
 
 

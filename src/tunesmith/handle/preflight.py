@@ -32,7 +32,7 @@ def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
         UsageError: a site is gone, was bypassed although the module that contains it ran, or (in training) no site was
             reached at all; or the base is sharded and the adapters are not.
     """
-    trains = handle.trains
+    trains = handle._trains
     paths = {path for name in frame.names for path, _ in handle.tree(name).items()}
     _check_sharding(handle)
     _check_installed(handle, paths)
@@ -60,13 +60,13 @@ def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
         raise UsageError("the prefix had no effect: the base ran its layers without calling the module that holds them")
     if missed and trains:
         logger.warning("%d of %d adapted modules did not run in the first step (unused parts)", len(missed), len(paths))
-    handle.checked.add((frame.names, trains))
+    handle._checked.add((frame.names, trains))
     return result
 
 
 def _served_by_others(handle: Frames, fired: set[str]) -> set[str]:
     """Modules whose trained rows took effect elsewhere: with tied embeddings a model may call another module than it names."""
-    adapters = [item for name in handle.effective for item in handle.tree(name).items()]
+    adapters = [item for name in handle._effective for item in handle.tree(name).items()]
     reached = {adapter.owner for path, adapter in adapters if path in fired}
     return {path for path, adapter in adapters if adapter.owner in reached}
 

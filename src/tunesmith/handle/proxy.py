@@ -14,7 +14,7 @@ from ..runtime.frame import Frame, entered
 class Enters(Protocol):
     """What a proxy needs of its handle."""
 
-    frame: Frame
+    effective_frame: Frame
 
     def entered(self, frame: Frame | None = None) -> entered: ...
 
@@ -27,7 +27,8 @@ class Proxy:
         self._target = target
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self._target, nn.Module) and any(not prompt.in_cache for prompt, _ in self._handle.frame.prompts):
+        prompts = self._handle.effective_frame.prompts
+        if isinstance(self._target, nn.Module) and any(not prompt.in_cache for prompt, _ in prompts):
             raise UsageError("virtual tokens are inserted by the handle's own forward and generate; call those")
         with self._handle.entered():
             result = self._target(*args, **kwargs)

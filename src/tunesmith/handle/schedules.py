@@ -109,7 +109,7 @@ def with_penalties(result: Any, added: tuple[Callable[[], Tensor], ...]) -> Any:
 
 def _scheduled(handle: HandleState) -> list[str]:
     """The active adapters with a schedule that train."""
-    configs = {name: handle.peft_config[name] for name in handle.active}
+    configs = {name: handle.peft_config[name] for name in handle._active}
     trained = {name: config for name, config in configs.items() if not config.inference_mode}
     return [name for name, config in trained.items() if issubclass(adapter_type(config), ScheduledAdapter)]
 

@@ -1,6 +1,6 @@
 """What all parts of a handle share: its base, its adapters, and which of them are active.
 
-Each file of this package adds one ability in a class that derives from this one; `PeftModel` is all of them together.
+Each ability is a class in a file of its own that derives from this one; `PeftModel` is all of them together.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class HandleState(nn.Module):
     Attributes:
         adapters: each adapter's tensors, by name.
         peft_config: each adapter's configuration, with everything filled in that follows from the base.
-        active: names of the selected adapters, in the order in which they are applied.
-        disabled: whether the adapters are switched off.
-        merged: for each adapter merged into the base's weights, the tensors that it replaced.
-        accepts: names of the parameters of the base's forward.
+        _active: names of the selected adapters, in the order in which they are applied.
+        _disabled: whether the adapters are switched off.
+        merged_adapters: for each adapter merged into the base's weights, the tensors that it replaced.
+        _accepts: names of the parameters of the base's forward.
         input_spec: what must be known about the base to put virtual tokens in front of its input.
         checkpointing_modules: modules of the base that support gradient checkpointing.
     """
@@ -41,29 +41,29 @@ class HandleState(nn.Module):
 
     adapters: nn.ModuleDict
     peft_config: dict[str, PeftConfig]
-    active: tuple[str, ...]
-    disabled: bool
-    merged: dict[str, Originals]
-    accepts: tuple[str, ...]
+    _active: tuple[str, ...]
+    _disabled: bool
+    merged_adapters: dict[str, Originals]
+    _accepts: tuple[str, ...]
     input_spec: InputSpec
     checkpointing_modules: list[Any]
 
-    def init_state(self, model: nn.Module) -> None:
+    def _init_state(self, model: nn.Module) -> None:
         """Start with `model` and no adapters. (`__init__` would run `PreTrainedModel`'s; handles are such in name only.)"""
         nn.Module.__init__(self)
         self._modules["base_model"] = model  # add_module refuses the names of properties
         self.adapters = nn.ModuleDict()
         self.peft_config = {}
-        self.active = ()
-        self.disabled = False
-        self.merged = {}
-        self.accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._active = ()
+        self._disabled = False
+        self.merged_adapters = {}
+        self._accepts = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.input_spec = input_spec_of(
-            model, frozenset(self.accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
+            model, frozenset(self._accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
         )
-        self.find_checkpointing_modules()
+        self._find_checkpointing_modules()
 
-    def find_checkpointing_modules(self) -> None:
+    def _find_checkpointing_modules(self) -> None:
         self.checkpointing_modules = architecture.checkpointing_modules(self.base_model)
 
     @property
@@ -72,12 +72,12 @@ class HandleState(nn.Module):
         return self._modules["base_model"]
 
     @property
-    def effective(self) -> tuple[str, ...]:
+    def _effective(self) -> tuple[str, ...]:
         """Names of the adapters that a call applies: active, not disabled, not merged into the weights."""
-        return () if self.disabled else tuple(name for name in self.active if name not in self.merged)
+        return () if self._disabled else tuple(name for name in self._active if name not in self.merged_adapters)
 
     @property
-    def trains(self) -> bool:
+    def _trains(self) -> bool:
         """Whether a call now is part of training, with gradients."""
         return self.training and torch.is_grad_enabled()
 
@@ -85,7 +85,7 @@ class HandleState(nn.Module):
         """The tensors of one adapter."""
         return cast(AdapterTree, self.adapters[name])
 
-    def require(self, name: str) -> None:
+    def require_adapter(self, name: str) -> None:
         """
         Raises:
             AdapterNameError: this handle has no adapter of that name.
@@ -97,7 +97,7 @@ class HandleState(nn.Module):
                 f'no adapter "{name}"{did_you_mean(str(name), self.peft_config)}; adapters here: {known}{more}'
             )
 
-    def named(self, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    def _named(self, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
         """One or several names as a tuple without duplicates.
 
         Raises:
@@ -105,5 +105,5 @@ class HandleState(nn.Module):
         """
         found = tuple(dict.fromkeys(names if isinstance(names, (list, tuple)) else [names]))
         for name in found:
-            self.require(name)
+            self.require_adapter(name)
         return found

@@ -12,41 +12,41 @@ class Switching(Frames):
 
     def set_adapter(self, adapter_name: str | list[str] | tuple[str, ...], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; only they train (unless loaded or set for inference)."""
-        names = self.named(adapter_name)
-        before, self.active = self.active, names
-        self.settle()
+        names = self._named(adapter_name)
+        before, self._active = self._active, names
+        self._settle()
         for name in {*before, *names} & self.peft_config.keys():
             trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
             self.tree(name).requires_grad_(trains)
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove adapters; if no active one is left, the first remaining one becomes active."""
-        names = self.named(adapter_name)
+        names = self._named(adapter_name)
         for name in names:
-            self.require_unmerged(name)
-        self.active = tuple(name for name in self.active if name not in names)
+            self._require_unmerged(name)
+        self._active = tuple(name for name in self._active if name not in names)
         for name in names:
             del self.adapters[name], self.peft_config[name]
-        self.forget()
-        if not self.active:
+        self._forget()
+        if not self._active:
             self.set_adapter(tuple(self.peft_config)[:1])
 
-    def require_unmerged(self, name: str) -> None:
+    def _require_unmerged(self, name: str) -> None:
         """
         Raises:
             UsageError: the adapter is merged into the base's weights.
         """
-        if name in self.merged:
+        if name in self.merged_adapters:
             raise UsageError(f'"{name}" is merged into the weights; call unmerge_adapter() first')
 
     @property
     def active_adapter(self) -> str:
         """Name of the active adapter; the first, when several are."""
-        return self.active[0] if self.active else ""
+        return self._active[0] if self._active else ""
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.active)
+        return list(self._active)
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -58,4 +58,4 @@ class Switching(Frames):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return bool(self.effective)
+        return bool(self._effective)

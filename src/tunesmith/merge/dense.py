@@ -53,7 +53,7 @@ def into_dense(base: Any, trees: list[AdapterTree], safe: bool, dtype: torch.dty
         dtype: of the dense weights; by default the type that each had before it was quantised.
 
     Raises:
-        UsageError: with `safe`, a merged value is not finite; the base is then as it was.
+        UsageError: with `safe`, a merged value is not finite; the base is then unchanged.
     """
     views = list(quantised_views(base))
     paths = {path for path, _ in views}

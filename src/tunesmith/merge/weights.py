@@ -84,7 +84,7 @@ def into_weights(base: nn.Module, trees: Sequence[HasAdapters], safe: bool, keep
     """Replace the parameters of `base` that checked `trees` change; returns what was replaced when `keep` is set.
 
     Raises:
-        UsageError: with `safe`, a merged value is not finite; the base is then as it was.
+        UsageError: with `safe`, a merged value is not finite; the base is then unchanged.
     """
     originals: Originals = {}
     rounding = Rounding()

@@ -1,8 +1,9 @@
 """One call of a handle, from the outside in.
 
     handle(x)                          handle/calls.py      chooses the frame and readies the base
-      prepare(x)                       call_inputs.py       puts virtual tokens in, or packs texts into one row
+      pack(x)                          call_inputs.py       of a packed row: the boundaries of its texts go into the frame
       with entered(frame):             frame.py             the frame is this thread's current one
+        prepare(x)                     call_inputs.py       virtual tokens go in front of the input
         base(x)                        the base itself      runs as it always does, down to a targeted module
           module.forward(x)            site.py              a `Site` stands in the module's `__dict__`
             fold(module, adapters)(x)  fold.py              the frame's adapters for this site, the first one innermost

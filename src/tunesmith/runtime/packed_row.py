@@ -57,7 +57,8 @@ def packed(
     Raises:
         UsageError: the base or an adapter cannot keep texts of one row apart, or the boundaries do not fit the row.
     """
-    reason = fault(base, frame)
+    attentions: list[tuple[str, Any]] = architecture.attention_modules(base)
+    reason = _fault(base, frame, attentions)
     if reason:
         raise UsageError(
             f"this row holds several texts ({BOUNDARIES} is given), but {reason}; pad the texts into rows of a batch"
@@ -73,7 +74,7 @@ def packed(
         inputs, segments = _insert(virtual, inputs, segments, base.get_input_embeddings())
     if multiple_of > 1:
         inputs, segments = _pad(inputs, segments, multiple_of)
-    modules: list[Any] = [module for _, module in architecture.attention_modules(base)]
+    modules = [module for _, module in attentions]
     configs = {id(module.config): module.config for module in modules}  # usually a single one
     views = {key: WithConfig(architecture.with_attention(config, ATTENTION)) for key, config in configs.items()}
     frame = frame.packed(segments, {site.install(module): views[id(module.config)] for module in modules})
@@ -127,6 +128,10 @@ def cut(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 def fault(base: Any, frame: Frame) -> str | None:
     """Why texts of one row cannot be kept apart on this base with the frame's adapters; None if they can."""
+    return _fault(base, frame, architecture.attention_modules(base))
+
+
+def _fault(base: Any, frame: Frame, attentions: list[tuple[str, Any]]) -> str | None:
     config, name = architecture.config_of(base), type(base).__name__
     kind = architecture.model_type(config)
     if kind is None or kind not in PROVED:
@@ -139,12 +144,11 @@ def fault(base: Any, frame: Frame) -> str | None:
         return f"this {name} also has cross-attention"
     if architecture.rope_depends_on_length(config):
         return f"this {name} scales the rotary positions of all texts by the length of the longest one"
-    attention_fault = architecture.attention_fault(base)
-    if attention_fault:
-        return attention_fault
+    if reason := architecture.attention_fault(attentions):
+        return reason
     if frame.mixture is not None:
         return "adapter_names selects adapters by row, not by text"
-    for path, module in architecture.attention_modules(base):
+    for path, module in attentions:
         if site.fault(module):
             return f"{path}: {site.fault(module)}"
     copied = [at.module() for at, adapters in frame.adapters.items() if any(isinstance(a, ModuleCopy) for a in adapters)]

@@ -35,5 +35,5 @@ def batching(handle: PeftModel, packing: bool | None, pad_id: int) -> tuple[type
     if packing and cannot:
         raise ConfigError(f"texts cannot be packed here: {cannot}; leave --packing out")
     if cannot is None and packing is not False:
-        return Trainer, PackedCollator(first_tokens=virtual_counts(handle.frame) > 0)
+        return Trainer, PackedCollator(first_tokens=virtual_counts(handle.effective_frame) > 0)
     return BucketTrainer if packing is None else Trainer, PadRight(pad_id)

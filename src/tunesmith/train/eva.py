@@ -206,11 +206,11 @@ def _lora_paths(model: PeftModel, name: str) -> list[str]:
 def _eva_config(model: PeftModel, name: str) -> LoraConfig:
     if not isinstance(model, PeftModel):
         raise UsageError(f"EVA initialises an adapter of a handle (get_peft_model), got {type(model).__name__}")
-    model.require(name)
+    model.require_adapter(name)
     config = model.peft_config[name]
     if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
         raise UsageError(f'the adapter "{name}" was not made with LoraConfig(init_lora_weights="eva")')
-    if model.merged:
+    if model.merged_adapters:
         raise UsageError("adapters are merged into the weights; call unmerge_adapter() first")
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise UsageError(

@@ -59,7 +59,7 @@ class FusedLoss:
         """
         if not self._applies(inputs):
             return None
-        frame = self.handle.frame
+        frame = self.handle.effective_frame
         if self.handle.is_due(frame):
             self.agreement.forget()
         ways = (True, False) if shared_virtual_tokens.applies(self.handle, frame, inputs) else (False,)
@@ -75,7 +75,7 @@ class FusedLoss:
             return False
         if self.fused.encoder_decoder and not architecture.shifts_labels(base) and inputs.get("decoder_input_ids") is None:
             return False
-        frame, at = self.handle.frame, site.site_of(head)
+        frame, at = self.handle.effective_frame, site.site_of(head)
         hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
         unusual = {"adapter_names", "shift_labels", "logits_to_keep"} & inputs.keys()
         return "labels" in inputs and not (hooked or unusual or (at is not None and frame.adapters.get(at)))
@@ -127,7 +127,7 @@ class Agreement:
         row, first = labelled.nonzero()[0].tolist()
         rows = sorted({row, (row + 1) % len(labels)}) if shared else [row]
         part = _cut(inputs, rows, max(first - ENOUGH, 0), first + ENOUGH)
-        frame = handle.frame
+        frame = handle.effective_frame
         frame = frame.with_prompts(tuple((prompt, min(tokens, ENOUGH)) for prompt, tokens in frame.prompts))
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -183,9 +183,9 @@ class HeadLoss:
         handle = self.handle
         frame, tap = self._tapped(plain)
         if inputs.get(BOUNDARIES) is not None:
-            frame, inputs = handle.pack(frame, inputs, EVEN)
+            frame, inputs = handle.pack_inputs(frame, inputs, EVEN)
         with handle.entered(frame):
-            inputs = handle.prepare(frame, inputs) if frame.prompts else inputs
+            inputs = handle.prepare_inputs(frame, inputs) if frame.prompts else inputs
             labels = inputs.pop("labels")
             if self.encoder_decoder and inputs.get("decoder_input_ids") is None:
                 inputs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)
