@@ -68,5 +68,5 @@ def test_a_handle_takes_few_names_from_its_base():
     classes = [cls for cls in PeftModel.__mro__ if cls.__module__.startswith("tunesmith.")]
     names = {name for cls in classes for name in (*vars(cls), *vars(cls).get("__annotations__", {}))}
     theirs = {*dir(peft.PeftModel), *dir(peft.PeftModelForCausalLM), *dir(peft.LoraModel), *dir(PreTrainedModel)}
-    theirs |= {"peft_type", "update_and_allocate"}  # of their instances, and of their AdaLoRA
+    theirs |= {"active_adapter", "peft_type", "update_and_allocate"}  # of their instances, and of their AdaLoRA
     assert {name for name in names - theirs if not name.startswith("_")} == OURS
