@@ -6,9 +6,12 @@ python tools/memory_page.py
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import transformers
 from benchmarks.cases import qlora
