@@ -203,7 +203,7 @@ def test_a_decoder_obtained_from_a_handle_runs_with_its_adapters(llama, llama_in
 def test_encoder_decoder_generation_acts_on_the_encoder(name):
     """`generate` calls the encoder past the model's forward."""
     torch.manual_seed(1)
-    base, ids = tiny.make(name), tiny.inputs_for(name)["input_ids"]
+    base, ids = tiny.make(name).double(), tiny.inputs_for(name)["input_ids"]
     config = LoraConfig(
         task_type="SEQ_2_SEQ_LM", target_modules=r"encoder.*\.(q|v|o|wo)", init_lora_weights=False, lora_alpha=64
     )
@@ -216,7 +216,7 @@ def test_encoder_decoder_generation_acts_on_the_encoder(name):
     assert len(acted) == len(dict(handle.adapters["default"].items()))
     merged = handle.merge_and_unload(copy=True).generate(ids, **settings)
     plain = base.generate(ids, **settings)
-    torch.testing.assert_close(found.logits[0], merged.logits[0])
+    torch.testing.assert_close(found.logits[0], merged.logits[0], rtol=1.3e-6, atol=1e-6)
     assert torch.equal(found.sequences, merged.sequences)
     assert not torch.allclose(found.logits[0], plain.logits[0], atol=1e-3)
 
