@@ -71,7 +71,7 @@ LORA_FORWARD: dict[str, tuple[str, ...]] = {
     "runtime/frame.py": ("current_frame", "entered.__init__", "entered.__enter__", "entered.__exit__"),
     "runtime/site.py": ("Site.__call__",),
     "runtime/fold.py": ("fold", "_adapted"),
-    "bases/view.py": ("view_type", "view_of", "BaseView.__init__", "BaseView.weight", "BaseView.operand"),
+    "bases/view.py": ("view_type", "BaseView.__init__", "BaseView.weight", "BaseView.operand"),
     "methods/lora.py": ("Lora.forward", "Lora._weight_to_fuse"),
     "kernels/lora_linear.py": ("applies", "lora_linear", "_LoraLinear.forward"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, SublayerAdapter
-from ..bases.view import BaseView, plain_forward, view_of, view_type
+from ..bases.view import BaseView, plain_forward, view_type
 from ..errors import UsageError
 from .adapted import Adapted
 from .frame import Around, Replacement
@@ -20,10 +20,12 @@ def fold(module: nn.Module, adapters: tuple[Adapter | Around | Replacement, ...]
     for adapter in adapters:
         if isinstance(adapter, (ParameterAdapter, Replacement)):
             module = adapter(module)
-    call: Callable[..., Any] = view_of(module) if view_type(module) else plain_forward(module)
+    kind = view_type(module)
+    base = None if kind is None else kind(module)
+    call: Callable[..., Any] = plain_forward(module) if base is None else base
     linear = [adapter for adapter in adapters if isinstance(adapter, LinearAdapter)]
     if linear:
-        base = view_of(module)
+        assert base is not None, f"no view for {type(module).__name__}"
         for adapter in linear[:-1]:
             base = Adapted(adapter, base)
         call = functools.partial(_adapted, linear[-1], base)

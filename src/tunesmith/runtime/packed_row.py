@@ -22,7 +22,7 @@ from ..labels import IGNORED
 from . import cache, site
 from .frame import BOUNDARIES, PACKED_KEYS, Frame, Replacement, Segments
 from .packed_attention import ATTENTION
-from .rows import tokens_of
+from .rows import embedded, tokens_of
 
 # Architectures for which tests/runtime/test_packed_row.py proves that packed texts do not attend to each other.
 PROVED = frozenset({
@@ -86,8 +86,7 @@ def _insert(virtual: Tensor, inputs: dict[str, Any], segments: Segments, embed: 
     inputs, texts, n = dict(inputs), len(segments.lengths), virtual.shape[-2]
     if virtual.dim() == 3 and len(virtual) != texts:
         raise UsageError(f"{len(virtual)} task_ids for {texts} texts; give one for each text")
-    ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
-    embeds = embed(ids) if embeds is None else embeds
+    embeds = embedded(inputs, embed)
     before: dict[str, Any] = {"inputs_embeds": virtual.to(embeds.dtype).expand(texts, -1, -1)}
     before["position_ids"] = torch.arange(n, device=embeds.device).expand(texts, -1)
     inputs |= {"inputs_embeds": embeds, "position_ids": inputs["position_ids"] + n}

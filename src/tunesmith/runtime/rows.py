@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tokens_of(inputs: dict[str, Any]) -> Tensor:
@@ -13,6 +13,13 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
     ids = inputs.get("input_ids")
     tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
     return tokens
+
+
+def embedded(inputs: dict[str, Any], embed: nn.Module) -> Tensor:
+    """The embeddings of a call, `(rows, tokens, dim)`; removes `input_ids` from the inputs."""
+    ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
+    found: Tensor = embed(ids) if embeds is None else embeds
+    return found
 
 
 def prepend(values: Tensor, n: int, fill: int | Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..errors import ConfigError, UsageError
 from ..labels import IGNORED
 from . import cache
 from .frame import Frame, Mixture
-from .rows import counted_positions, counts, prepend, shifted_positions, tokens_of
+from .rows import counted_positions, counts, embedded, prepend, shifted_positions, tokens_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def extend(
         New keyword arguments, with `inputs_embeds` `(B, n + T, dim)` in place of `input_ids`.
     """
     inputs = dict(inputs)
-    n, embeds = virtual.shape[-2], _embedded(inputs, embed)
+    if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
+        raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
+    n, embeds = virtual.shape[-2], embedded(inputs, embed)
     rows, length = embeds.shape[:2]
     if virtual.dim() == 3 and virtual.shape[0] != rows:
         raise UsageError(f"{virtual.shape[0]} task_ids for {rows} rows; give one for each row")
@@ -112,15 +114,6 @@ def extend(
     elif order is not None and spec.mask_positions:
         inputs["position_ids"] = counted_positions(inputs["attention_mask"])
     return inputs
-
-
-def _embedded(inputs: dict[str, Any], embed: nn.Module) -> Tensor:
-    """The embeddings of a call, `(B, T, dim)`; removes `input_ids` from the inputs."""
-    ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
-    if (ids is None) == (embeds is None):
-        raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
-    found: Tensor = embed(ids) if embeds is None else embeds
-    return found
 
 
 def _check_extension(length: int, mask: Tensor | None, n: int, spec: InputSpec, real: Tensor | None) -> None:
