@@ -153,7 +153,7 @@ class HeadLoss:
     def __init__(self, handle: PeftModel, tile: int | None = None) -> None:
         self.handle = handle
         self.tile = tile
-        self.base: Any = handle.base_model
+        self.base: Any = handle.bare_base
         self.head: Any = architecture.output_head(self.base)
         self.encoder_decoder = architecture.is_encoder_decoder(architecture.config_of(self.base))
         kernels = ((module, one_kernel(module)) for module in self.base.modules() if not site.fault(module))

@@ -36,11 +36,11 @@ def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
         and virtual_counts(frame) > 0
         and not frame.prompts[0][0].by_task
         and spec.labels_per_token
-        and cache.cache_name(handle.base_model) is not None
+        and cache.cache_name(handle.bare_base) is not None
         and not UNUSUAL & inputs.keys()
         and (boundaries is not None or "position_ids" not in inputs)
         and _saved(texts, virtual_counts(frame)) >= WORTH
-        and not any(architecture.recomputes(module) for module in handle.checkpointing_modules)
+        and not handle.recomputes()
         and (mask is None or (mask.dim() == 2 and bool(mask[:, 0].all())))
     )
 
@@ -64,7 +64,7 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, multi
     Raises:
         UsageError: the base has too few positions, or keeps no keys and values.
     """
-    base, packed = handle.base_model, inputs.get(BOUNDARIES) is not None
+    base, packed = handle.bare_base, inputs.get(BOUNDARIES) is not None
     rows, length = inputs["input_ids"].shape
     with handle.entered(frame):
         virtual = virtual_tokens(frame, None)  # (n, dim)
@@ -88,7 +88,7 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, multi
 
 def _run_virtual(handle: PeftModel, frame: Frame, virtual: Tensor, boundaries: Tensor | None) -> Any:
     """Run virtual tokens as one row, packed if the texts behind them are; returns a cache of their keys and values."""
-    base, kept = handle.base_model, cache.empty(handle.base_model.config)
+    base, kept = handle.bare_base, cache.empty(handle.bare_base.config)
     inputs: dict[str, Any] = {"inputs_embeds": virtual[None].to(base.get_input_embeddings().weight.dtype)}
     if boundaries is not None:
         alone = {**inputs, BOUNDARIES: boundaries.new_tensor([0, len(virtual)])}
