@@ -40,6 +40,9 @@ OF_THE_HANDLE = (
 )  # fmt: skip
 
 
+_NONE = object()
+
+
 class Shows(Protocol):
     """What a proxy needs of its handle."""
 
@@ -76,18 +79,18 @@ class Own:
         if proxy is None:
             return self
         handle, module = handle_of(proxy), module_of(proxy)
-        values = handle._own.of(module)
         if self.name in HOOKS:
-            return values.setdefault(self.name, OrderedDict())
-        if self.name in values:
-            return values[self.name]
+            return handle._own.hooks(module, self.name)
+        value = handle._own.get(module, self.name, _NONE)
+        if value is not _NONE:
+            return value
         return handle.training if self.name == "training" else shown(handle, getattr(module, self.name))
 
     def __set__(self, proxy: Any, value: Any) -> None:
-        handle_of(proxy)._own.of(module_of(proxy))[self.name] = value
+        handle_of(proxy)._own.set(module_of(proxy), self.name, value)
 
     def __delete__(self, proxy: Any) -> None:
-        handle_of(proxy)._own.of(module_of(proxy)).pop(self.name, None)
+        handle_of(proxy)._own.delete(module_of(proxy), self.name)
 
 
 class Forward:
@@ -172,7 +175,7 @@ class Proxy:
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name not in handle_of(self)._own.of(module_of(self)):
+        if handle_of(self)._own.get(module_of(self), name, _NONE) is _NONE:
             raise _fixed(self, name)
         object.__delattr__(self, name)
 
