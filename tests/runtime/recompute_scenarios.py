@@ -250,7 +250,7 @@ SCENARIOS = {
     for function in (
         _one_step, _inputs_with_gradients, _accumulated, _retained, _second_order, _two_handles, _two_handles_in_one_pass,
         _added_between, _switched_between, _disabled_between, _mixed_rows, _bare_in_one_pass, _bare_between,
-        _backward_in_a_thread, _forward_in_a_thread, _backward_in_anothers_call, _failed_forward, _failed_backward, _gradients_by_grad,
-        _from_an_intermediate, _in_evaluation, _dropped_out, _dora, _copied_head_and_biases,
+        _backward_in_a_thread, _forward_in_a_thread, _backward_in_anothers_call, _failed_forward, _failed_backward,
+        _gradients_by_grad, _from_an_intermediate, _in_evaluation, _dropped_out, _dora, _copied_head_and_biases,
     )
 }  # fmt: skip
