@@ -309,7 +309,7 @@ def test_dropouts_switched_off_through_a_handle_are_off_in_its_calls_or_it_is_re
 
 
 def test_an_attribute_set_through_a_handle_can_be_read_there_or_it_is_refused():
-    base, inputs, fields = _base("batch norm")
+    base, _, fields = _base("batch norm")
     handle = lora(base, **fields)
     try:
         handle.last.noted = 3

@@ -16,7 +16,7 @@ from tunesmith import LoraConfig, PeftModel
 from tunesmith.runtime.frame import current_frame
 
 
-def _on(net: Net, seed: int = 1, **fields: Any) -> PeftModel:
+def on(net: Net, seed: int = 1, **fields: Any) -> PeftModel:
     return lora(net, seed, target_modules=["up", "down", "head"], r=4, **fields).train()
 
 
@@ -29,26 +29,26 @@ def _loss(model: nn.Module, seed: int = 3, **kwargs: Any) -> Tensor:
 
 
 def _one_step(net: Net) -> dict:
-    handle = _on(net)
+    handle = on(net)
     _loss(handle).backward()
     return gradients(handle)
 
 
 def _inputs_with_gradients(net: Net) -> dict:
-    handle, x = _on(net), inputs().requires_grad_()
+    handle, x = on(net), inputs().requires_grad_()
     handle(x).square().sum().backward()
     return {**gradients(handle), "inputs": x.grad}
 
 
 def _accumulated(net: Net) -> dict:
-    handle = _on(net)
+    handle = on(net)
     for seed in (3, 4):
         _loss(handle, seed).backward()
     return gradients(handle)
 
 
 def _retained(net: Net) -> dict:
-    handle = _on(net)
+    handle = on(net)
     loss = _loss(handle)
     loss.backward(retain_graph=True)
     loss.backward()
@@ -56,14 +56,14 @@ def _retained(net: Net) -> dict:
 
 
 def _second_order(net: Net) -> dict:
-    handle, x = _on(net), inputs().requires_grad_()
+    handle, x = on(net), inputs().requires_grad_()
     (first,) = torch.autograd.grad(handle(x).square().sum(), x, create_graph=True)
     first.square().sum().backward()
     return gradients(handle)
 
 
 def _two_handles(net: Net) -> dict:
-    first, second = _on(net, 1), _on(net, 2)
+    first, second = on(net, 1), on(net, 2)
     losses = [_loss(first), _loss(second)]
     for loss in losses:
         loss.backward()
@@ -71,13 +71,13 @@ def _two_handles(net: Net) -> dict:
 
 
 def _two_handles_in_one_pass(net: Net) -> dict:
-    first, second = _on(net, 1), _on(net, 2)
+    first, second = on(net, 1), on(net, 2)
     (_loss(first) * _loss(second)).backward()
     return {**gradients(first), **{f"second {name}": value for name, value in gradients(second).items()}}
 
 
 def _with_another(net: Net) -> PeftModel:
-    handle = _on(net)
+    handle = on(net)
     torch.manual_seed(5)
     handle.add_adapter("other", LoraConfig(target_modules=["up", "down", "head"], init_lora_weights=False))
     return handle.train()
@@ -102,7 +102,7 @@ def _switched_between(net: Net) -> dict:
 
 
 def _disabled_between(net: Net) -> dict:
-    handle = _on(net)
+    handle = on(net)
     loss = _loss(handle)
     with handle.disable_adapter():
         loss.backward()
@@ -117,13 +117,13 @@ def _mixed_rows(net: Net) -> dict:
 
 
 def _bare_in_one_pass(net: Net) -> dict:
-    handle, x = _on(net), inputs(4).requires_grad_()
+    handle, x = on(net), inputs(4).requires_grad_()
     (_loss(handle) * net(x).square().sum()).backward()
     return {**gradients(handle), "bare inputs": x.grad}
 
 
 def _bare_between(net: Net) -> dict:
-    handle, x = _on(net), inputs(4).requires_grad_()
+    handle, x = on(net), inputs(4).requires_grad_()
     loss = _loss(handle)
     net(x).square().sum().backward()
     loss.backward()
@@ -131,13 +131,13 @@ def _bare_between(net: Net) -> dict:
 
 
 def _backward_in_a_thread(net: Net) -> dict:
-    handle = _on(net)
+    handle = on(net)
     _run(_loss(handle).backward)
     return gradients(handle)
 
 
 def _forward_in_a_thread(net: Net) -> dict:
-    handle, losses = _on(net), []
+    handle, losses = on(net), []
     _run(lambda: losses.append(_loss(handle)))
     losses[0].backward()
     return gradients(handle)
@@ -145,7 +145,7 @@ def _forward_in_a_thread(net: Net) -> dict:
 
 def _backward_in_anothers_call(net: Net) -> dict:
     """A hook of one handle's call runs the backward pass of another."""
-    handle, other = _on(net, 1), _on(net, 2)
+    handle, other = on(net, 1), on(net, 2)
     loss = _loss(handle)
     hook = net.head.register_forward_hook(lambda *_: loss.backward())
     with torch.no_grad():
@@ -155,7 +155,7 @@ def _backward_in_anothers_call(net: Net) -> dict:
 
 
 def _failed_forward(net: Net) -> dict:
-    handle = _on(net)
+    handle = on(net)
     hook = net.head.register_forward_pre_hook(_fails)
     with pytest.raises(ZeroDivisionError):
         _loss(handle)
@@ -166,7 +166,7 @@ def _failed_forward(net: Net) -> dict:
 
 def _failed_backward(net: Net) -> dict:
     """The pass stops at the first linear map of the middle block, in the middle of what is computed again."""
-    handle = _on(net)
+    handle = on(net)
     hook = _inner(net.blocks[1]).up.register_forward_hook(_fail_at_the_gradient)
     loss = _loss(handle)
     with pytest.raises(ZeroDivisionError):
@@ -179,14 +179,14 @@ def _failed_backward(net: Net) -> dict:
 
 
 def _gradients_by_grad(net: Net) -> dict:
-    handle = _on(net)
+    handle = on(net)
     parameters = dict(handle.adapters.named_parameters())
     return dict(zip(parameters, torch.autograd.grad(_loss(handle), list(parameters.values()))))
 
 
 def _from_an_intermediate(net: Net) -> dict:
     """A loss on a hidden state, beside the one on the result."""
-    handle, states = _on(net), []
+    handle, states = on(net), []
     hook = net.blocks[1].register_forward_hook(lambda _, args, result: states.append(result))
     loss = _loss(handle)
     hook.remove()
@@ -195,7 +195,7 @@ def _from_an_intermediate(net: Net) -> dict:
 
 
 def _in_evaluation(net: Net) -> dict:
-    handle = _on(net).eval()
+    handle = on(net).eval()
     _loss(handle).backward()
     return gradients(handle)
 
@@ -204,14 +204,14 @@ def _dropped_out(net: Net) -> dict:
     for module in net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.3
-    handle = _on(net, lora_dropout=0.3)
+    handle = on(net, lora_dropout=0.3)
     torch.manual_seed(7)
     _loss(handle).backward()
     return gradients(handle)
 
 
 def _dora(net: Net) -> dict:
-    handle = _on(net, use_dora=True)
+    handle = on(net, use_dora=True)
     _loss(handle).backward()
     return gradients(handle)
 

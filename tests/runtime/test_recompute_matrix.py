@@ -10,11 +10,16 @@ import functools
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
-from tests.handles import assert_same_gradients
-from tests.runtime.recompute_places import PLACES, Net, net_with
-from tests.runtime.recompute_scenarios import SCENARIOS, inputs
-from tunesmith import TunesmithError
+from tests.handles import assert_same_gradients, gradients
+from tests.runtime.recompute_places import PLACES, Block, Net, net_with
+from tests.runtime.recompute_scenarios import SCENARIOS, inputs, on
+from tunesmith import TunesmithError, UsageError
 from tunesmith.runtime.frame import current_frame
 
 EXACT = {"rtol": 1e-9, "atol": 1e-13}  # float64, sums of some hundred terms
@@ -62,6 +67,23 @@ def test_gradients_are_those_without_recomputation_or_an_error(place, scenario):
         assert_same_gradients({_unwrapped(name): value for name, value in found.items()}, expected, **EXACT)
     assert current_frame() is None
     assert all(torch.equal(a, b) for a, b in zip(_plain(net), plain)), "the bare base no longer runs, or recomputes, bare"
+
+
+@pytest.mark.parametrize("implementation", list(CheckpointImpl), ids=lambda value: value.name.lower())
+def test_wrappers_put_around_a_handles_layers_act_or_are_refused(implementation):
+    """FSDP and accelerate wrap the layers of what they are given, which is a handle."""
+    net = net_with(lambda net: None)
+    handle, plain = on(net), _plain(net)
+    wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=implementation)
+    try:
+        apply_activation_checkpointing(handle, wrapper, lambda module: isinstance(module, Block))
+        handle.train()(inputs()).square().sum().backward()
+    except UsageError:
+        pass
+    else:
+        assert_same_gradients(gradients(handle), _expected("one step"), **EXACT)
+    assert all(type(block) is Block for block in net.blocks), "the user's own base is wrapped"
+    assert all(torch.equal(a, b) for a, b in zip(_plain(net), plain))
 
 
 def test_there_are_enough_cases():
