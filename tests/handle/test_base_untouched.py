@@ -265,9 +265,10 @@ def test_the_base_does_not_show_it_while_the_handle_lives(name, deed):
     base, inputs, fields = _base(name)
     expected = _result(base, inputs)
     handle = lora(base, **fields)
-    before = Seen(base, while_used=True)
+    before, frozen = Seen(base, while_used=True), [p.requires_grad for p in base.parameters()]
     _do(deed, handle, inputs)
     before.assert_still(base)
+    assert [p.requires_grad for p in base.parameters()] == frozen
     assert torch.equal(_result(base, inputs), expected)
 
 
