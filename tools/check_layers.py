@@ -64,7 +64,6 @@ LORA_FORWARD: dict[str, tuple[str, ...]] = {
         "Calls.forward_within",
         "Calls.is_due",
         "Calls.entered",
-        "Calls._carry_frames",
         "Calls._without_task_ids",
         "Calls._run",
     ),

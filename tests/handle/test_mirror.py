@@ -107,11 +107,14 @@ def test_a_base_that_is_no_pretrained_model_gets_a_plain_handle():
     )
 
 
-def test_setting_mirrored_data_sets_it_on_the_base(llama):
+def test_configurations_that_a_client_writes_to_are_the_handles_own(llama, llama_inputs):
     handle = lora(llama)
-    handle.config = handle.config
+    assert handle.config is handle.config is handle.model.config and handle.config == llama.config
     handle.generation_config.max_new_tokens = 3
-    assert llama.generation_config.max_new_tokens == 3
+    handle.config.output_hidden_states = True
+    assert llama.generation_config.max_new_tokens != 3 and not llama.config.output_hidden_states
+    assert handle.generate(llama_inputs["input_ids"]).shape[1] == llama_inputs["input_ids"].shape[1] + 3
+    assert handle(**llama_inputs).hidden_states is not None and llama(**llama_inputs).hidden_states is None
     handle.some_flag = 1
     assert not hasattr(llama, "some_flag")
 
@@ -195,7 +198,7 @@ def test_an_encoder_obtained_from_a_handle_runs_with_its_adapters():
         with handle.disable_adapter():
             assert torch.equal(encoder(ids).last_hidden_state, base.get_encoder()(ids).last_hidden_state)
     assert current_frame() is None
-    assert encoder.config is base.get_encoder().config, "and looks like itself"
+    assert encoder.config == base.get_encoder().config, "and looks like itself"
 
 
 def test_a_decoder_obtained_from_a_handle_runs_with_its_adapters(llama, llama_inputs):
@@ -287,10 +290,7 @@ def test_what_runs_after_the_call_runs_with_the_adapters_and_holds_no_frame(cust
     handle, ids = lora(custom), llama_inputs["input_ids"]
     running = getattr(handle, method)(ids)
     with torch.no_grad():
-        if inspect.iscoroutine(running):
-            found = asyncio.run(running)
-        else:
-            found = next(running)
+        found = asyncio.run(running) if inspect.iscoroutine(running) else next(running)
         assert current_frame() is None
         assert torch.equal(found, handle.embed(ids))
         assert not torch.allclose(found, custom.embed(ids), atol=1e-3)

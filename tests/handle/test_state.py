@@ -10,8 +10,8 @@ from tunesmith import LoraConfig, PeftModel, get_peft_model
 # What other rooms, and users, may ask of a handle. A base's attribute of one of these names is at `handle.bare_base`.
 OURS = {
     "adapters", "bare_base", "base_class", "classifies", "effective_frame", "entered", "for_task", "forward_within",
-    "input_spec", "is_due", "labels_per_token", "merged_adapters", "pack_inputs", "plan_adapter", "prepare_inputs", "recomputes",
-    "require_adapter", "take_adapter", "task_class", "tree",
+    "input_spec", "is_due", "labels_per_token", "merged_adapters", "pack_inputs", "plan_adapter", "prepare_inputs",
+    "recomputes", "require_adapter", "take_adapter", "task_class", "tree",
 }  # fmt: skip
 
 

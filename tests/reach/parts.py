@@ -132,7 +132,15 @@ def gradients_of(case: Case, result: Any) -> dict[str, Tensor | None]:
     parameters, total = case.parameters(), weighted_sum(result)
     if not isinstance(total, Tensor) or not total.requires_grad:
         return dict.fromkeys(parameters)
-    return dict(zip(parameters, torch.autograd.grad(total, list(parameters.values()), allow_unused=True)))
+    case.handle.zero_grad()
+    try:
+        total.backward()  # torch.autograd.grad passes reentrant checkpoints by
+    except RuntimeError as error:
+        if "none of output has requires_grad" not in str(error):  # a reentrant checkpoint around what has no adapter
+            raise
+    found = {name: parameter.grad for name, parameter in parameters.items()}
+    case.handle.zero_grad()
+    return found
 
 
 def _detached(value: Any) -> Any:
@@ -160,10 +168,10 @@ def assert_same_gradients(found: dict[str, Tensor | None], expected: dict[str, T
         torch.testing.assert_close(found[name], gradient, **scale, msg=lambda text, name=name: f"{told}: {name}: {text}")
 
 
-def slope_of_merged(case: Case, use: Callable[[nn.Module], Any], step: float = 1e-5) -> tuple[float, dict[str, Tensor]]:
+def slope_of_merged(case: Case, use: Callable[[nn.Module], Any], step: float = 1e-3) -> tuple[float, dict[str, Tensor]]:
     """How a weighted sum of what the merged model gives changes as the adapters move along a random direction.
 
-    The central difference errs by about 1e-10 of the third derivative, and 1e-11 of the sum by rounding.
+    The central difference errs by about 1e-6 of the third derivative, and by rounding: norms of transformers compute in fp32.
     """
     generator = torch.Generator().manual_seed(5)
     parameters = case.parameters()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -223,9 +223,8 @@ def _copied_head_and_biases(net: Net) -> dict:
 
 
 def _run(function: Callable[[], Any]) -> None:
-    thread = threading.Thread(target=function)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function).result()
 
 
 def _fails(*_: Any) -> None:

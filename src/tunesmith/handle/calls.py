@@ -55,12 +55,18 @@ class Calls(Frames):
         frame = self.effective_frame if frame is None else frame
         if self._conflict is not None and frame.mixture is None and frame.names == self.effective_frame.names:
             raise UsageError(self._conflict)
-        if not torch.compiler.is_compiling() and any(at.module() is None for at in frame.adapters):
+        if not torch.compiler.is_compiling():
+            self._check_in_place(frame)
+            self._own.sync()
+        return entered(frame)
+
+    @staticmethod
+    def _check_in_place(frame: Frame) -> None:
+        if any(at.module() is None for at in frame.adapters):
             raise UsageError(
                 f"modules under adapters ({', '.join(frame.names)}) were replaced on the base, for example by resizing its "
                 "embeddings, so the adapters would have no effect; change the base first, then attach"
             )
-        return entered(frame)
 
     def prepare_inputs(self, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the base's forward for these inputs of the handle; must be called inside the frame."""

@@ -1,6 +1,6 @@
 """The modules of a base as one of its handles shows them: called, they run with the handle's adapters.
 
-A proxy is an object of a class made to order, such as `class LlamaModel(Proxy, LlamaModel)`, whose `__dict__` *is* its module's.
+A proxy is an object of a class made to order, such as `class LlamaModel(Proxy, LlamaModel)`; its `__dict__` *is* its module's.
 So it has all that the module has, `isinstance` holds, and every method finds the proxy as its `self`: what a method starts
 (threads, generators, streamers) calls back into the handle by itself. Its call enters the handle's frame and runs the module
 itself, so calls inside it cost what they always did.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -24,21 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
 from ..runtime.frame import current_frame, entered
-from ..runtime.own_state import HOOKS, OwnState
+from ..runtime.own_state import CONFIGS, HOOKS, OwnState
 
 # Methods about a module's own tensors and files, which run on the module itself.
 OF_THE_MODULE = (
     "_named_members", "buffers", "init_weights", "named_buffers", "named_parameters", "parameters", "post_init", "push_to_hub",
     "save_pretrained", "state_dict", "tie_weights",
 )  # fmt: skip
-
-# What clients of peft ask of `handle.base_model`, besides the base.
-OF_THE_HANDLE = (
-    "active_adapter", "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
-    "enable_adapter_layers", "get_model_status", "get_layer_status", "merge_adapter", "merge_and_unload", "peft_config",
-    "prepare_model_for_gradient_checkpointing", "set_adapter", "targeted_module_names", "unload", "unmerge_adapter",
-)  # fmt: skip
-
 
 _NONE = object()
 
@@ -84,7 +75,10 @@ class Own:
         value = handle._own.get(module, self.name, _NONE)
         if value is not _NONE:
             return value
-        return handle.training if self.name == "training" else shown(handle, getattr(module, self.name))
+        if self.name == "training":
+            return handle.training
+        value = getattr(module, self.name)
+        return handle._own.copied(value) if self.name in CONFIGS else shown(handle, value)
 
     def __set__(self, proxy: Any, value: Any) -> None:
         handle_of(proxy)._own.set(module_of(proxy), self.name, value)
@@ -94,7 +88,7 @@ class Own:
 
 
 class Forward:
-    """`proxy.forward`: as calling the proxy, past the module's hooks. (In the shared `__dict__` a site stands under this name.)"""
+    """`proxy.forward`: as calling the proxy, past the module's hooks. (In the shared `__dict__` a site has this name.)"""
 
     def __get__(self, proxy: Any, owner: Any = None) -> Any:
         function = _forward_of(owner)
@@ -105,12 +99,12 @@ class Forward:
 
 
 @functools.cache
-def _forward_of(cls: Any) -> Callable[..., Any]:
-    base = next(other for other in cls.__mro__ if not issubclass(other, Proxy))
+def _forward_of(proxy_class: Any) -> Callable[..., Any]:
+    own = next(other for other in proxy_class.__mro__ if not issubclass(other, Proxy))
 
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run("forward", args, kwargs)
+    @functools.wraps(own.forward)
+    def forward(proxy: Any, *args: Any, **kwargs: Any) -> Any:
+        return proxy._run("forward", args, kwargs)
 
     return forward
 
@@ -188,7 +182,9 @@ class Proxy:
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         if requires_grad:
-            raise UsageError("a base stays frozen; name modules to train in modules_to_save, which trains private copies of them")
+            raise UsageError(
+                "a base stays frozen; name modules to train in modules_to_save, which trains private copies of them"
+            )
         return self
 
     def load_state_dict(self, *_: Any, **__: Any) -> Any:
@@ -204,71 +200,13 @@ class Proxy:
         return _of_path, (handle_of(self), handle_of(self)._path_of(module_of(self)))
 
 
-class Root(Proxy):
-    """Of a whole base: its call and `generate` are the handle's, virtual tokens included."""
-
-    __slots__ = ()
-
-    def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        handle, frame = handle_of(self), current_frame()
-        whole = frame is None or frame.owner is not handle._owner
-        return getattr(handle if whole else module_of(self), name)(*args, **kwargs)
-
-    @property
-    def generate(self) -> Any:
-        handle, frame, module = handle_of(self), current_frame(), module_of(self)
-        inside = frame is not None and frame.owner is handle._owner
-        return types.MethodType(type(module).generate, self) if inside else handle.generate
-
-    def train(self, mode: bool = True) -> Any:
-        handle_of(self).train(mode)
-        return self
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        return handle_of(self).resize_token_embeddings(*args, **kwargs)
-
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        handle_of(self)._apply(function, recurse)
-        return self
-
-
-class Tuner(Root):
-    """`handle.base_model` in peft's form: the base, which is also at `.model`, with the handle's own methods."""
-
-    __slots__ = ()
-
-    __eq__, __hash__ = object.__eq__, object.__hash__  # beside the root below it, not instead of it
-    _parameters: Any = property(lambda self: {})
-    _buffers: Any = property(lambda self: {})
-    prefix = "lora_"
-
-    @property
-    def _modules(self) -> Mapping[str, Any]:
-        return {"model": self.model}
-
-    @property
-    def model(self) -> Any:
-        return handle_of(self)._root()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return getattr, (handle_of(self), "base_model")
-
-
 def _on_the_module(name: str) -> Any:
     return lambda self, *args, **kwargs: getattr(module_of(self), name)(*args, **kwargs)
 
 
-def _on_the_handle(name: str) -> Any:
-    return property(lambda self: getattr(handle_of(self), name))
-
-
 for _name in OF_THE_MODULE:
     setattr(Proxy, _name, _on_the_module(_name))
-    if hasattr(nn.Module, _name):  # with the names that they have below a handle
-        setattr(Tuner, _name, getattr(nn.Module, _name))
-for _name in OF_THE_HANDLE:
-    setattr(Tuner, _name, _on_the_handle(_name))
-for _name in HOOKS:
+for _name in (*HOOKS, *CONFIGS):
     setattr(Proxy, _name, Own(_name))
 
 
@@ -318,7 +256,7 @@ def is_proxy(value: Any) -> bool:
 
 def make_proxy(handle: Shows, module: nn.Module, kind: type[Proxy] = Proxy) -> Any:
     """A new proxy of a module."""
-    cls = _proxy_class(kind, type(module))
+    cls = _proxy_class(kind, type(module))  # type: ignore[arg-type]
     proxy = object.__new__(cls)
     object.__setattr__(proxy, "_proxied_handle", handle)
     object.__setattr__(proxy, "_proxied_module", module)
@@ -341,7 +279,7 @@ def _leads_on(value: Any) -> bool:
 
 
 @functools.cache
-def _proxy_class(kind: type[Proxy], cls: type[nn.Module]) -> Any:
+def _proxy_class(kind: Any, cls: Any) -> Any:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__slots__": ()}
     return type(cls)(cls.__name__, (kind, cls), names)
 
@@ -354,7 +292,9 @@ def _make_own(cls: type, name: str) -> None:
 
 def _fixed(proxy: Any, name: str) -> UsageError:
     path = handle_of(proxy)._path_of(module_of(proxy)) or "the base"
-    return UsageError(f"{name} of {path} cannot be changed through a handle, which leaves its base as it is; change it before attaching")
+    return UsageError(
+        f"{name} of {path} cannot be changed through a handle, which leaves its base as it is; change it before attaching"
+    )
 
 
 def _of_path(handle: Any, path: str) -> Any:

@@ -15,7 +15,8 @@ from ..runtime import site
 from ..runtime.effective import effective
 from ..runtime.prefix import PrefixedStack
 from .calls import Calls
-from .proxy import Root, Shown, Tuner, make_proxy
+from .proxy import Shown, make_proxy
+from .roots import Root, Tuner
 
 
 class Reaching(Calls):
@@ -54,9 +55,7 @@ class Reaching(Calls):
 
     def recomputes(self) -> bool:
         """Whether gradient checkpointing is enabled, for this handle or on the base."""
-        return any(
-            self._own.get(module, architecture.RECOMPUTES) or architecture.recomputes(module) for module in self._paths
-        )
+        return any(self._own.get(module, architecture.RECOMPUTES) or architecture.recomputes(module) for module in self._paths)
 
     def _root(self) -> Any:
         return self._shown(self.bare_base, Root)
@@ -113,7 +112,7 @@ class Reaching(Calls):
 
     # --- being a module -------------------------------------------------------------------------------------------
 
-    @property
+    @property  # type: ignore[override]
     def _modules(self) -> Mapping[str, Any]:
         return _Parts(self)
 
@@ -140,10 +139,12 @@ class Reaching(Calls):
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """Move or cast the base, which all its handles share, and this handle's adapters."""
         self.bare_base._apply(function, recurse)
-        self.adapters._apply(function, recurse)
+        self.adapters._apply(function, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _named_members(self, members: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+    def _named_members(
+        self, members: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[Any]:
         seen: set[Any] = set()
         start = prefix + "." if prefix else ""
         for path, module in ((f"{start}base_model.model", self.bare_base), (f"{start}adapters", self.adapters)):

@@ -1,4 +1,4 @@
-"""What a module's parameters are with the adapters of a frame on them, for code that reads a weight instead of calling the module."""
+"""A module's parameters with adapters on them, for code that reads a weight instead of calling the module."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def effective(module: nn.Module, adapters: tuple[Any, ...]) -> dict[str, Tensor]
     for adapter in adapters:
         if isinstance(adapter, (ParameterAdapter, ModuleCopy)):
             found.update(adapter.replaced(module))
+        if isinstance(adapter, ParameterAdapter):
+            module = adapter(module)
     linear = [adapter for adapter in adapters if isinstance(adapter, LinearAdapter)]
     if linear:
         view: BaseView = view_of(module)

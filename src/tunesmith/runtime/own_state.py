@@ -1,4 +1,4 @@
-"""What a handle sets on the modules of its base: its mode, and attributes that clients write. There while it runs, undone after.
+"""What a handle sets on the modules of its base: its mode, and attributes that clients write.
 
 A base is shared and stays as it is, but its code reads `self.training`, `self.gradient_checkpointing` or a dropout's `p` from
 its modules. So each handle keeps values of its own, which are on the modules only between `enter` and `leave`: during a call
@@ -7,6 +7,7 @@ and while a layer is recomputed. Calls of several threads share what is equal; a
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections import OrderedDict
@@ -28,20 +29,24 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
 )  # fmt: skip
 
+# Objects that clients write to: a handle has copies of its own, which act once they differ.
+CONFIGS = ("config", "generation_config")
+
+_NO_STATISTICS = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
 _ABSENT = object()
 _Undo = list[tuple[dict[str, Any], str, Any]]  # of a module's `__dict__`, in the order of the changes
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a forward pass in training mode changes the module's buffers, as a batch norm's does."""
+    """Whether the module adds to its buffers what it sees in training, as a batch norm does."""
     return isinstance(module, _NormBase) and module.track_running_stats
 
 
 class OwnState:
     """One handle's values for the modules of its base.
 
-    Modules that keep statistics of what they see (batch norms) run in evaluation mode whatever the handle's mode is: they
-    belong to the base. What shall train is named in `modules_to_save`, which makes a private copy of it.
+    In training, batch norms use the statistics of the batch, as always, but do not add them to those that they keep, which are
+    the base's. A private copy (`modules_to_save`) has statistics of its own, which are trained and saved.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -49,10 +54,11 @@ class OwnState:
         self._values: dict[nn.Module, dict[str, Any]] = {}
         self._kept: dict[nn.Module, dict[str, Any]] = {}  # what no forward reads, and torch.compile cannot trace
         self._turns = _turns_of(base)
-        modules = [module for module in base.modules() if "training" in vars(module)]
-        self.statistics = [module for module in modules if keeps_statistics(module)]
-        self._others = [module for module in modules if not keeps_statistics(module)]
-        self._fixed, self._free = list(map(vars, self.statistics)), list(map(vars, self._others))
+        self._copies: dict[int, Any] = {}  # of configurations, by what they copy
+        self._as_copied: list[tuple[Any, dict[str, Any]]] = []
+        self._modules = [module for module in base.modules() if "training" in vars(module)]
+        self._dicts = [vars(module) for module in self._modules]
+        self.statistics: list[Any] = [module for module in self._modules if keeps_statistics(module)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OwnState, (self._base,), {"_values": self._values, "_kept": self._kept}
@@ -78,6 +84,27 @@ class OwnState:
         """The handle's hooks on a module, of one of the kinds in `HOOKS`; may be changed."""
         found: OrderedDict[Any, Any] = self._values.setdefault(module, {}).setdefault(name, OrderedDict())
         return found
+
+    def copied(self, config: Any) -> Any:
+        """The handle's own copy of a configuration of the base; a part of a configuration is a part of its copy."""
+        if config is None or isinstance(config, type):
+            return config
+        if id(config) not in self._copies:
+            for name in CONFIGS:
+                copy.deepcopy(getattr(self._base, name, None), self._copies)
+            copy.deepcopy(config, self._copies)
+            self._as_copied = [(each, dict(vars(each))) for each in self._copies.values() if hasattr(each, "to_dict")]
+        return self._copies[id(config)]
+
+    def sync(self) -> None:
+        """Let copies of configurations act that were changed since they were made."""
+        if not any(vars(each) != before for each, before in self._as_copied):
+            return
+        self._as_copied = []
+        for module in self._base.modules():
+            for name in CONFIGS:
+                if id(vars(module).get(name)) in self._copies:
+                    self.set(module, name, self._copies[id(vars(module)[name])])
 
     def forget(self, name: str) -> None:
         """Drop the handle's values for this attribute on all modules."""
@@ -107,11 +134,13 @@ class OwnState:
 
     def _apply(self, training: bool) -> _Undo:
         undo: _Undo = []
-        for values, mode in ((self._free, training), (self._fixed, False)):
-            for module in values:
-                if module["training"] is not mode:
-                    undo.append((module, "training", not mode))
-                    module["training"] = mode
+        for values in self._dicts:
+            if values["training"] is not training:
+                undo.append((values, "training", not training))
+                values["training"] = training
+        for module in self.statistics if training else ():
+            undo.append((vars(module), "_buffers", module._buffers))
+            vars(module)["_buffers"] = {**module._buffers, **_NO_STATISTICS}
         for module, name, value in self._own():
             attributes = vars(module)
             present = attributes.get(name, _ABSENT)
@@ -122,13 +151,15 @@ class OwnState:
     def _traced(self, training: bool) -> list[tuple[nn.Module, str, Any]]:
         """As `_apply`, in terms that `torch.compile` can trace."""
         undo: list[tuple[nn.Module, str, Any]] = []
-        for modules, mode in ((self._others, training), (self.statistics, False)):
-            for module in modules:
-                if module.training is not mode:
-                    undo.append((module, "training", not mode))
-                    module.training = mode
+        for module in self._modules:
+            if module.training is not training:
+                undo.append((module, "training", not training))
+                module.training = training
+        for module in self.statistics if training else ():
+            undo.append((module, "track_running_stats", True))
+            module.track_running_stats = False
         for module, name, value in self._own():
-            present = getattr(module, name, _ABSENT)
+            present: Any = getattr(module, name, _ABSENT)
             undo.append((module, name, present))
             setattr(module, name, OrderedDict([*present.items(), *value.items()]) if name in HOOKS else value)
         return undo
@@ -136,7 +167,7 @@ class OwnState:
     def _own(self) -> Iterator[tuple[nn.Module, str, Any]]:
         for module, values in self._values.items():
             for name, value in values.items():
-                if not (name == "training" and keeps_statistics(module)) and not (name in HOOKS and not value):
+                if value or name not in HOOKS:
                     yield module, name, value
 
 

@@ -37,16 +37,16 @@ CALLS_NO_MODULES = "calls_no_modules"  # on a Function of our own, whose node ne
 def install() -> None:
     """Let nodes, checkpoints and hooks remember the frame in which they are made."""
     setattr(BackwardCFunction, FRAME, None)
-    BackwardCFunction.__init__ = _node_made  # type: ignore[method-assign]
+    BackwardCFunction.__init__ = _node_made  # type: ignore[assignment, method-assign]
     _wrap(BackwardCFunction, "_get_user_fn", _backward_of)
     _wrap(checkpoint._CheckpointFrame, "__init__", _checkpoint_made)
     _wrap(saved_tensors_hooks, "__init__", _hooks_made)
     checkpoint.CheckpointFunction.apply = classmethod(_reentrant_checkpoint)  # type: ignore[assignment]
 
 
-def _wrap(cls: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    inner = getattr(cls, name)
-    setattr(cls, name, functools.wraps(inner)(lambda self, *args, **kwargs: wrapper(inner, self, *args, **kwargs)))
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    inner = getattr(owner, name)
+    setattr(owner, name, functools.wraps(inner)(lambda self, *args, **kwargs: wrapper(inner, self, *args, **kwargs)))
 
 
 # --- nodes ----------------------------------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ def _run_backward(frame: Frame | None, backward: Callable[..., Any], node: Any, 
         result = backward(node, *gradients)
     if expected - fired:
         raise UsageError(
-            f"{len(expected - fired)} adapted modules ran inside {node.name()} without recording gradients, and were not computed "
-            "again in the backward pass, so their adapters would silently get no gradient; leave these modules out of "
+            f"{len(expected - fired)} adapted modules ran inside {node.name()} without recording gradients, and were not "
+            "computed again in the backward pass, so their adapters would silently get no gradient; leave these modules out of "
             "target_modules, or call them outside of that function"
         )
     return result
@@ -149,11 +149,11 @@ def _unpack(hook: Callable[[Any], Tensor], packed: tuple[Frame | None, Any]) -> 
         return hook(packed[1])
 
 
-def _reentrant_checkpoint(cls: Any, function: Any, preserve: bool, *args: Any) -> Any:
+def _reentrant_checkpoint(function_class: Any, function: Any, preserve: bool, *args: Any) -> Any:
     """Reentrant checkpointing needs one input that requires a gradient; a frozen embedding gives none, so an alias does."""
     if current_frame() is not None and torch.is_grad_enabled():
         args = _with_one_gradient(args)
-    return super(checkpoint.CheckpointFunction, cls).apply(function, preserve, *args)
+    return super(checkpoint.CheckpointFunction, function_class).apply(function, preserve, *args)
 
 
 def _with_one_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:

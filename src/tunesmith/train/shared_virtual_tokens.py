@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases import architecture
 from ..errors import UsageError
 from ..model import PeftModel
 from ..runtime import cache, packed_row
