@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
 
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
@@ -172,6 +176,47 @@ def position_table(model: nn.Module) -> nn.Embedding | None:
     """The learned table of absolute positions, found by its usual names."""
     tables = (m for path, m in model.named_modules() if isinstance(m, nn.Embedding) and path.endswith(_POSITION_TABLES))
     return next(tables, None)
+
+
+def counts_image_positions(model: Any) -> bool:
+    """Whether the model counts positions along several axes, from ids and the sizes of images (Qwen-VL)."""
+    return hasattr(getattr(model, "model", model), "get_rope_index")
+
+
+def image_positions(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """The positions of a text with images from its start, `(axes, B, T)`; None if it has none.
+
+    The model keeps for later steps by how much they differ from a count of tokens.
+    """
+    inner = getattr(model, "model", model)
+    tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+    if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
+        inner.rope_deltas = torch.zeros((tokens.shape[0], 1), dtype=torch.long, device=tokens.device)
+        return None
+    names = inspect.signature(inner.get_rope_index).parameters
+    missing = [name for name in ("input_ids", "mm_token_type_ids") if name in names and inputs.get(name) is None]
+    if missing:
+        raise UsageError(f"positions of images are counted from {' and '.join(missing)}; give them, or position_ids")
+    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    positions: Tensor
+    positions, inner.rope_deltas = inner.get_rope_index(**given)
+    return positions
+
+
+def column_window(config: Any) -> int | None:
+    """Over how many columns of text, padding among them, a token's attention is the same; None if over all of them."""
+    config = text_config(config)
+    if getattr(getattr(config, "attn_config", None), "alibi", False):
+        return 0  # MPT counts the distance in columns
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"]
+    sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    found = [size for kind, name in sizes.items() if kind in kinds and (size := getattr(config, name, None)) is not None]
+    return min(found, default=None)
+
+
+def reads_ids_in_layers(config: Any) -> bool:
+    """Whether layers look tokens up in embeddings of their own (Gemma 3n), so that they need ids."""
+    return bool(getattr(text_config(config), "hidden_size_per_layer_input", 0))
 
 
 def positions_behind_padding(table: nn.Embedding) -> bool:

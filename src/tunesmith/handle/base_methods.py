@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import UsageError
-from ..runtime import call_inputs
-from ..runtime.frame import BOUNDARIES
+from ..runtime import generation
+from ..runtime.frame import BOUNDARIES, entered
 from .calls import Calls
 from .proxy import Proxy
 
@@ -30,8 +30,9 @@ class BaseMethods(Calls):
         with self.entered(frame):
             kwargs, task_ids = self._without_task_ids(kwargs)
             if frame.prompts:
-                args, kwargs = call_inputs.for_generate(self.base_model, self.input_spec, frame, args, kwargs, task_ids)
-            return self.base_model.generate(*args, **kwargs)
+                frame, args, kwargs = generation.for_generate(self.base_model, self.input_spec, frame, args, kwargs, task_ids)
+            with entered(frame):
+                return self.base_model.generate(*args, **kwargs)
 
     def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the base, with the adapters in effect, as they are in a module that it returns."""

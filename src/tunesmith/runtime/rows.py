@@ -39,10 +39,10 @@ def counted_positions(mask: Tensor) -> Tensor:
 
 
 def shifted_positions(positions: Tensor, n: int, real: Tensor | None) -> Tensor:
-    """The user's positions, shifted by the row's virtual tokens, with the positions of those in front."""
+    """The user's positions `(..., B, T)`, shifted by the row's virtual tokens, with the positions of those in front."""
     if real is None:
-        first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
+        first = torch.arange(n, device=positions.device, dtype=positions.dtype)
     else:
-        positions = positions.expand(real.shape[0], -1)
+        positions = positions.expand(*positions.shape[:-2], real.shape[0], -1)
         first = counted_positions(real).to(positions.dtype)
-    return torch.cat([first, positions + counts(n, real)], dim=1)
+    return torch.cat([first.expand(*positions.shape[:-1], -1), positions + counts(n, real)], dim=-1)
