@@ -135,6 +135,21 @@ class HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
+def without_held(result: Any) -> Any:
+    """A module's result without a cache of fixed keys and values, which holds nothing of the text: a caller would continue it."""
+
+    def is_held(value: Any) -> bool:
+        own = getattr(value, "self_attention_cache", value)
+        return isinstance(own, Cache) and any(isinstance(layer, HeldLayer) for layer in own.layers)
+
+    if isinstance(result, tuple):
+        return tuple(value for value in result if not is_held(value))
+    for name in NAMES:
+        if is_held(getattr(result, name, None)):
+            result[name] = None
+    return result
+
+
 def _beside_cross_attention(own: Cache, config: Any) -> Cache:
     """The self-attention cache; for an encoder-decoder, paired with one for its cross-attention."""
     text = text_config(config)

@@ -23,7 +23,7 @@ from .call_inputs import prepare
 from .frame import Around, Frame, Mixture, current_frame
 from .prefix import with_columns
 from .rows import tokens_of
-from .virtual_tokens import InputSpec
+from .virtual_tokens import InputSpec, check_tasks
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
@@ -70,6 +70,8 @@ def for_generate(
         args = (None, *rest)
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
+    if task_ids is not None and (kwargs.get("input_ids") is not None or kwargs.get("inputs_embeds") is not None):
+        check_tasks(len(task_ids), tokens_of(kwargs).shape[0])
     prefixed = {prompt.in_cache for prompt, _ in frame.prompts} == {True}
     repeats, laid_out = _repeats_cached(spec, kwargs), _is_laid_out(base, kwargs)
     faults = _faults(base, spec, frame, kwargs, repeats or laid_out)

@@ -133,7 +133,8 @@ class PrefixedStack(Around):
         layers = None
         if is_first_step(inputs):
             layers = [self.prompt(i).to(execution_device(a), self.stack.dtype) for i, a in enumerate(self.attentions)]
-        return call(**extend(inputs, layers, self.prompt.config.num_virtual_tokens, self.stack, self.spec))
+        result = call(**extend(inputs, layers, self.prompt.config.num_virtual_tokens, self.stack, self.spec))
+        return cache.without_held(result)
 
     def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(self.names, args)), **kwargs}
@@ -143,7 +144,8 @@ class PrefixedStack(Around):
         if is_first_step(inputs):
             found = ((_mixed_layer(parts, mixture, i, rows), a) for i, a in enumerate(self.attentions))
             layers = [layer.to(execution_device(a), self.stack.dtype) for layer, a in found]
-        return call(**extend(inputs, layers, max(counts), self.stack, self.spec, mixture.real(counts, rows)))
+        result = call(**extend(inputs, layers, max(counts), self.stack, self.spec, mixture.real(counts, rows)))
+        return cache.without_held(result)
 
 
 class PrefixedAttention(Around):

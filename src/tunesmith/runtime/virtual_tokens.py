@@ -90,8 +90,8 @@ def extend(
         raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
     n, embeds = virtual.shape[-2], embedded(inputs, embed)
     rows, length = embeds.shape[:2]
-    if virtual.dim() == 3 and virtual.shape[0] != rows:
-        raise UsageError(f"{virtual.shape[0]} task_ids for {rows} rows; give one for each row")
+    if virtual.dim() == 3:
+        check_tasks(virtual.shape[0], rows)
     mask = inputs.get("attention_mask")
     _check_extension(length, mask, n, spec, real)
     if mask is None and (real is not None or "attention_mask" in spec.accepts):
@@ -126,6 +126,10 @@ def _check_extension(length: int, mask: Tensor | None, n: int, spec: InputSpec, 
     check_length(length, n, spec)
     if mask is not None and mask.dim() != 2:
         raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
+    if mask is not None and mask.shape[1] != length:
+        raise UsageError(
+            f"the attention_mask has {mask.shape[1]} columns for {length} tokens; where a text continues, give the cache, too"
+        )
     check_positions(real, spec)
     if real is not None and spec.reads_first_token and not bool(real.all()):
         raise UsageError(
@@ -224,6 +228,12 @@ def _check_begun(mask: Tensor) -> None:
             "the first tokens of a row were all padding, but virtual tokens come after it; give each row its first token in "
             "the first step (of generate, a larger prefill_chunk_size)"
         )
+
+
+def check_tasks(found: int, rows: int) -> None:
+    """Reject a number of task ids that is not the number of rows."""
+    if found != rows:
+        raise UsageError(f"{found} task_ids for {rows} rows; give one for each row")
 
 
 def check_length(length: int, n: int, spec: InputSpec) -> None:
