@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -180,27 +180,45 @@ def position_table(model: nn.Module) -> nn.Embedding | None:
 
 def counts_image_positions(model: Any) -> bool:
     """Whether the model counts positions along several axes, from ids and the sizes of images (Qwen-VL)."""
-    return hasattr(getattr(model, "model", model), "get_rope_index")
+    return _counts_positions(model) is not None
 
 
-def image_positions(model: Any, inputs: dict[str, Any]) -> Tensor | None:
-    """The positions of a text with images from its start, `(axes, B, T)`; None if it has none.
+def _counts_positions(model: Any) -> Any:
+    return next((one for one in (model, getattr(model, "model", None)) if hasattr(one, "get_rope_index")), None)
+
+
+def image_positions(model: Any, inputs: dict[str, Any], seen: int) -> Tensor | None:
+    """The positions of a text with images, `(3, B, T)`, counted without virtual tokens; None if it has none.
 
     The model keeps for later steps by how much they differ from a count of tokens.
+
+    Args:
+        seen: number of tokens before those of the call.
+
+    Raises:
+        UsageError: they cannot be told from what is given.
     """
-    inner = getattr(model, "model", model)
+    inner = _counts_positions(model)
     tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+    rows, length = tokens.shape[:2]
+    if seen:
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            positions = torch.arange(seen, seen + length, device=tokens.device).expand(rows, -1)
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        if inner.rope_deltas is not None:
+            positions = positions + inner.rope_deltas.repeat_interleave(rows // len(inner.rope_deltas), 0)
+        return positions.expand(3, -1, -1)
     if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
-        inner.rope_deltas = torch.zeros((tokens.shape[0], 1), dtype=torch.long, device=tokens.device)
+        inner.rope_deltas = torch.zeros((rows, 1), dtype=torch.long, device=tokens.device)
         return None
     names = inspect.signature(inner.get_rope_index).parameters
     missing = [name for name in ("input_ids", "mm_token_type_ids") if name in names and inputs.get(name) is None]
     if missing:
         raise UsageError(f"positions of images are counted from {' and '.join(missing)}; give them, or position_ids")
-    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-    positions: Tensor
-    positions, inner.rope_deltas = inner.get_rope_index(**given)
-    return positions
+    found, inner.rope_deltas = inner.get_rope_index(**{name: inputs[name] for name in names if inputs.get(name) is not None})
+    return cast(Tensor, found)
 
 
 def column_window(config: Any) -> int | None:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ..bases import architecture
-from . import packed_row, virtual_tokens
+from . import cache, packed_row, virtual_tokens
 from .frame import Frame, Segments
+from .rows import tokens_of
 from .virtual_tokens import InputSpec
 
 
@@ -21,18 +22,19 @@ def prepare(base: Any, spec: InputSpec, frame: Frame, inputs: dict[str, Any], ta
         inputs: keyword arguments of the handle's forward; not changed.
         task_ids: `(rows,)`, for adapters whose virtual tokens depend on the task.
     """
-    if all(prompt.in_cache for prompt, _ in frame.prompts):
+    mixture, parts = frame.mixture, frame.mixture.frames if frame.mixture else [frame]
+    counts, prefixes = ([virtual_tokens.virtual_counts(part, held) for part in parts] for held in (False, True))
+    begun = virtual_tokens.is_continuation(inputs)
+    if spec.image_positions and inputs.get("position_ids") is None:
+        seen = cache.length(cache.given(inputs)) - max(counts) - max(prefixes) if begun else 0
+        inputs = {**inputs, "position_ids": architecture.image_positions(base, inputs, seen)}
+    if not any(counts):
         return inputs
     inputs = {name: value for name, value in inputs.items() if name != "cache_position"}  # the base reads them off the cache
-    mixture, parts = frame.mixture, frame.mixture.frames if frame.mixture else [frame]
-    counts = [virtual_tokens.virtual_counts(part) for part in parts]
-    rows = virtual_tokens.tokens_of(inputs).shape[0]
+    rows = tokens_of(inputs).shape[0]
     real = mixture.real(counts, rows) if mixture else None
-    if virtual_tokens.is_continuation(inputs):
-        held = max(virtual_tokens.virtual_counts(part, in_cache=True) for part in parts)
-        return virtual_tokens.continued(inputs, max(counts), spec, real, held)
-    if spec.image_positions and inputs.get("position_ids") is None:
-        inputs = {**inputs, "position_ids": architecture.image_positions(base, inputs)}
+    if begun:
+        return virtual_tokens.continued(inputs, max(counts), spec, real, max(prefixes))
     if mixture is None:
         virtual = virtual_tokens.virtual_tokens(frame, task_ids)
     else:

@@ -27,10 +27,19 @@ from .virtual_tokens import InputSpec, check_tasks
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
-OF_TEXT = (  # modes that call the base themselves, cut the text, or read the ids of the input
-    *("custom_generate", "prefill_chunk_size", "guidance_scale", *DRAFTS),
-    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
-)
+OF_INPUT = (
+    "guidance_scale",
+    "assistant_model",
+    "assistant_early_exit",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+)  # that read its ids
+OF_TEXT = (
+    "custom_generate",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    *OF_INPUT,
+)  # that compare it with the cache, or call the base
 UNPROVED = ("penalty_alpha", "dola_layers", "num_beam_groups", "constraints", "force_words_ids", "use_mtp", "speculation_type")
 NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "encoder_repetition_penalty": 1}  # 0 for the others
 
@@ -96,8 +105,13 @@ def _faults(base: Any, spec: InputSpec, frame: Frame, kwargs: dict[str, Any], co
     kinds = {prompt.in_cache for prompt, _ in frame.prompts}
     in_encoder = spec.encoder_decoder and False in kinds
     faults = {name: "leave it out" for name in _given(base, kwargs, UNPROVED)}
-    if counted or in_encoder:
+    if counted:
         faults |= {name: "give it a text from its start and a cache that grows" for name in _given(base, kwargs, OF_TEXT)}
+    if counted and spec.image_positions:
+        images = ("image_grid_thw", "video_grid_thw")
+        faults |= {name: "give it a cache that grows" for name in images if kwargs.get(name) is not None}
+    if in_encoder:
+        faults |= {name: "leave it out" for name in _given(base, kwargs, OF_INPUT)}
     if drafts and not cache.crops_from_the_end() and not in_encoder:
         faults |= {name: "this release of transformers crops caches by the text's length; update it" for name in drafts}
     if drafts and held:
@@ -132,7 +146,9 @@ def _given(base: Any, kwargs: dict[str, Any], names: Iterable[str]) -> list[str]
     """Those of the settings that have an effect."""
     found = {name: _setting(base, kwargs, name) for name in names}
     neutral = {name: (0, NEUTRAL.get(name, 0)) for name in names}
-    return [n for n, value in found.items() if value is not None and not (isinstance(value, (int, float)) and value in neutral[n])]
+    return [
+        n for n, value in found.items() if value is not None and not (isinstance(value, (int, float)) and value in neutral[n])
+    ]
 
 
 def _is_laid_out(base: Any, kwargs: dict[str, Any]) -> bool:

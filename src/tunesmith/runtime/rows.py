@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
+
 
 def tokens_of(inputs: dict[str, Any]) -> Tensor:
     """The tokens of a call, as ids `(rows, tokens)` or as embeddings `(rows, tokens, dim)`."""
-    ids = inputs.get("input_ids")
-    tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is None and embeds is None:
+        raise UsageError("virtual tokens need input_ids or inputs_embeds to come before, but the call has neither")
+    tokens: Tensor = embeds if ids is None else ids
     return tokens
 
 

@@ -165,9 +165,13 @@ def fill_in(config: PromptConfig, model: Any) -> None:
     if config.token_dim not in (None, dim):
         raise ConfigError(f"token_dim={config.token_dim}, but {type(model).__name__} embeds tokens in {dim} dimensions")
     config.token_dim = dim
+    base = architecture.config_of(model)
+    if architecture.reads_ids_in_layers(base):
+        raise ConfigError(
+            f"the layers of {type(model).__name__} look tokens up by their ids, and virtual tokens have none; use prefix tuning or LoRA"
+        )
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
-    base = architecture.config_of(model)
     if config.num_layers is None:
         config.num_layers = architecture.layers_in(base)
     if config.num_attention_heads is None:
@@ -179,9 +183,7 @@ def is_continuation(inputs: dict[str, Any]) -> bool:
     return not cache.is_empty(cache.given(inputs))
 
 
-def continued(
-    inputs: dict[str, Any], n: int, spec: InputSpec, real: Tensor | None = None, prefix: int = 0
-) -> dict[str, Any]:
+def continued(inputs: dict[str, Any], n: int, spec: InputSpec, real: Tensor | None = None, prefix: int = 0) -> dict[str, Any]:
     """The inputs of a later decoding step: the cache already holds the virtual tokens; mask and positions may lack them.
 
     Positions without a mask count the caller's tokens, as in the first step.
@@ -207,7 +209,7 @@ def continued(
         mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real).gather(1, _order(mask, n, real, spec))
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
-    elif mask is not None and spec.mask_positions and not spec.image_positions:
+    elif mask is not None and spec.mask_positions:
         inputs["position_ids"] = counted_positions(mask)[:, -tokens.shape[1] :]
     return inputs
 
