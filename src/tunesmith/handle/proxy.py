@@ -11,6 +11,9 @@ from ..errors import UsageError
 from ..runtime.frame import Frame, entered
 
 
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
 class Enters(Protocol):
     """What a proxy needs of its handle."""
 
@@ -30,6 +33,8 @@ class Proxy:
         prompts = self._handle.effective_frame.prompts
         if isinstance(self._target, nn.Module) and any(not prompt.in_cache for prompt, _ in prompts):
             raise UsageError("virtual tokens are inserted by the handle's own forward and generate; call those")
+        if prompts and getattr(self._target, "__name__", None) in CONTINUOUS_BATCHING:
+            raise UsageError("continuous batching has no room for virtual tokens in its paged cache; use generate")
         with self._handle.entered():
             result = self._target(*args, **kwargs)
         if inspect.isgenerator(result) or inspect.iscoroutine(result):

@@ -62,7 +62,7 @@ def is_empty(cache: Any) -> bool:
 
 def _keeps_states(cache: Any) -> bool:
     """Whether all layers of a cache keep a state (Mamba) and none keeps keys."""
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache, "layers", [])
     return bool(layers) and not any(hasattr(layer, "get_seq_length") for layer in layers)
 
 
@@ -136,7 +136,7 @@ class HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def without_held(result: Any) -> Any:
-    """A module's result without a cache of fixed keys and values, which holds nothing of the text: a caller would continue it."""
+    """A module's result without a cache of fixed keys and values: it holds nothing of the text that a caller would continue."""
 
     def is_held(value: Any) -> bool:
         own = getattr(value, "self_attention_cache", value)

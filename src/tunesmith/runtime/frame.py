@@ -75,6 +75,7 @@ class Frame:
         """This frame without wrappers."""
         if self.mixture is not None:
             return replace(self, mixture=Mixture([part.unwrapped() for part in self.mixture.frames], self.mixture.groups))
+        rest: dict[Place, tuple[Adapter | Around | Replacement, ...]]
         rest = {place: tuple(one for one in group if not isinstance(one, Around)) for place, group in self.adapters.items()}
         return replace(self, adapters=rest)
 

@@ -26,22 +26,19 @@ from .rows import tokens_of
 from .virtual_tokens import InputSpec, check_tasks
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+IMAGES = ("image_grid_thw", "video_grid_thw")
 DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
-OF_INPUT = (
+# What reads the ids of the input again, and what compares the text with the cache or calls the base by itself.
+OF_IDS = (
     "guidance_scale",
     "assistant_model",
     "assistant_early_exit",
     "encoder_repetition_penalty",
     "encoder_no_repeat_ngram_size",
-)  # that read its ids
-OF_TEXT = (
-    "custom_generate",
-    "prefill_chunk_size",
-    "prompt_lookup_num_tokens",
-    *OF_INPUT,
-)  # that compare it with the cache, or call the base
+)
+OF_TEXT = ("custom_generate", "prefill_chunk_size", "prompt_lookup_num_tokens", *OF_IDS)
 UNPROVED = ("penalty_alpha", "dola_layers", "num_beam_groups", "constraints", "force_words_ids", "use_mtp", "speculation_type")
-NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "encoder_repetition_penalty": 1}  # 0 for the others
+NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "encoder_repetition_penalty": 1}  # 0 and None for all
 
 
 class Entrance(Around):
@@ -85,8 +82,7 @@ def for_generate(
     repeats, laid_out = _repeats_cached(spec, kwargs), _is_laid_out(base, kwargs)
     faults = _faults(base, spec, frame, kwargs, repeats or laid_out)
     if faults:
-        told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
-        raise UsageError(f"generate with virtual tokens is not exact with {told}")
+        raise UsageError("generate with virtual tokens is not exact with " + "; ".join(faults))
     if prefixed and not repeats:
         return frame, args, kwargs
     if spec.encoder_decoder or repeats or laid_out:
@@ -94,45 +90,39 @@ def for_generate(
     return frame.wrapping(site.install(base), Entrance(base, spec, task_ids)), args, kwargs
 
 
-def _faults(base: Any, spec: InputSpec, frame: Frame, kwargs: dict[str, Any], counted: bool) -> dict[str, str]:
-    """Arguments with which virtual tokens cannot be exact, and what to do instead.
+def _faults(base: Any, spec: InputSpec, frame: Frame, kwargs: dict[str, Any], counted: bool) -> list[str]:
+    """With what virtual tokens cannot be exact, and what to do instead.
 
     Args:
         counted: all lengths count virtual tokens.
     """
-    drafts, found = _given(base, kwargs, DRAFTS), cache.given(kwargs)
-    held = not cache.is_empty(found)
+    found = cache.given(kwargs)
+    held, of_states = not cache.is_empty(found), cache.length(found) == 0
     kinds = {prompt.in_cache for prompt, _ in frame.prompts}
     in_encoder = spec.encoder_decoder and False in kinds
-    faults = {name: "leave it out" for name in _given(base, kwargs, UNPROVED)}
-    if counted:
-        faults |= {name: "give it a text from its start and a cache that grows" for name in _given(base, kwargs, OF_TEXT)}
-    if counted and spec.image_positions:
-        images = ("image_grid_thw", "video_grid_thw")
-        faults |= {name: "give it a cache that grows" for name in images if kwargs.get(name) is not None}
-    if in_encoder:
-        faults |= {name: "leave it out" for name in _given(base, kwargs, OF_INPUT)}
-    if drafts and not cache.crops_from_the_end() and not in_encoder:
-        faults |= {name: "this release of transformers crops caches by the text's length; update it" for name in drafts}
-    if drafts and held:
-        faults |= {name: "leave the cache out, so that the text is read from its start" for name in drafts}
-    if True in kinds and "assistant_early_exit" in drafts:
-        faults["assistant_early_exit"] = "a prefix has keys for all layers; use assistant_model"
-    if True in kinds and _is_laid_out(base, kwargs):
-        faults["cache_implementation"] = "prefix tuning needs a cache that can grow; leave it out, or use a DynamicCache"
-    if _setting(base, kwargs, "cache_implementation") == "paged":
-        faults["cache_implementation"] = 'a paged cache has no room for virtual tokens; use "dynamic"'
-    if held and cache.length(found) == 0:
-        faults["cache_params"] = "it keeps states, which do not tell how much of the text they have read; leave it out"
-    if len(kinds) > 1 and held:
-        faults["adapter_names"] = "prefixes and prompts are in one cache; continue it one adapter at a time"
-    if counted and not _takes_embeddings(base):
-        faults[type(base).__name__] = "it generates from ids alone; give it a text from its start and a cache that grows"
-    return faults
-
-
-def _takes_embeddings(base: Any) -> bool:
-    return "inputs_embeds" in inspect.signature(base.prepare_inputs_for_generation).parameters
+    from_ids = "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters
+    laid_out, paged = _is_laid_out(base, kwargs), _setting(base, kwargs, "cache_implementation") == "paged"
+    rules = (
+        (True, UNPROVED, "leave it out"),
+        (counted, OF_TEXT, "give it a text from its start and a cache that grows"),
+        (counted and spec.image_positions, IMAGES, "give it a text from its start and a cache that grows"),
+        (in_encoder, OF_IDS, "leave it out"),
+        (not in_encoder and not cache.crops_from_the_end(), DRAFTS, "this release of transformers crops by lengths; update it"),
+        (held, DRAFTS, "leave the cache out, so that the text is read from its start"),
+        (True in kinds, ("assistant_early_exit",), "a prefix has keys for all layers; use assistant_model"),
+    )
+    faults = {name: advice for applies, names, advice in rules if applies for name in _given(base, kwargs, names)}
+    others = (
+        (laid_out and True in kinds, "a fixed cache: prefix tuning needs a cache that can grow; use a DynamicCache"),
+        (paged, 'a paged cache, which has no room for virtual tokens; use "dynamic"'),
+        (held and of_states, "a cache of states, which do not tell how much of the text they have read; leave it out"),
+        (held and len(kinds) > 1, "prefixes and prompts in one cache; continue it one adapter at a time"),
+        (
+            counted and from_ids,
+            f"{type(base).__name__} here, which reads ids alone; give it a cache that is empty and can grow",
+        ),
+    )
+    return [*(f"{name}: {advice}" for name, advice in faults.items()), *(fault for applies, fault in others if applies)]
 
 
 def _setting(base: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -144,11 +134,11 @@ def _setting(base: Any, kwargs: dict[str, Any], name: str) -> Any:
 
 def _given(base: Any, kwargs: dict[str, Any], names: Iterable[str]) -> list[str]:
     """Those of the settings that have an effect."""
-    found = {name: _setting(base, kwargs, name) for name in names}
-    neutral = {name: (0, NEUTRAL.get(name, 0)) for name in names}
-    return [
-        n for n, value in found.items() if value is not None and not (isinstance(value, (int, float)) and value in neutral[n])
-    ]
+
+    def acts(name: str, value: Any) -> bool:
+        return value is not None and not (isinstance(value, (int, float)) and value in (0, NEUTRAL.get(name, 0)))
+
+    return [name for name in names if acts(name, _setting(base, kwargs, name))]
 
 
 def _is_laid_out(base: Any, kwargs: dict[str, Any]) -> bool:

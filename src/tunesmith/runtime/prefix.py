@@ -204,8 +204,8 @@ def extend(
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise UsageError(
-            f"prefix tuning needs an attention_mask of shape (rows, tokens), got {found}; where the model itself makes such masks, "
-            "use prompt tuning"
+            f"prefix tuning needs an attention_mask of shape (rows, tokens), got {found}; where the model "
+            "itself makes such masks, use prompt tuning"
         )
     if mask is None and real is not None:
         mask = torch.ones((rows, seen + length), dtype=torch.long, device=tokens.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,7 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if ids is None and embeds is None:
         raise UsageError("virtual tokens need input_ids or inputs_embeds to come before, but the call has neither")
-    tokens: Tensor = embeds if ids is None else ids
-    return tokens
+    return cast(Tensor, embeds if ids is None else ids)
 
 
 def embedded(inputs: dict[str, Any], embed: nn.Module) -> Tensor:

@@ -168,7 +168,7 @@ def fill_in(config: PromptConfig, model: Any) -> None:
     base = architecture.config_of(model)
     if architecture.reads_ids_in_layers(base):
         raise ConfigError(
-            f"the layers of {type(model).__name__} look tokens up by their ids, and virtual tokens have none; use prefix tuning or LoRA"
+            f"the layers of {type(model).__name__} look tokens up by their ids, which virtual tokens lack; use LoRA"
         )
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
@@ -218,8 +218,8 @@ def check_columns(mask: Tensor, columns: int, n: int) -> None:
     """Reject a mask that does not fit what is in the cache."""
     if mask.shape[1] != columns - n:
         raise UsageError(
-            f"the attention_mask has {mask.shape[1]} columns, but cache and input hold {columns - n} tokens, and {n} virtual ones "
-            f"before them; give it a column for each of the {columns - n}"
+            f"the attention_mask has {mask.shape[1]} columns, but cache and input hold {columns - n} tokens "
+            f"and {n} virtual ones before them; give it a column for each of the {columns - n}"
         )
 
 
