@@ -10,7 +10,6 @@ from torch import nn
 from ..errors import UsageError
 from ..runtime.frame import Frame, entered
 
-
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
