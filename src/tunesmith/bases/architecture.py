@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
 
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
@@ -172,6 +176,65 @@ def position_table(model: nn.Module) -> nn.Embedding | None:
     """The learned table of absolute positions, found by its usual names."""
     tables = (m for path, m in model.named_modules() if isinstance(m, nn.Embedding) and path.endswith(_POSITION_TABLES))
     return next(tables, None)
+
+
+def counts_image_positions(model: Any) -> bool:
+    """Whether the model counts positions along several axes, from ids and the sizes of images (Qwen-VL)."""
+    return _counts_positions(model) is not None
+
+
+def _counts_positions(model: Any) -> Any:
+    return next((one for one in (model, getattr(model, "model", None)) if hasattr(one, "get_rope_index")), None)
+
+
+def image_positions(model: Any, inputs: dict[str, Any], seen: int) -> Tensor | None:
+    """The positions of a text with images, `(3, B, T)`, counted without virtual tokens; None if it has none.
+
+    The model keeps for later steps by how much they differ from a count of tokens.
+
+    Args:
+        seen: number of tokens before those of the call.
+
+    Raises:
+        UsageError: they cannot be told from what is given.
+    """
+    inner = _counts_positions(model)
+    tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+    rows, length = tokens.shape[:2]
+    if seen:
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            positions = torch.arange(seen, seen + length, device=tokens.device).expand(rows, -1)
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        if inner.rope_deltas is not None:
+            positions = positions + inner.rope_deltas.repeat_interleave(rows // len(inner.rope_deltas), 0)
+        return positions.expand(3, -1, -1)
+    if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
+        inner.rope_deltas = torch.zeros((rows, 1), dtype=torch.long, device=tokens.device)
+        return None
+    names = inspect.signature(inner.get_rope_index).parameters
+    missing = [name for name in ("input_ids", "mm_token_type_ids") if name in names and inputs.get(name) is None]
+    if missing:
+        raise UsageError(f"positions of images are counted from {' and '.join(missing)}; give them, or position_ids")
+    found, inner.rope_deltas = inner.get_rope_index(**{name: inputs[name] for name in names if inputs.get(name) is not None})
+    return cast(Tensor, found)
+
+
+def column_window(config: Any) -> int | None:
+    """Over how many columns of text, padding among them, a token's attention is the same; None if over all of them."""
+    config = text_config(config)
+    if getattr(getattr(config, "attn_config", None), "alibi", False):
+        return 0  # MPT counts the distance in columns
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"]
+    sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    found = [size for kind, name in sizes.items() if kind in kinds and (size := getattr(config, name, None)) is not None]
+    return min(found, default=None)
+
+
+def reads_ids_in_layers(config: Any) -> bool:
+    """Whether layers look tokens up in embeddings of their own (Gemma 3n), so that they need ids."""
+    return bool(getattr(text_config(config), "hidden_size_per_layer_input", 0))
 
 
 def positions_behind_padding(table: nn.Embedding) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UsageError
-from ..runtime import call_inputs
-from ..runtime.frame import BOUNDARIES
+from ..runtime import generation
+from ..runtime.frame import BOUNDARIES, entered
 from .reaching import Reaching
 
 
@@ -26,8 +26,9 @@ class BaseMethods(Reaching):
         with self.entered(frame):
             kwargs, task_ids = self._without_task_ids(kwargs)
             if frame.prompts:
-                args, kwargs = call_inputs.for_generate(self.bare_base, self.input_spec, frame, args, kwargs, task_ids)
-            return type(self.bare_base).generate(self._root(), *args, **kwargs)
+                frame, args, kwargs = generation.for_generate(self.bare_base, self.input_spec, frame, args, kwargs, task_ids)
+            with entered(frame):
+                return type(self.bare_base).generate(self._root(), *args, **kwargs)
 
     def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the base; its `self` is the base as this handle shows it."""

@@ -20,6 +20,10 @@ OF_THE_HANDLE = (
 )  # fmt: skip
 
 
+# Methods of transformers that run a paged cache in a thread of their own, where an error would only be logged.
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
 class Root(Proxy):
     """Of a whole base: its call and `generate` are the handle's, virtual tokens included."""
 
@@ -70,6 +74,19 @@ class Tuner(Root):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (handle_of(self), "base_model")
+
+
+def _without_virtual_tokens(name: str) -> Any:
+    def method(root: Any) -> Any:
+        if handle_of(root).effective_frame.prompts:
+            raise UsageError("continuous batching has no room for virtual tokens in its paged cache; use generate")
+        return types.MethodType(getattr(type(module_of(root)), name), root)
+
+    return property(method)
+
+
+for _name in CONTINUOUS_BATCHING:
+    setattr(Root, _name, _without_virtual_tokens(_name))
 
 
 def _on_the_handle(name: str) -> Any:

@@ -18,6 +18,7 @@ What a call can hold besides:
 
 - `mixed_batch.py`: rows with different adapters. A module runs once for each group of rows that share theirs.
 - `virtual_tokens.py`, `rows.py`: embeddings in front of each row, with the masks, positions and labels that go with them.
+- `generation.py`: the same in every call that `generate` makes, and the modes in which that is not exact.
 - `prefix.py`: keys and values in front of each layer's own. They enter through `cache.py`, which alone knows what
   transformers calls its caches.
 - `packed_row.py`, `packed_attention.py`: several texts in one row, none of which attends to another.

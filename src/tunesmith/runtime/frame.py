@@ -71,6 +71,21 @@ class Frame:
         """This frame with other virtual tokens."""
         return replace(self, prompts=prompts)
 
+    def wrapping(self, place: Place, around: Around) -> Frame:
+        """This frame with a wrapper around a module's call, for rows of all parts."""
+        if self.mixture is not None:
+            parts = [part.wrapping(place, around) for part in self.mixture.frames]
+            return replace(self, mixture=Mixture(parts, self.mixture.groups))
+        return replace(self, adapters=self.adapters | {place: (*self.adapters.get(place, ()), around)})
+
+    def unwrapped(self) -> Frame:
+        """This frame without wrappers."""
+        if self.mixture is not None:
+            return replace(self, mixture=Mixture([part.unwrapped() for part in self.mixture.frames], self.mixture.groups))
+        rest: dict[Place, tuple[Adapter | Around | Replacement, ...]]
+        rest = {place: tuple(one for one in group if not isinstance(one, Around)) for place, group in self.adapters.items()}
+        return replace(self, adapters=rest)
+
     def packed(self, segments: Segments, attentions: dict[Place, Replacement]) -> Frame:
         """This frame for a packed row, with these attentions in place of the base's; the row includes its virtual tokens."""
         adapters = self.adapters | {site: (*self.adapters.get(site, ()), other) for site, other in attentions.items()}
