@@ -113,6 +113,10 @@ def taken(
     Modules that share one parameter share its private value, too; a file may name only one of them.
     """
     stored, prefix = dict(stored), prefix_of(config)
+    for path, settings in plan.tokens.items():
+        own, followed = (f"{prefix}{at}.token_adapter.trainable_tokens_delta" for at in (path, settings.follows))
+        if own in stored and followed in stored and torch.equal(stored[own], stored[followed]):
+            del stored[own]  # a second name of the rows that a tied head follows
     shared: dict[nn.Parameter, dict[tuple[str, str], Tensor | None]] = {}
     for path, leaf, parameter in parameters(base):
         if any(is_inside(path, other) for other in plan.copied) or (leaf == "bias" and path in plan.biases):
