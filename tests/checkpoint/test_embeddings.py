@@ -148,3 +148,24 @@ def test_embeddings_of_another_size_are_one_error(tmp_path):
     lora(resized(), target_modules=["q_proj"]).save_pretrained(tmp_path, save_embedding_layers=True)
     with one_error(AdapterFileError, rf"embed_tokens.weight. has the shape \({VOCAB}, 32\), the base needs \({tiny.VOCAB}, 32"):
         ts.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
+
+
+def test_combinations_take_the_one_members_embeddings_over(tmp_path):
+    lora(resized(), target_modules=["q_proj"]).save_pretrained(tmp_path, save_embedding_layers=True)
+    handle = ts.PeftModel.from_pretrained(resized(6), tmp_path).eval()
+    expected = out(handle, NEW_TOKENS)
+    handle.add_weighted_adapter(["default"], [1.0], "new", combination_type="cat")
+    handle.set_adapter("new")
+    torch.testing.assert_close(out(handle, NEW_TOKENS), expected, atol=1e-5, rtol=1e-5)
+    with one_error(UsageError, "each have modules or biases of their own"):
+        handle.add_weighted_adapter(["default", "new"], [1.0, 1.0], "both")
+
+
+def test_a_copied_handle_has_embeddings_of_its_own(tmp_path):
+    lora(resized(tied=True), target_modules=["q_proj"]).save_pretrained(tmp_path, save_embedding_layers=True)
+    handle = ts.PeftModel.from_pretrained(resized(6, tied=True), tmp_path).eval()
+    expected = out(handle, NEW_TOKENS)
+    other = copy.deepcopy(handle)
+    with torch.no_grad():
+        next(value for name, value in handle.adapters.named_buffers() if "_stored" in name).zero_()
+    assert torch.equal(out(other, NEW_TOKENS), expected)

@@ -58,9 +58,14 @@ def stored_values(model: nn.Module, plan: Plan) -> dict[str, StoredValues]:
     return made
 
 
+def stored_in(tree: AdapterTree) -> dict[str, StoredValues]:
+    """The values in a tree that came with its adapter's file, by module path."""
+    return {path: adapter for path, adapter in tree.items() if isinstance(adapter, StoredValues)}
+
+
 def replace_stored(tree: AdapterTree, values: Mapping[str, StoredValues]) -> dict[str, StoredValues]:
     """Put stored values into a tree in place of those that it has, which are returned."""
-    before = {path: adapter for path, adapter in tree.items() if isinstance(adapter, StoredValues)}
+    before = stored_in(tree)
     for path in before:
         del tree.node(path)._modules["_stored"]
     for path, adapter in values.items():

@@ -112,11 +112,7 @@ def taken(
 
     Modules that share one parameter share its private value, too; a file may name only one of them.
     """
-    stored, prefix = dict(stored), prefix_of(config)
-    for path, settings in plan.tokens.items():
-        own, followed = (f"{prefix}{at}.token_adapter.trainable_tokens_delta" for at in (path, settings.follows))
-        if own in stored and followed in stored and torch.equal(stored[own], stored[followed]):
-            del stored[own]  # a second name of the rows that a tied head follows
+    stored, prefix = _without_second_names(stored, config, plan), prefix_of(config)
     shared: dict[nn.Parameter, dict[tuple[str, str], Tensor | None]] = {}
     for path, leaf, parameter in parameters(base):
         if any(is_inside(path, other) for other in plan.copied) or (leaf == "bias" and path in plan.biases):
@@ -135,6 +131,16 @@ def taken(
             settings.follows[leaf] = first[0] if follows else None
             stored[f"{prefix}{path}.{settings.prefix}{leaf}"] = own
     return stored, found
+
+
+def _without_second_names(stored: dict[str, Tensor], config: PeftConfig, plan: Plan) -> dict[str, Tensor]:
+    """The tensors less the names that trained rows have at a tied head, which follows them."""
+    kept = dict(stored)
+    for path, rows in plan.tokens.items():
+        second, first = (f"{prefix_of(config)}{at}.token_adapter.trainable_tokens_delta" for at in (path, rows.follows))
+        if second in stored and first in stored and torch.equal(stored[second], stored[first]):
+            del kept[second]
+    return kept
 
 
 def _same(stored: Tensor, own: Any) -> bool:
