@@ -250,9 +250,9 @@ def _finish(folder: Path) -> None:
 
 
 def _removed(commit: Path) -> list[str]:
-    """The files that a committed write takes away."""
-    listed = commit / REMOVED_FILE
-    return listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    """The files that a committed write takes away: an adapter's own, whatever somebody else's list may name."""
+    listed, own = commit / REMOVED_FILE, (WEIGHTS_FILE, OLD_WEIGHTS_FILE, ENCODER_FILE)
+    return [name for name in listed.read_text(encoding="utf-8").splitlines() if name in own] if listed.is_file() else []
 
 
 def flush(path: Path) -> None:
