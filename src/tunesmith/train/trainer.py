@@ -41,6 +41,7 @@ class AdapterTrainerMixin:
     model: Any
     accelerator: Any
     compute_loss_func: Any
+    processing_class: Any
     model_accepts_loss_kwargs: bool
 
     _fused_loss: FusedLoss | None = None
@@ -61,6 +62,8 @@ class AdapterTrainerMixin:
         folder = output_dir or self.args.output_dir
         handle.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
             torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
