@@ -84,6 +84,7 @@ MIRRORS: dict[str, str] = {
     "cli/generate.py: generate": "Typer: one parameter for each option of the command",
     "cli/validate.py: validate": "Typer: one parameter for each option of the command",
     "estimate/ledger.py: _attention": "torch.nn.functional.scaled_dot_product_attention",
+    "model.py: PeftModel.save_pretrained": "peft.PeftModel.save_pretrained",
     "handle/combining.py: Combining.add_weighted_adapter": "peft.LoraModel.add_weighted_adapter",
     "kernels/linear_cross_entropy.py: _FrozenHead.forward": "torch.autograd.Function.forward: a context first",
     "kernels/lora_linear.py: _LoraLinear.forward": "torch.autograd.Function.forward: a context first",

@@ -109,6 +109,19 @@ class TokenSettings(Settings):
     follows: str | None = None
 
 
+@dataclass(frozen=True)
+class StoredSettings(Settings):
+    """Which parameters of a module have values that come with an adapter's file.
+
+    Args:
+        follows: by parameter; None, or the path of the module whose value it shares.
+        prefix: what files put in front of the parameters' names.
+    """
+
+    follows: dict[str, str | None]
+    prefix: str
+
+
 class LinearAdapter(Adapter):
     """An adapter on one module that is a linear map (`bases/` says which modules are).
 
@@ -222,6 +235,35 @@ class ParameterAdapter(Adapter):
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter: value}` that acts in place of the module's own, and that merging puts into it."""
         return {name: value.to(getattr(module, name).dtype) for name, value in self.named_parameters()}
+
+
+class StoredValues(ParameterAdapter):
+    """Values of a module's parameters that come with an adapter's file, such as the embeddings of a resized vocabulary.
+
+    They act as private values and are not trained.
+    """
+
+    def __init__(self, module: nn.Module, settings: StoredSettings) -> None:
+        Adapter.__init__(self)
+        self.names = list(settings.follows)
+        self.prefix = settings.prefix
+        for name, follows in settings.follows.items():
+            if follows is None:
+                own = getattr(module, name)
+                self.register_buffer(name, torch.empty(own.shape, dtype=own.dtype))
+
+    def _value(self, name: str) -> Tensor:
+        value: Tensor = getattr(self if name in self._buffers else self.owner, name)
+        return value
+
+    def private_values(self) -> list[str]:
+        return list(self.names)
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        return {f"{self.prefix}{name}": self._value(name) for name in self.names}
+
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name: self._value(name).to(getattr(module, name).dtype) for name in self.names}
 
 
 class ModuleCopy(Adapter):

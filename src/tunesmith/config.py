@@ -166,7 +166,7 @@ class PeftConfig:
         """Read `adapter_config.json` from a folder or the Hub (kwargs: `revision`, `token`, `cache_dir`, ...)."""
         return read_config(AdapterFolder.find(pretrained_model_name_or_path, subfolder=subfolder, **kwargs), cls)
 
-    def save_pretrained(self, save_directory: str, **_: Any) -> None:
+    def save_pretrained(self, save_directory: str) -> None:
         """Write `adapter_config.json` into `save_directory`, whole or not at all."""
         write_folder(save_directory, {CONFIG_FILE: functools.partial(write_text, config_text(self))})
 

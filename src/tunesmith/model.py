@@ -7,16 +7,17 @@ classes in `handle/`; this module combines them and adds loading and saving.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 
 from . import tested
-from .attach.build import build
-from .attach.plan import check_config
+from .attach.build import build, replace_stored, stored_values
+from .attach.plan import Plan, check_config
 from .attach.tree import check_name
-from .checkpoint import load, save
+from .checkpoint import embeddings, given, load, save
 from .config import PeftConfig, TaskType, read_config
 from .errors import AdapterFileError, ConfigError, TargetError, UsageError
 from .handle import schedules
@@ -147,17 +148,32 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         except (ConfigError, TargetError) as error:
             raise type(error)(f'"{folder.name}"{load.made_for(stored)}: {error}') from error
         config.inference_mode = not is_trainable
+        tensors, plan.stored = embeddings.taken(load.tensors_of(folder), config, plan, self.bare_base)
         if name in self.peft_config:
             load.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
-            load.into(self.tree(name), config, folder, self.bare_base)
+            self._replace_values(name, plan, config, tensors, folder)
             return
         how = {"full_precision": autocast_adapter_dtype, "materialized": load.is_materialized(config, folder)}
         try:
             tree = build(self.bare_base, config, plan, initialise=False, **how)
         except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
             raise AdapterFileError(f'"{folder.name}" describes an adapter that cannot be built here: {error}') from error
-        load.into(tree, config, folder, self.bare_base)
+        load.into(tree, config, tensors, folder, self.bare_base)
         self.take_adapter(name, config, tree)
+
+    def _replace_values(
+        self, name: str, plan: Plan, config: PeftConfig, tensors: dict[str, torch.Tensor], folder: AdapterFolder
+    ) -> None:
+        """Put a folder's tensors into an adapter that is there."""
+        tree = self.tree(name)
+        before = replace_stored(tree, stored_values(self.bare_base, plan))
+        try:
+            load.into(tree, config, tensors, folder, self.bare_base)
+        except BaseException:
+            replace_stored(tree, before)
+            raise
+        if before or plan.stored:
+            self._forget()
 
     @classmethod
     def from_pretrained(
@@ -191,34 +207,89 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
     def save_pretrained(
         self,
         save_directory: str,
+        safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **_: Any,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: Callable[..., Any] = torch.save,
     ) -> None:
-        """Write adapters, and nothing of the base: `default` into the folder, others into `<folder>/<name>/`.
+        """Write adapters: `default` into the folder, others into `<folder>/<name>/`, each completely or not at all.
 
-        Each adapter is written completely or not at all. A sharded handle is gathered by all ranks together, so each of
-        them must call this (`is_main_process` selects the one that writes), unless `state_dict` holds the gathered values.
+        A sharded handle is gathered by all ranks together, so each of them must call this (`is_main_process` selects the
+        one that writes), unless `state_dict` holds the gathered values.
+
+        Args:
+            safe_serialization: write `adapter_model.safetensors`; False writes `adapter_model.bin`.
+            save_embedding_layers: write the base's embeddings and output head, too; "auto" does where the vocabulary has
+                another size than the published base's, and of embeddings called `embed_tokens` or `lm_head` that are
+                targets. Read again, values that differ from the base's act as private ones of the handle.
+            path_initial_model_for_weight_conversion: a folder with the adapter as it was before training: one that
+                started from parts of the weights (PiSSA, OLoRA) is then written as a plain LoRA of twice the rank.
+            state_dict: the values to write in place of the handle's own; names as in `load_state_dict`.
+            save_function: what writes `adapter_model.bin`.
+
+        Raises:
+            AdapterFileError: values are missing or in parts on other processes, or the folder cannot be written.
+            UsageError: what is asked for does not exist on this base or for this method.
         """
         names = tuple(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
-        save.write(self, list(names), save_directory, state_dict, is_main_process)
+        request = save.Request(
+            state_dict,
+            save_embedding_layers,
+            path_initial_model_for_weight_conversion,
+            None if safe_serialization else save_function,
+            is_main_process,
+        )
+        save.write(self, list(names), save_directory, request)
 
     def get_adapter_state_dict(
-        self, adapter_name: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+        self, adapter_name: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
         """`{name in files: tensor}` of one adapter (by default the active one), copied to the CPU."""
         name = adapter_name or self.active_adapter
         self.require_adapter(name)
-        return save.tensors(self, name, state_dict)
+        return save.tensors(self, name, save.Request(state_dict, embeddings=False))
 
-    def enable_peft_hotswap(self, *_: Any, **__: Any) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; adapters' tensors may have the names of peft's `state_dict()`, of files, or of wrapped models.
+
+        Raises:
+            AdapterFileError: nothing in a `state_dict` belongs here, or two of its names stand for one tensor.
+        """
+        renamed = given.under_own_names(self, state_dict)
+        if renamed and not strict and not renamed.keys() & self.state_dict().keys():
+            raise AdapterFileError(
+                f'state_dict has none of this handle\'s tensors (it begins with "{next(iter(state_dict))}"), so nothing was '
+                "loaded; give the values of an adapter with the same name and targets"
+            )
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def enable_peft_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
         """Part of transformers' adapter mixin; there is nothing to enable here."""
         raise UsageError("there is nothing to enable: load_adapter replaces the values of a name in use, and switching is free")
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload what `save_pretrained` writes; returns the commit's URL (kwargs: `private`, `token`, `revision`, ...)."""
-        return push_folder(self.save_pretrained, repo_id, **kwargs)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes as one commit; returns the commit's URL."""
+        return push_folder(
+            self.save_pretrained,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
     # --- being a module -------------------------------------------------------------------------------------------
 

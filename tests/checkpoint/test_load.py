@@ -162,8 +162,14 @@ def _(folder):
 
 @damage("weights of the base")
 def _(folder):
-    edit_tensors(folder, lambda v: v.update({"base_model.model.lm_head.weight": torch.zeros(96, 32)}))
-    return AdapterFileError, [r'"base_model.model.lm_head.weight" belongs to no part']
+    edit_tensors(folder, lambda v: v.update({"base_model.model.model.norm.weight": torch.zeros(32)}))
+    return AdapterFileError, [r'"base_model.model.model.norm.weight" belongs to no part']
+
+
+@damage("embeddings of another vocabulary")
+def _(folder):
+    edit_tensors(folder, lambda v: v.update({"base_model.model.lm_head.weight": torch.zeros(97, 32)}))
+    return AdapterFileError, [r'"base_model.model.lm_head.weight" has the shape \(97, 32\), the base needs']
 
 
 @damage("weights of the prefix only")

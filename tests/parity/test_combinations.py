@@ -340,7 +340,7 @@ BAD = [
     (["a", "b"], [1, 1], {"majority_sign_method": "most"}, ts.ConfigError, '"total" or "frequency"'),
     (["a", "scaling"], [1, 1], {"combination_type": "linear"}, ts.UsageError, "got IA3, Lora"),
     (["blocks", "blocks"], [1, 1], {}, ts.UsageError, '"blocks" holds Bottleneck .* plain LoRA, IA3 and prompt tuning'),
-    (["head", "other-head"], [1, 1], {"combination_type": "cat"}, ts.UsageError, '"head", "other-head" each train modules'),
+    (["head", "other-head"], [1, 1], {"combination_type": "cat"}, ts.UsageError, '"head", "other-head" each have modules'),
     (
         ["scaling", "scaling"],
         [1, 1],

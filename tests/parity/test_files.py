@@ -298,6 +298,7 @@ NAMES = {
     "embedding": ("llama", "lora", {"target_modules": ["embed_tokens"]}, {
         "base_model.model.model.embed_tokens.lora_embedding_A": (4, 96),
         "base_model.model.model.embed_tokens.lora_embedding_B": (32, 4),
+        "base_model.model.model.embed_tokens.base_layer.weight": (96, 32),
     }),
     "module copy": ("llama", "lora", {"target_modules": ["v_proj"], "layers_to_transform": 1, "modules_to_save": ["lm_head"]}, {
         "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight": (4, 32),

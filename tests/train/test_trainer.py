@@ -124,3 +124,43 @@ print("fine")
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "fine" in done.stdout, done.stderr[-2000:]
+
+
+class Net(torch.nn.Module):
+    """A base that is no model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.head(torch.tanh(self.inner(x)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def train_net(folder: Path, steps: int, **arguments) -> PeftModel:
+    torch.manual_seed(1)
+    handle = get_peft_model(Net(), LoraConfig(r=2, target_modules=["inner"]))
+    settings = {"output_dir": str(folder), "max_steps": steps, "save_steps": 2, "report_to": [], "use_cpu": True}
+    examples = [{"x": torch.full((8,), i / 8), "labels": torch.tensor(i % 2)} for i in range(8)]
+    trainer = tunesmith.Trainer(
+        model=handle,
+        args=transformers.TrainingArguments(
+            **settings, disable_tqdm=True, label_names=["labels"], lr_scheduler_type="constant"
+        ),
+        train_dataset=examples,
+    )
+    trainer.train(**arguments)
+    return handle
+
+
+def test_a_checkpoint_of_a_module_of_ones_own_holds_the_adapter_alone_and_resumes(tmp_path):
+    whole = train_net(tmp_path / "whole", 4)
+    train_net(tmp_path / "cut", 2)
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    assert {p.name for p in checkpoint.iterdir() if "model" in p.name} == {"adapter_model.safetensors"}
+    assert (checkpoint / "training_args.bin").is_file()
+    resumed = train_net(tmp_path / "resumed", 4, resume_from_checkpoint=str(checkpoint))
+    for name, value in whole.adapters.state_dict().items():
+        assert torch.equal(resumed.adapters.state_dict()[name], value)

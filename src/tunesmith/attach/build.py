@@ -5,13 +5,14 @@ The adapters of a tree mirror the paths of the modules they belong to; the base 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter
+from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, StoredValues
 from ..bases.precision import adapter_dtype, master_dtype
 from ..bases.view import execution_device, view_of
 from ..config import PeftConfig, PromptConfig, Settings
@@ -40,7 +41,36 @@ def build(
         builder.tree.add(path, "_biases", ParameterAdapter(model.get_submodule(path), ["bias"]))
     for path in plan.copied:
         builder.tree.add(path, "_copy", ModuleCopy(model.get_submodule(path)))
+    replace_stored(builder.tree, stored_values(model, plan))
     return builder.tree
+
+
+def stored_values(model: nn.Module, plan: Plan) -> dict[str, StoredValues]:
+    """Places for the values that come with an adapter's file, by module path."""
+    made = {}
+    for path, settings in plan.stored.items():
+        module = model.get_submodule(path)
+        with torch.device(execution_device(module)):
+            made[path] = StoredValues(module, settings)
+    for path, settings in plan.stored.items():
+        for source in set(settings.follows.values()) - {None}:
+            made[path].follow(made[str(source)])
+    return made
+
+
+def stored_in(tree: AdapterTree) -> dict[str, StoredValues]:
+    """The values in a tree that came with its adapter's file, by module path."""
+    return {path: adapter for path, adapter in tree.items() if isinstance(adapter, StoredValues)}
+
+
+def replace_stored(tree: AdapterTree, values: Mapping[str, StoredValues]) -> dict[str, StoredValues]:
+    """Put stored values into a tree in place of those that it has, which are returned."""
+    before = stored_in(tree)
+    for path in before:
+        del tree.node(path)._modules["_stored"]
+    for path, adapter in values.items():
+        tree.add(path, "_stored", adapter)
+    return before
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import LinearAdapter, ParameterAdapter
+from ..adapter import LinearAdapter, ParameterAdapter, StoredSettings
 from ..bases import architecture
 from ..bases.dense import LinearView
 from ..bases.view import view_of, view_type
@@ -37,6 +37,7 @@ class Plan:
         copied: paths of modules trained whole, as private copies.
         tokens: of embeddings with trained rows, and of modules that follow them (`plan_tokens.py`).
         parameters: `{path: {parameter: settings}}` of parameters that are adapted themselves (`plan_parameters.py`).
+        stored: of modules with parameters whose values come with the adapter's file (`checkpoint/embeddings.py`).
     """
 
     adapted: dict[str, Settings] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Plan:
     copied: list[str] = field(default_factory=list)
     tokens: TokenPlan = field(default_factory=dict)
     parameters: ParameterPlan = field(default_factory=dict)
+    stored: dict[str, StoredSettings] = field(default_factory=dict)
 
     def paths(self) -> set[str]:
         return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters}

@@ -111,6 +111,22 @@ def vocabulary(config: Any) -> int:
     return count
 
 
+def vocabulary_of(model: Any, published: str | None = None) -> int | None:
+    """What a model's configuration gives as its vocabulary's size; None if it gives none.
+
+    Args:
+        published: a folder or Hub id to read the configuration from, in place of the model's own; nothing is downloaded.
+    """
+    config = config_of(model)
+    if published is not None and hasattr(type(config), "from_pretrained"):
+        try:
+            config = type(config).from_pretrained(published, local_files_only=True)
+        except (OSError, ValueError):
+            return None
+    size: int | None = getattr(config, "vocab_size", None)
+    return size
+
+
 def spectrogram_shape(config: Any) -> tuple[int, int]:
     """`(mel bins, frames)` of the spectrogram that a speech model reads."""
     return config.num_mel_bins, 2 * config.max_source_positions
@@ -249,6 +265,14 @@ def rope_depends_on_length(config: Any) -> bool:
 
 
 # --- head and embeddings --------------------------------------------------------------------------------------------
+
+
+def input_embeddings(model: Any) -> Any:
+    """The table of word embeddings; None if the model has none."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers' answer for models without words
+        return None
 
 
 def output_head(model: Any) -> Any:

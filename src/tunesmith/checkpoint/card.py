@@ -24,7 +24,7 @@ def card_text(config: PeftConfig) -> str:
     if isinstance(config.task_type, TaskType):
         lines.append(f"pipeline_tag: {_PIPELINES[config.task_type]}")
     lines += ["---", "", f"# {method} adapter" + (f" for {base}" if base else ""), ""]
-    lines += ["Trained with Tunesmith. It holds no weights of the base model.", ""]
+    lines += ["Trained with Tunesmith. It acts beside its base model, which is loaded separately.", ""]
     lines += [
         "```python",
         "from tunesmith import PeftModel",

@@ -19,14 +19,19 @@ from .save import materialize
 logger = logging.getLogger(__name__)
 
 
-def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.Module) -> None:
+def tensors_of(folder: AdapterFolder) -> dict[str, Tensor]:
+    """A folder's tensors under their current names."""
+    return {current_name(key): tensor for key, tensor in folder.tensors().items()}
+
+
+def into(tree: AdapterTree, config: PeftConfig, stored: dict[str, Tensor], folder: AdapterFolder, base: nn.Module) -> None:
     """Copy a folder's tensors into an adapter built from its configuration.
 
     Raises:
         AdapterFileError: missing, unknown or misshapen tensors, wrong dtypes or values that are not finite, all of them
             at once; nothing is then copied.
     """
-    stored = {current_name(key): tensor for key, tensor in folder.tensors().items()}
+    stored = dict(stored)
     expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
     encoder = {in_file: tensor for in_file, _, tensor in encoder_tensors(tree)}
     faults = []

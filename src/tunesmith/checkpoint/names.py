@@ -24,9 +24,14 @@ def current_name(key: str) -> str:
     return next((key.removesuffix(old) + new for old, new in _OLDER.items() if key.endswith(old)), key)
 
 
+def prefix_of(config: PeftConfig) -> str:
+    """What the path of a module of the base follows in a tensor's name."""
+    return "base_model." if config.is_prompt_learning else "base_model.model."
+
+
 def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """`(name in files, name in the tree, tensor)` of everything the adapter owns."""
-    prefix = "base_model." if config.is_prompt_learning else "base_model.model."
+    prefix = prefix_of(config)
     owned = {tensor: name for name, tensor in tree.state_dict(keep_vars=True).items()}
     if tree.prompt is not None:
         for name, tensor in tree.prompt.state_dict(keep_vars=True).items():

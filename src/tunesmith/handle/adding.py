@@ -19,8 +19,18 @@ from .switching import Switching
 class Adding(Switching):
     """The part of a handle that adds new adapters."""
 
-    def add_adapter(self, adapter_name: Any, peft_config: Any, autocast_adapter_dtype: bool = True, **_: Any) -> None:
+    def add_adapter(
+        self,
+        adapter_name: Any,
+        peft_config: Any = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
         """Create a new adapter. The first one becomes active; later ones are inactive until `set_adapter`.
+
+        Args:
+            adapter_name, peft_config: also the other way round, as transformers' `add_adapter` has them.
+            low_cpu_mem_usage: as in the ecosystem's call; adapters are made where their modules are in either case.
 
         Raises:
             AdapterNameError: the name is taken or unsafe.

@@ -43,7 +43,7 @@ class Reaching(Calls):
 
     @property
     def base_model(self) -> Any:
-        """The base with this handle's adapters in effect, in peft's form: `handle.base_model.model` is the base, too.
+        """The base with this handle's adapters in effect, in peft's form: `handle.bare_base.model` is the base, too.
 
         The base without adapters is `handle.bare_base`.
         """
@@ -161,4 +161,4 @@ class _Parts(Shown):
         super().__init__(handle, {"base_model": handle.bare_base, **handle.__dict__["_modules"]})
 
     def __getitem__(self, name: str) -> Any:
-        return self.handle.base_model if name == "base_model" else self.modules[name]
+        return self.handle.bare_base if name == "base_model" else self.modules[name]

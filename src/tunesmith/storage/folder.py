@@ -3,7 +3,7 @@
     adapter_config.json         the configuration (indent 2, sorted keys)
     adapter_model.safetensors   the tensors (metadata {"format": "pt"})
     adapter_encoder.safetensors the encoder of virtual tokens in training; needed only to resume
-    adapter_model.bin           the tensors in the old format; read only, and nothing but plain tensors is unpickled
+    adapter_model.bin           the tensors in the old format, of which nothing but plain tensors is unpickled
     README.md                   the model card
 
 Writing stages new files beside the old ones in `.adapter-staging-<id>/`, flushes them to disk and renames the folder
@@ -17,9 +17,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from safetensors import SafetensorError, safe_open
 
@@ -36,6 +43,7 @@ OLD_WEIGHTS_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 COMMIT_FOLDER = ".adapter-commit"
 STAGING_PREFIX = ".adapter-staging-"
+REMOVED_FILE = ".removed"  # of a commit: names of the files that it takes away
 
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -133,7 +141,10 @@ class AdapterFolder:
 def _present(folder: Path, filename: str) -> Path | None:
     """The file in a folder; that of a committed write whose files have not been moved yet comes first."""
     commit = folder / COMMIT_FOLDER
-    places = (folder,) if commit.is_symlink() else (commit, folder)
+    if commit.is_symlink():
+        places: tuple[Path, ...] = (folder,)
+    else:
+        places = (commit,) if filename in _removed(commit) else (commit, folder)
     return next((place / filename for place in places if (place / filename).is_file()), None)
 
 
@@ -161,24 +172,46 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return values
 
 
-def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files into `folder`, all of them or none; other files there are kept.
+def write_folder(
+    folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]], removed: Collection[str] = ()
+) -> None:
+    """Write files into `folder` and remove others, all of it or nothing; files that are not named are kept.
+
+    Processes that write into one folder take turns.
 
     Args:
         writers: `{filename: function that writes it to the given path}`.
+        removed: names of files that must not be there afterwards.
     """
     folder = Path(folder)
     if folder.is_file():
         raise AdapterFileError(f"{folder} is a file; give a folder to save into")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _finish(folder)
-        for leftover in folder.glob(f"{STAGING_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        _stage(folder, writers)
-        _finish(folder)
+        with _alone(folder):
+            _finish(folder)
+            for leftover in folder.glob(f"{STAGING_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            present = [name for name in sorted(removed) if (folder / name).is_file()]
+            gone = {REMOVED_FILE: partial(write_text, "\n".join(present))} if present else {}
+            _stage(folder, {**writers, **gone})
+            _finish(folder)
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"cannot save into {folder} ({error}); fix this or give another folder") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes into `folder`; the system lets go of it when a process ends, however it ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -207,10 +240,19 @@ def _finish(folder: Path) -> None:
     commit = folder / COMMIT_FOLDER
     if commit.is_symlink() or not commit.is_dir():  # a link is not ours: it would move another folder's files
         return
+    for name in _removed(commit):
+        (folder / name).unlink(missing_ok=True)
+    (commit / REMOVED_FILE).unlink(missing_ok=True)
     for path in commit.iterdir():
         os.replace(path, folder / path.name)
     commit.rmdir()
     flush(folder)
+
+
+def _removed(commit: Path) -> list[str]:
+    """The files that a committed write takes away: an adapter's own, whatever somebody else's list may name."""
+    listed, own = commit / REMOVED_FILE, (WEIGHTS_FILE, OLD_WEIGHTS_FILE, ENCODER_FILE)
+    return [name for name in listed.read_text(encoding="utf-8").splitlines() if name in own] if listed.is_file() else []
 
 
 def flush(path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attach.build import build
+from ..attach.build import build, replace_stored, stored_in
 from ..bases.view import view_of
 from ..errors import UsageError, bullet_list
 from ..inits.eva import StreamingSvd, share_out
@@ -83,6 +83,7 @@ def initialize_lora_eva_weights(
         for path, directions in eva_state_dict.items():
             if len(directions):
                 tree.node(path)._modules["_adapter"].lora_A.copy_(directions)  # type: ignore[union-attr, operator]
+    replace_stored(tree, stored_in(model.tree(adapter_name)))
     model.take_adapter(adapter_name, new, tree)
 
 

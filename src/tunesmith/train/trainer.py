@@ -7,11 +7,14 @@ checkpoint it wants full weights, so those need this one.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from ..bases.precision import slower_than_need_be
@@ -38,6 +41,7 @@ class AdapterTrainerMixin:
     model: Any
     accelerator: Any
     compute_loss_func: Any
+    processing_class: Any
     model_accepts_loss_kwargs: bool
 
     _fused_loss: FusedLoss | None = None
@@ -48,6 +52,19 @@ class AdapterTrainerMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
             load_all(handle, resume_from_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Adapters alone, whatever the base is; of a base that is no transformers model, its class would save everything."""
+        handle = self._handle()
+        if handle is None or isinstance(handle, transformers.PreTrainedModel):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        folder = output_dir or self.args.output_dir
+        handle.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimiser of `args.optim`, or what replaces it on this machine; `args` itself stays as the user made it."""
