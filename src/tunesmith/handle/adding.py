@@ -43,7 +43,7 @@ class Adding(Switching):
 
     def plan_adapter(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
         """Everything that can be wrong with `config` on this base is found here; the config returned is a filled-in copy."""
-        config = type(config)(**vars(config))
+        config = config.checked()
         check_task(self.base_model, config)
         if isinstance(config, PromptConfig):
             kind = adapter_type(config)
