@@ -261,7 +261,13 @@ def test_an_unknown_switch_that_is_on_is_an_error(value):
 
 FOUND = {
     "peft 0.2": {"enable_lora": None, "merge_weights": True, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None},
-    "peft 0.6": {"auto_mapping": None, "layers_pattern": None, "layers_to_transform": None, "rank_pattern": {}, "revision": None},
+    "peft 0.6": {
+        "auto_mapping": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "rank_pattern": {},
+        "revision": None,
+    },
     "a pattern of all layers": {"layers_pattern": "layers", "layers_to_transform": []},
     "a pattern of no list": {"layers_pattern": ["h"], "layers_to_transform": None},
     "an init that was not chosen": {"loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 2.0}, "init_lora_weights": True},

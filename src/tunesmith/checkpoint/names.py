@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attach.tree import AdapterTree
 from ..config import PeftConfig
 
+IN_BASE = "base_model.model."  # before a path of the base
 _ENCODER = "encoder."  # of a prompt adapter
 
 # Suffixes in older files, and the current ones.
@@ -26,7 +27,7 @@ def current_name(key: str) -> str:
 
 def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """`(name in files, name in the tree, tensor)` of everything the adapter owns."""
-    prefix = "base_model." if config.is_prompt_learning else "base_model.model."
+    prefix = "base_model." if config.is_prompt_learning else IN_BASE
     owned = {tensor: name for name, tensor in tree.state_dict(keep_vars=True).items()}
     if tree.prompt is not None:
         for name, tensor in tree.prompt.state_dict(keep_vars=True).items():
