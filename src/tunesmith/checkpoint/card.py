@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-
 from ..config import PeftConfig, TaskType
 from ..storage.folder import CARD_FILE, write_folder, write_text
 
@@ -28,6 +26,8 @@ def write_card(config: PeftConfig, directory: str) -> None:
     """
     folder, text = Path(directory), card_text(config)
     if (folder / CARD_FILE).is_file():
+        from huggingface_hub import ModelCard
+
         card = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True)
         card.data.library_name = "peft"
         card.data.base_model = config.base_model_name_or_path or card.data.base_model
