@@ -156,7 +156,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         in_use = self.peft_config.get(name)
         if in_use is None:
             check_name(name, self.peft_config)
-        stored = load.Stored.read(folder, config, self.base_model)
+        stored = load.Stored.read(folder, config)
         try:
             plan, config = self.plan_adapter(stored.config, stored.paths(self.base_model))
         except (ConfigError, TargetError) as error:

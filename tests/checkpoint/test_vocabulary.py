@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 import tunesmith as ts
 from tests import tiny
-from tests.bad_input import INPUTS, Snapshot, edit_tensors, one_error
-from tests.parity.oracle import ours_on, output, read_by_peft
+from tests.bad_input import INPUTS, Snapshot, one_error
+from tests.parity.oracle import ours_on, output
 from tunesmith import AdapterFileError, TargetError
 
 HEADS = {"modules_to_save": ["embed_tokens", "lm_head"]}
-EMBEDDING = "base_model.model.model.embed_tokens.weight"
-HEAD = "base_model.model.lm_head.weight"
 
 
 def of_size(tokens: int):
@@ -23,11 +19,6 @@ def of_size(tokens: int):
     base = tiny.make("llama")
     base.resize_token_embeddings(tokens, mean_resizing=False)
     return base.eval()
-
-
-def tied():
-    torch.manual_seed(0)
-    return tiny.tf.LlamaForCausalLM(tiny._llama_config(tie_word_embeddings=True)).eval()
 
 
 @pytest.mark.parametrize(
@@ -68,42 +59,3 @@ def test_a_trained_token_beyond_the_vocabulary_names_its_size(tmp_path):
     with one_error(TargetError, "96 tokens, so token 99 does not exist; resize it first"):
         ts.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
     ts.PeftModel.from_pretrained(of_size(128), tmp_path)
-
-
-# --- embeddings that a file holds although its configuration does not name them ---------------------------------------
-
-
-@pytest.mark.parametrize("keys", [[EMBEDDING], [HEAD], [EMBEDDING, HEAD]], ids=["embeddings", "head", "both"])
-@pytest.mark.parametrize("make", [lambda: tiny.make("llama"), tied], ids=["untied", "tied"])
-def test_embeddings_beside_an_adapter_act_as_the_reference_has_them_act(make, keys, tmp_path, caplog):
-    base = make()
-    ours_on(base, "lora", "CAUSAL_LM").save_pretrained(tmp_path)
-    edit_tensors(
-        tmp_path, lambda v: v.update({key: torch.randn(96, 32, generator=torch.Generator().manual_seed(7)) for key in keys})
-    )
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    expected = output(read_by_peft(copy.deepcopy(base), tmp_path), INPUTS)
-    handle = ts.PeftModel.from_pretrained(base, tmp_path)
-    torch.testing.assert_close(output(handle, INPUTS), expected, rtol=0, atol=1e-4)
-    (record,) = caplog.records
-    assert "acts as a private copy (modules_to_save)" in record.getMessage()
-    handle.save_pretrained(tmp_path / "again")
-    again = ts.PeftModel.from_pretrained(make(), tmp_path / "again")
-    assert torch.equal(output(again, INPUTS), output(handle, INPUTS))
-    handle.unload()
-    before.requires_grad = dict.fromkeys(before.requires_grad, True)
-    assert all(torch.equal(value, before.values[name]) for name, value in base.state_dict().items())
-
-
-def test_embeddings_that_are_the_bases_own_are_not_copied(llama, saved, caplog):
-    edit_tensors(saved, lambda v: v.update({EMBEDDING: llama.get_input_embeddings().weight.detach().bfloat16()}))
-    handle = ts.PeftModel.from_pretrained(llama, saved)
-    assert handle.modules_to_save is None and not caplog.records
-
-
-def test_embeddings_of_more_tokens_beside_an_adapter_need_a_resized_base(saved):
-    edit_tensors(saved, lambda v: v.update({EMBEDDING: torch.randn(100, 32), HEAD: torch.randn(100, 32)}))
-    with one_error(AdapterFileError, "vocabulary of 100 tokens and the base has 96"):
-        ts.PeftModel.from_pretrained(tiny.make("llama"), saved)
-    handle = ts.PeftModel.from_pretrained(of_size(100), saved)
-    assert output(handle, INPUTS).shape[-1] == 100

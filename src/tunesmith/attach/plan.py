@@ -37,7 +37,7 @@ class Plan:
         copied: paths of modules trained whole, as private copies.
         tokens: of embeddings with trained rows, and of modules that follow them (`plan_tokens.py`).
         parameters: `{path: {parameter: settings}}` of parameters that are adapted themselves (`plan_parameters.py`).
-        left_out: paths of targets of which the file that is loaded holds nothing.
+        absent: paths of targets of which the file that is loaded holds nothing.
         unmatched: what the configuration says beyond this; no fault where an adapter is loaded whose tensors all fit.
     """
 
@@ -46,7 +46,7 @@ class Plan:
     copied: list[str] = field(default_factory=list)
     tokens: TokenPlan = field(default_factory=dict)
     parameters: ParameterPlan = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
 
     def paths(self) -> set[str]:
@@ -72,7 +72,7 @@ def match(model: nn.Module, config: PeftConfig, held: Collection[str] | None = N
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
         _plan_targets(model, modules, config, plan, faults)
-        _leave_out(plan, held)
+        _keep_held(plan, held)
         faults += _unmatched_pattern_keys(config, plan)
         faults += _unfit(modules, config, plan)
         plan.biases = _biases(modules, config, plan)
@@ -112,11 +112,11 @@ def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, pl
     plan.parameters = plan_parameters(modules, config, faults)
 
 
-def _leave_out(plan: Plan, held: Collection[str] | None) -> None:
+def _keep_held(plan: Plan, held: Collection[str] | None) -> None:
     """Take out of the plan what the file does not hold; where it holds nothing of any target, the plan is what is missing."""
     kept = {path: settings for path, settings in plan.adapted.items() if held is None or path in held}
     if kept:
-        plan.left_out = [path for path in plan.adapted if path not in kept]
+        plan.absent = [path for path in plan.adapted if path not in kept]
         plan.adapted = kept
 
 

@@ -1,15 +1,13 @@
-"""Adapters and vocabularies: tokens that were added before or after training, and embeddings that a file holds whole."""
+"""Adapters of another vocabulary than the base's: tokens were added before or after training."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attach.plan import Plan
-from ..config import PeftConfig
 from .names import IN_BASE
 
 Tensors = dict[str, Tensor]
@@ -24,33 +22,6 @@ def of_base(base: Any) -> dict[str, nn.Module]:
         except (AttributeError, NotImplementedError):  # models of images, of audio
             continue
     return {path: module for path, module in base.named_modules() if any(module is one for one in found)}
-
-
-def with_embeddings(config: PeftConfig, tensors: Tensors, base: nn.Module) -> tuple[PeftConfig, list[str]]:
-    """`config` with those embeddings saved whole that the file holds although no field names them, and a sentence on each.
-
-    Writers add them after a vocabulary has grown. They act as private copies; of tied modules, all or none.
-    """
-    named = list(getattr(config, "modules_to_save", None) or [])
-    parts, added = of_base(base), []
-    for path, module in parts.items():
-        stored = tensors.get(f"{IN_BASE}{path}.weight")
-        if stored is None or any(path.endswith(name) for name in named) or same(stored, module.weight):
-            continue
-        tied = [other for other, twin in parts.items() if twin.weight is module.weight]
-        added += [other for other in tied if other not in added]
-        for other in tied:
-            tensors.setdefault(f"{IN_BASE}{other}.weight", stored)
-    if not added:
-        return config, []
-    config = copy.copy(config)
-    config.modules_to_save = [*named, *added]  # type: ignore[attr-defined]
-    return config, [f"{path} differs from the base's and acts as a private copy (modules_to_save)" for path in added]
-
-
-def same(stored: Tensor, own: Any) -> bool:
-    """Whether a tensor of a file is the base's own, up to the rounding of 16 bits."""
-    return own.shape == stored.shape and torch.allclose(own.to(stored.dtype), stored.to(own.device), rtol=1e-2, atol=1e-5)
 
 
 def fill_up(tensors: Tensors, expected: Tensors, base: nn.Module, plan: Plan) -> list[str]:
