@@ -162,7 +162,9 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         except (ConfigError, TargetError) as error:
             raise type(error)(f'"{folder.name}"{load.made_for(config)}: {error}') from error
         config.inference_mode = not is_trainable and (in_use is None or in_use.inference_mode)
-        how = {"full_precision": autocast_adapter_dtype, "materialized": load.is_materialized(config, folder)}
+        in_training = in_use is not None and self.tree(name).trains_encoder  # which tokens alone cannot replace
+        materialized = not in_training and load.is_materialized(config, folder)
+        how = {"full_precision": autocast_adapter_dtype, "materialized": materialized}
         try:
             tree = build(self.base_model, config, plan, initialise=False, **how)
         except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
