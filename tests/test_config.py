@@ -310,6 +310,19 @@ def test_config_without_a_method_is_an_error(values):
         PeftConfig.from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("values", "whose"),
+    [
+        ({"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8}}, "mlx-lm"),
+        ({"config": {}, "hidden_size": 768, "model_class": "BertModelWithHeads", "model_type": "bert"}, "AdapterHub"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "a whole model's"),
+    ],
+)
+def test_a_file_of_something_else_is_told_as_what_it_is(values, whose):
+    with pytest.raises(ConfigError, match=f'no "peft_type".*it looks like .*{whose}'):
+        PeftConfig.from_dict(values)
+
+
 def test_unknown_method_is_an_error_that_names_the_nearest():
     with pytest.raises(ConfigError, match=r'"LORAX" is not known.*did you mean \'LORA\''):
         PeftConfig.from_dict({"peft_type": "LORAX"})

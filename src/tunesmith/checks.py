@@ -50,6 +50,17 @@ def task_name(written: Any) -> str | None:
     return next((name for name, others in _TASKS.items() if key in others), None)
 
 
+def whose_file(values: Mapping[str, Any]) -> str:
+    """`; it looks like ...`: what an `adapter_config.json` without a method is, or nothing."""
+    if "lora_parameters" in values or "fine_tune_type" in values:
+        return "; it looks like one of mlx-lm, whose tensors have other names and are transposed"
+    if "model_class" in values or "adapter_residual_before_ln" in values:
+        return "; it looks like one of AdapterHub, which `adapters` loads"
+    if "architectures" in values or "model_type" in values:
+        return "; it looks like a whole model's, which AutoModel...from_pretrained loads"
+    return ""
+
+
 def is_switch(key: str, value: Any) -> bool:
     """Whether an unknown key switches a feature on; the ecosystem's configurations leave `use_...` off by default."""
     return key.startswith("use_") and not is_off(value)

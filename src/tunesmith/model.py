@@ -173,7 +173,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         if in_use is None:
             self.take_adapter(name, config, tree)
         else:
-            self.replace_adapter(name, config, tree)
+            self._replace_adapter(name, config, tree)
         return result
 
     @classmethod

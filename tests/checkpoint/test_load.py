@@ -527,6 +527,13 @@ def test_targets_that_the_file_does_not_hold_carry_no_adapter(llama, saved):
     assert result.missing_keys == [f"model.layers.1.self_attn.{name}_proj" for name in "qv"] and not result.unexpected_keys
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_names_out_of_a_wrapped_model_are_understood(wrapper, llama, saved):
+    expected = output(ts.PeftModel.from_pretrained(llama, saved), INPUTS)
+    edit_tensors(saved, lambda v: [v.update({key.replace("layers.0.", f"layers.0.{wrapper}"): v.pop(key)}) for key in list(v)])
+    assert torch.equal(output(ts.PeftModel.from_pretrained(llama, saved), INPUTS), expected)
+
+
 def test_a_file_that_lacks_a_part_of_a_module_is_an_error_even_so(llama, saved):
     edit_config(saved, target_modules=["q_proj", "v_proj", "c_attn"])
     edit_tensors(saved, lambda v: v.pop(FIRST))

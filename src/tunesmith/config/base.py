@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import Self, dataclass_transform
 
-from ..checks import is_off, is_switch, means_off, task_name, unknown_key, wrong_types
+from ..checks import is_off, is_switch, means_off, task_name, unknown_key, whose_file, wrong_types
 from ..errors import ConfigError, did_you_mean
 from ..storage.folder import CONFIG_FILE, AdapterFolder, write_folder, write_text
 from .by_method import config_type
@@ -157,7 +157,7 @@ class PeftConfig:
         """
         values = {**values, **overrides}
         if not values.get("peft_type"):
-            raise ConfigError('the configuration has no "peft_type", so its method is unknown')
+            raise ConfigError(f'the configuration has no "peft_type", so its method is unknown{whose_file(values)}')
         target: type[PeftConfig] = config_type(values["peft_type"])
         if cls is not PeftConfig and not issubclass(target, cls):
             raise ConfigError(f"this is a {values['peft_type']} configuration, not a {cls.__name__}")

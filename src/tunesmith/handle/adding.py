@@ -87,7 +87,7 @@ class Adding(Switching):
         if not self._active:
             self.set_adapter(name)
 
-    def replace_adapter(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
+    def _replace_adapter(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
         """Put an adapter that has been built in the place of the one of this name; it trains if that one did.
 
         Where only values differ, the old adapter takes them. Otherwise tensors of the same name and shape stay the same
