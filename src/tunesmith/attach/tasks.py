@@ -21,7 +21,7 @@ def check_config(config: Any) -> None:
         raise ConfigError(f"peft_config must be a configuration such as LoraConfig(...), got {type(config).__name__}")
 
 
-def fitting_task(model: Any, config: PeftConfig) -> TaskType | None:
+def fitting_task(model: Any, config: PeftConfig) -> TaskType | str | None:
     """The task of a loaded configuration if the model can do it, else the one that the model is for (None: any)."""
     for task in (config.task_type, TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, None):
         tried = copy.copy(config)

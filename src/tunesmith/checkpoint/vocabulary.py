@@ -13,7 +13,7 @@ from .names import IN_BASE
 Tensors = dict[str, Tensor]
 
 
-def of_base(base: Any) -> dict[str, nn.Module]:
+def of_base(base: Any) -> dict[str, Any]:
     """`{path: module}` of the base's modules with a row for each token: its input embeddings and its output head."""
     found = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
@@ -40,7 +40,7 @@ def fill_up(tensors: Tensors, expected: Tensors, base: nn.Module, plan: Plan) ->
 
 def advice(tensors: Tensors, expected: Tensors, base: nn.Module) -> str | None:
     """What to do where tensors fail to fit because the vocabulary has another size; None where that is not the reason."""
-    sizes = {len(module.weight) for module in of_base(base).values()}
+    sizes = {module.weight.shape[0] for module in of_base(base).values()}
     for key in expected.keys() & tensors.keys():
         for found, wanted in zip(tensors[key].shape, expected[key].shape):
             if found != wanted and wanted in sizes:
