@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 METHOD ?= prompt-tuning
 
 # What others build on: what each part may use of the others is in its types.
-STRICT := $(addprefix src/tunesmith/,handle runtime attach adapter.py config.py registry.py model.py cli data jobs estimate train)
+STRICT := $(addprefix src/tunesmith/,handle runtime attach adapter.py config registry.py model.py cli data jobs estimate train)
 
 CASES ?= startup lora_step packing speed qlora learning
 

@@ -89,6 +89,7 @@ MIRRORS: dict[str, str] = {
     "kernels/linear_cross_entropy.py: _FrozenHead.forward": "torch.autograd.Function.forward: a context first",
     "kernels/lora_linear.py: _LoraLinear.forward": "torch.autograd.Function.forward: a context first",
     "model.py: PeftModel.from_pretrained": "peft.PeftModel.from_pretrained",
+    "model.py: get_peft_model": "peft.get_peft_model",
     "runtime/packed_attention.py: attend": "the attention functions of transformers",
     "storage/hub.py: push_folder": "transformers' push_to_hub",
     "train/eva.py: get_eva_state_dict": "peft.get_eva_state_dict",

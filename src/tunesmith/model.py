@@ -7,6 +7,7 @@ classes in `handle/`; this module combines them and adds loading and saving.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, cast
 
@@ -14,10 +15,12 @@ import torch
 from torch import nn
 
 from . import tested
-from .attach.build import build, replace_stored, stored_values
-from .attach.plan import Plan, check_config
+from .attach.build import build
+from .attach.tasks import check_config, fitting_task
 from .attach.tree import check_name
+from .bases.prepare import require_input_gradients
 from .checkpoint import embeddings, given, load, save
+from .checkpoint.card import write_card
 from .config import PeftConfig, TaskType, read_config
 from .errors import AdapterFileError, ConfigError, TargetError, UsageError
 from .handle import schedules
@@ -126,54 +129,55 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         model_id: str,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        torch_device: Any = None,
         autocast_adapter_dtype: bool = True,
         **kwargs: Any,
-    ) -> None:
-        """Load an adapter from a folder or the Hub; if the name is in use, that adapter's values are replaced.
+    ) -> load.LoadResult:
+        """Load an adapter from a folder or the Hub; one whose name is in use is replaced, whatever its method and shapes.
+
+        A replaced adapter computes what a fresh load computes, and goes on training if it trained. Its tensors of unchanged
+        name and shape stay the same objects for an optimizer; a warning tells of others.
+
+        Args:
+            is_trainable: continue training it, once it is active.
+            torch_device: without effect, since an adapter is placed where its base is.
+            autocast_adapter_dtype: keep adapters of 16-bit bases in fp32.
+            kwargs: of the download, and what has no effect; `storage/options.py` lists them with the reasons.
 
         Raises:
             AdapterFileError: all faults of the files at once; the handle is then unchanged.
+            ConfigError: an option is unknown, or the configuration asks for what this version lacks.
         """
         folder = AdapterFolder.find(model_id, **kwargs)
-        self._load(folder, read_config(folder), adapter_name, is_trainable, autocast_adapter_dtype)
+        return self._load(folder, read_config(folder), adapter_name, is_trainable, autocast_adapter_dtype)
 
     def _load(
-        self, folder: AdapterFolder, stored: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
-    ) -> None:
+        self, folder: AdapterFolder, config: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
+    ) -> load.LoadResult:
         self._require_unmerged(name)
-        if name not in self.peft_config:
+        in_use = self.peft_config.get(name)
+        if in_use is None:
             check_name(name, self.peft_config)
+        stored = load.Stored.read(folder, config)
         try:
-            plan, config = self.plan_adapter(stored)
+            plan, config = self.plan_adapter(stored.config, stored.paths(self.bare_base))
         except (ConfigError, TargetError) as error:
-            raise type(error)(f'"{folder.name}"{load.made_for(stored)}: {error}') from error
-        config.inference_mode = not is_trainable
-        tensors, plan.stored = embeddings.taken(load.tensors_of(folder), config, plan, self.bare_base)
-        if name in self.peft_config:
-            load.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
-            self._replace_values(name, plan, config, tensors, folder)
-            return
-        how = {"full_precision": autocast_adapter_dtype, "materialized": load.is_materialized(config, folder)}
+            raise type(error)(f'"{folder.name}"{load.made_for(config)}: {error}') from error
+        stored.tensors, plan.stored = embeddings.taken(stored.tensors, config, plan, self.bare_base)
+        config.inference_mode = not is_trainable and (in_use is None or in_use.inference_mode)
+        in_training = in_use is not None and self.tree(name).trains_encoder  # which tokens alone cannot replace
+        materialized = not in_training and load.is_materialized(config, folder)
+        how = {"full_precision": autocast_adapter_dtype, "materialized": materialized}
         try:
             tree = build(self.bare_base, config, plan, initialise=False, **how)
         except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
             raise AdapterFileError(f'"{folder.name}" describes an adapter that cannot be built here: {error}') from error
-        load.into(tree, config, tensors, folder, self.bare_base)
-        self.take_adapter(name, config, tree)
-
-    def _replace_values(
-        self, name: str, plan: Plan, config: PeftConfig, tensors: dict[str, torch.Tensor], folder: AdapterFolder
-    ) -> None:
-        """Put a folder's tensors into an adapter that is there."""
-        tree = self.tree(name)
-        before = replace_stored(tree, stored_values(self.bare_base, plan))
-        try:
-            load.into(tree, config, tensors, folder, self.bare_base)
-        except BaseException:
-            replace_stored(tree, before)
-            raise
-        if before or plan.stored:
-            self._forget()
+        result = load.into(tree, config, stored, self.bare_base, plan)
+        if in_use is None:
+            self.take_adapter(name, config, tree)
+        else:
+            self._replace_adapter(name, config, tree)
+        return result
 
     @classmethod
     def from_pretrained(
@@ -188,15 +192,25 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
     ) -> PeftModel:
         """A handle on `model` with the adapter from a folder or Hub repository.
 
+        The file's tensors decide: if each has its place, what the configuration says beyond them (targets that the base
+        lacks, another task) is one warning.
+
         Args:
             is_trainable: continue training it; by default it is for inference only.
             config: used instead of the one in the folder.
-            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+            autocast_adapter_dtype: keep adapters of 16-bit bases in fp32.
+            kwargs: of the download (`subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, ...), and what scripts
+                give although the base is loaded already (`torch_dtype`, `device_map`, ...): without effect, for the reasons in
+                `storage/options.py`.
+
+        Raises:
+            AdapterFileError, TargetError: the files do not fit the base; the base is then unchanged.
+            ConfigError: an option is unknown, or the configuration asks for what this version lacks.
         """
         folder = AdapterFolder.find(model_id, **kwargs)
         stored = config or read_config(folder)
         check_config(stored)
-        handle = (cls.for_task(stored.task_type) if cls is PeftModel else cls)(model)
+        handle = (cls.for_task(fitting_task(model, stored)) if cls is PeftModel else cls)(model)
         try:
             handle._load(folder, stored, adapter_name, is_trainable, autocast_adapter_dtype)
         except BaseException:
@@ -265,6 +279,25 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
                 "loaded; give the values of an adapter with the same name and targets"
             )
         return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """The virtual tokens of an adapter as files hold them, `(tokens, dim)`, on the CPU.
+
+        Raises:
+            UsageError: the adapter has no virtual tokens.
+        """
+        self.require_adapter(adapter_name)
+        if self.tree(adapter_name).prompt is None:
+            raise UsageError(f'"{adapter_name}" has no virtual tokens; get_adapter_state_dict gives its tensors')
+        return self.get_adapter_state_dict(adapter_name)["prompt_embeddings"]
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write the active adapter's model card into a folder; of a card that is there, only the metadata is changed."""
+        write_card(self.active_peft_config, output_dir)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let the inputs of `model`'s layers require gradients, which reentrant gradient checkpointing needs."""
+        require_input_gradients(model)
 
     def enable_peft_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
         """Part of transformers' adapter mixin; there is nothing to enable here."""
@@ -356,15 +389,24 @@ def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
     adapter_name: str = "default",
+    mixed: bool = False,
     autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """A handle on `model` with one new adapter; call it again on the same base for another, independent handle.
+
+    Args:
+        mixed: without effect: adapters of several methods act together in every handle.
+        autocast_adapter_dtype: keep adapters of 16-bit bases in fp32 (they compute in the base's type).
+        revision: of the base on the Hub; written into the adapter's configuration in place of the one there.
+        low_cpu_mem_usage: without effect: an adapter is built once, in its place.
 
     Raises:
         ConfigError, TargetError: the configuration does not fit the model; the model is then unchanged.
     """
     check_config(peft_config)
-    return PeftModel.for_task(peft_config.task_type)(
-        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-    )
+    if revision is not None:
+        peft_config = copy.copy(peft_config)
+        peft_config.revision = revision
+    return PeftModel.for_task(peft_config.task_type)(model, peft_config, adapter_name, autocast_adapter_dtype)

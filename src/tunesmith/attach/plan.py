@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..bases import architecture
 from ..bases.dense import LinearView
 from ..bases.view import view_of, view_type
 from ..config import PeftConfig, PromptConfig, Settings, TargetedConfig, TaskType
-from ..errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
+from ..errors import TargetError, Unmatched, bullet_list, did_you_mean, nearest
 from ..paths import ends_with, is_inside, is_named, matches
 from ..registry import adapter_type
 from ..runtime import site
@@ -38,6 +38,8 @@ class Plan:
         tokens: of embeddings with trained rows, and of modules that follow them (`plan_tokens.py`).
         parameters: `{path: {parameter: settings}}` of parameters that are adapted themselves (`plan_parameters.py`).
         stored: of modules with parameters whose values come with the adapter's file (`checkpoint/embeddings.py`).
+        absent: paths of targets of which the file that is loaded holds nothing.
+        unmatched: what the configuration says beyond this; no fault where an adapter is loaded whose tensors all fit.
     """
 
     adapted: dict[str, Settings] = field(default_factory=dict)
@@ -46,13 +48,19 @@ class Plan:
     tokens: TokenPlan = field(default_factory=dict)
     parameters: ParameterPlan = field(default_factory=dict)
     stored: dict[str, StoredSettings] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
     def paths(self) -> set[str]:
         return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters}
 
 
-def match(model: nn.Module, config: PeftConfig) -> tuple[Plan, PeftConfig]:
+def match(model: nn.Module, config: PeftConfig, held: Collection[str] | None = None) -> tuple[Plan, PeftConfig]:
     """Resolve every pattern of `config` on `model`.
+
+    Args:
+        held: paths of modules of which the file that is loaded holds tensors, None where an adapter is made anew. A
+            configuration may then say more than the file holds: the tensors decide.
 
     Returns:
         The plan, and a copy of the config with what follows from the model filled in (its usual targets, for one).
@@ -66,10 +74,17 @@ def match(model: nn.Module, config: PeftConfig) -> tuple[Plan, PeftConfig]:
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
         _plan_targets(model, modules, config, plan, faults)
+        _keep_held(plan, held)
+        faults += _unmatched_pattern_keys(config, plan)
+        faults += _unfit(modules, config, plan)
+        plan.biases = _biases(modules, config, plan)
     plan.tokens = plan_tokens(model, modules, getattr(config, "trainable_token_indices", None), faults)
     faults += _claimed_twice(plan)
     faults += _unreachable(modules, plan)
     faults += _not_copyable(modules, config, plan)
+    if held is not None and (plan.paths() or isinstance(config, PromptConfig)):
+        plan.unmatched = [fault.partition("; ")[0] for fault in faults if isinstance(fault, Unmatched)]
+        faults = [fault for fault in faults if not isinstance(fault, Unmatched)]
     if faults:
         raise TargetError(f"the adapter does not fit {type(model).__name__}:\n" + bullet_list(faults))
     return plan, config
@@ -90,15 +105,21 @@ def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, pl
         config.target_modules = set(config.target_modules or ()) - set(twice)
     else:
         faults += [
-            f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); leave it out'
+            Unmatched(
+                f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); leave it out'
+            )
             for name in twice
         ]
     plan.adapted = {path: config.settings(path) for path in config.chosen(free)}
     plan.parameters = plan_parameters(modules, config, faults)
-    parameters = [f"{path}.{name}" for path, names in plan.parameters.items() for name in names]
-    faults += _unmatched_pattern_keys(config, [*plan.adapted, *parameters])
-    faults += _unfit(modules, config, plan)
-    plan.biases = _biases(modules, config, plan)
+
+
+def _keep_held(plan: Plan, held: Collection[str] | None) -> None:
+    """Take out of the plan what the file does not hold; where it holds nothing of any target, the plan is what is missing."""
+    kept = {path: settings for path, settings in plan.adapted.items() if held is None or path in held}
+    if kept:
+        plan.absent = [path for path in plan.adapted if path not in kept]
+        plan.adapted = kept
 
 
 def _claimed_twice(plan: Plan) -> Iterator[str]:
@@ -131,44 +152,6 @@ def _is_copied(path: str, plan: Plan) -> bool:
     return any(is_inside(path, copied) for copied in plan.copied)
 
 
-_HEADS = {
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-}
-
-
-def check_config(config: Any) -> None:
-    if not isinstance(config, PeftConfig):
-        raise ConfigError(f"peft_config must be a configuration such as LoraConfig(...), got {type(config).__name__}")
-
-
-def check_task(model: Any, config: PeftConfig) -> None:
-    """Refuse a task that the model cannot do, before anything is built."""
-    task = config.task_type
-    assert task is None or isinstance(task, TaskType), "a config turns a name into a TaskType"
-    name = type(model).__name__
-    base = architecture.config_of(model)
-    encoder_decoder = architecture.is_encoder_decoder(base)
-    if task == TaskType.SEQ_2_SEQ_LM and architecture.is_decoder_only(base):
-        raise ConfigError(f"task_type=SEQ_2_SEQ_LM needs an encoder-decoder, {name} has none; use CAUSAL_LM")
-    if task == TaskType.CAUSAL_LM and encoder_decoder and hasattr(model, "get_encoder"):
-        raise ConfigError(f"task_type=CAUSAL_LM needs a decoder-only model, {name} has an encoder; use SEQ_2_SEQ_LM")
-    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and base is not None and not hasattr(model, "generate"):
-        raise ConfigError(f"task_type={task.value} needs a model that generates, {name} does not; load it with its LM head")
-    if task in _HEADS and architecture.output_head(model) is not None:
-        raise ConfigError(
-            f"task_type={task.value} needs a model with a task head, {name} has a language model's; load it with {_HEADS[task]}"
-        )
-    if isinstance(config, PromptConfig):
-        if task is None:
-            raise ConfigError(
-                "virtual tokens need a task_type, which says how labels are aligned, e.g. task_type=TaskType.CAUSAL_LM"
-            )
-        if not hasattr(model, "get_input_embeddings"):
-            raise ConfigError(f"virtual tokens need a model with input embeddings, {name} has none")
-
-
 def _parallel_faults(model: nn.Module) -> Iterator[str]:
     """Forms of parallelism under which an adapter could not be exact."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -199,11 +182,11 @@ def _matched(model: nn.Module, modules: Modules, config: TargetedConfig, faults:
     paths = [path for path in modules if path and is_named(path, wanted)]
     if isinstance(wanted, str):
         if not paths:
-            faults.append(f'no module matches the regular expression "{wanted}"; there are {_summary(modules)}')
+            faults.append(Unmatched(f'no module matches the regular expression "{wanted}"; there are {_summary(modules)}'))
     else:
         for name in sorted(wanted):
             if not any(ends_with(path, name) for path in paths):
-                faults.append(f'no module matches "{name}"; {_nearest_modules(name, modules)}')
+                faults.append(Unmatched(f'no module matches "{name}"; {_nearest_modules(name, modules)}'))
     if config.exclude_modules:
         kept = [path for path in paths if not is_named(path, config.exclude_modules)]
         if paths and not kept:
@@ -239,10 +222,8 @@ def _of_layers(paths: list[str], config: TargetedConfig, faults: list[str]) -> l
     missing = indices - set(found.values())
     if missing:
         present = sorted(set(found.values()))
-        faults.append(
-            f"layers_to_transform: no target in layer {', '.join(map(str, sorted(missing)))}; "
-            + (f"layers with targets: {present[0]} to {present[-1]}" if present else "the targets are not in numbered layers")
-        )
+        where = f"layers with targets: {present[0]} to {present[-1]}" if present else "the targets are not in numbered layers"
+        faults.append(Unmatched(f"layers_to_transform: no target in layer {', '.join(map(str, sorted(missing)))}; {where}"))
     return [path for path in paths if found.get(path) in indices]
 
 
@@ -254,7 +235,7 @@ def _copied(modules: Modules, config: PeftConfig, faults: list[str]) -> list[str
     for name in wanted:
         found = [path for path in modules if path and path.endswith(name)]
         if not found and not (heads and name in HEAD_NAMES):  # the ecosystem's files name every usual head
-            faults.append(f'modules_to_save: no module matches "{name}"; {_nearest_modules(name, modules)}')
+            faults.append(Unmatched(f'modules_to_save: no module matches "{name}"; {_nearest_modules(name, modules)}'))
         paths += found
     if heads:
         paths += [path for path in modules if path in HEAD_NAMES]
@@ -270,11 +251,13 @@ def _trained_twice(config: TargetedConfig, paths: list[str], free: list[str]) ->
     return [name for name, named in by_name.items() if named and not set(named) & set(free)]
 
 
-def _unmatched_pattern_keys(config: TargetedConfig, paths: list[str]) -> Iterator[str]:
+def _unmatched_pattern_keys(config: TargetedConfig, plan: Plan) -> Iterator[str]:
+    paths = [*plan.adapted, *(f"{path}.{name}" for path, names in plan.parameters.items() for name in names)]
     for name, keys in config.pattern_keys().items():
         for key in keys:
             if not any(matches(path, key) for path in paths):
-                yield f'{name} key "{key}" matches no target{did_you_mean(key, {p.rpartition(".")[2] for p in paths})}'
+                nearby = did_you_mean(key, {path.rpartition(".")[2] for path in paths})
+                yield Unmatched(f'{name} key "{key}" matches no target{nearby}')
 
 
 def _unfit(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..config import Settings
-from ..errors import did_you_mean
+from ..errors import Unmatched, did_you_mean
 from ..paths import ends_with
 
 ParameterPlan = dict[str, dict[str, Settings]]  # {module path: {parameter: settings}}
@@ -34,7 +34,7 @@ def plan_parameters(modules: dict[str, nn.Module], config: Any, faults: list[str
             if reason:
                 faults.append(f"target_parameters: {full} {reason}")
     for ending in sorted(set(wanted) - found):
-        faults.append(f'target_parameters: no parameter matches "{ending}"{did_you_mean(ending, known)}')
+        faults.append(Unmatched(f'target_parameters: no parameter matches "{ending}"{did_you_mean(ending, known)}'))
     return plan
 
 

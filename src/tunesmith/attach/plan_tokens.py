@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter import TokenSettings
-from ..errors import did_you_mean
+from ..errors import Unmatched, did_you_mean
 from ..paths import ends_with
 
 TokenPlan = dict[str, TokenSettings]  # by module path, those that follow behind the ones that they follow
@@ -41,7 +41,8 @@ def _named(modules: dict[str, nn.Module], wanted: dict[str, list[int]], faults: 
         paths = [path for path in modules if ends_with(path, name)]
         if not paths:
             embeddings = {path.rpartition(".")[2] for path, module in modules.items() if isinstance(module, nn.Embedding)}
-            faults.append(f'trainable_token_indices: no module matches "{name}"{did_you_mean(name, embeddings)}')
+            nearby = did_you_mean(name, embeddings)
+            faults.append(Unmatched(f'trainable_token_indices: no module matches "{name}"{nearby}'))
         owners |= {path: list(tokens) for path in paths}
     return owners
 

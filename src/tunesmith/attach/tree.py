@@ -71,6 +71,11 @@ class AdapterTree(Branch):
         assert found is None or isinstance(found, PromptAdapter)
         return found
 
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether virtual tokens are computed by an encoder, because they are being trained."""
+        return self.prompt is not None and self.prompt.encoder is not None
+
     def adapted(self) -> dict[str, Adapter]:
         """The method's own adapters, by path; not what hangs beside them."""
         return {path: adapter for path, adapter in self.items() if adapter is self.node(path).own}

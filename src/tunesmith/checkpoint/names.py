@@ -13,20 +13,25 @@ from torch import Tensor, nn
 from ..attach.tree import AdapterTree
 from ..config import PeftConfig
 
+IN_BASE = "base_model.model."  # before a path of the base
 _ENCODER = "encoder."  # of a prompt adapter
 
 # Suffixes in older files, and the current ones.
 _OLDER = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+# What torch.compile, FSDP and checkpoint wrappers put into the names of a model that is saved inside them.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def current_name(key: str) -> str:
-    """The current name of a tensor, which may come from an older file."""
+    """The current name of a tensor, which may come from an older file or out of a wrapped model."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
     return next((key.removesuffix(old) + new for old, new in _OLDER.items() if key.endswith(old)), key)
 
 
 def prefix_of(config: PeftConfig) -> str:
     """What the path of a module of the base follows in a tensor's name."""
-    return "base_model." if config.is_prompt_learning else "base_model.model."
+    return "base_model." if config.is_prompt_learning else IN_BASE
 
 
 def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from typing import Any
 
 from ..assets import public_name
 from ..attach.build import build
-from ..attach.plan import Plan, check_config, check_task, match
+from ..attach.plan import Plan, match
+from ..attach.tasks import check_config, check_task, fitting_task
 from ..attach.tree import AdapterTree, check_name
 from ..config import PeftConfig, PromptConfig
 from ..errors import UsageError
 from ..registry import adapter_type
 from ..runtime import site, virtual_tokens
-from . import schedules
+from . import replacing, schedules
 from .switching import Switching
+
+logger = logging.getLogger(__name__)
 
 
 class Adding(Switching):
@@ -51,9 +56,17 @@ class Adding(Switching):
         )
         self.take_adapter(adapter_name, config, tree)
 
-    def plan_adapter(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
-        """Everything that can be wrong with `config` on this base is found here; the config returned is a filled-in copy."""
-        config = type(config)(**vars(config))
+    def plan_adapter(self, config: PeftConfig, held: Collection[str] | None = None) -> tuple[Plan, PeftConfig]:
+        """Everything that can be wrong with `config` on this base is found here; the config returned is a filled-in copy.
+
+        Args:
+            held: of an adapter that is loaded: paths of modules of which its file holds tensors; see `match`.
+        """
+        config, misfit = config.checked(), []
+        if held is not None and (task := fitting_task(self.bare_base, config)) != config.task_type:
+            if config.task_type is not None:
+                misfit.append(f"task_type={config.task_type}, which {type(self.bare_base).__name__} is not for")
+            config.task_type = task
         check_task(self.bare_base, config)
         if isinstance(config, PromptConfig):
             kind = adapter_type(config)
@@ -67,7 +80,9 @@ class Adding(Switching):
                 "such an adapter is initialized from the base's weights, which hold merged adapters now; "
                 "call unmerge_adapter() first"
             )
-        return match(self.bare_base, config)
+        plan, config = match(self.bare_base, config, held)
+        plan.unmatched += misfit
+        return plan, config
 
     def take_adapter(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
         """Add an adapter that has been built to this handle."""
@@ -81,3 +96,23 @@ class Adding(Switching):
         tree.requires_grad_(False)
         if not self._active:
             self.set_adapter(name)
+
+    def _replace_adapter(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
+        """Put an adapter that has been built in the place of the one of this name; it trains if that one did.
+
+        Where only values differ, the old adapter takes them. Otherwise tensors of the same name and shape stay the same
+        objects, so that an optimizer goes on with them, and a warning says that it does not hold the others.
+        """
+        old, before = self.tree(name), self.peft_config[name]
+        trained = any(parameter.requires_grad for parameter in old.parameters())
+        begins = before.inference_mode and not config.inference_mode and name in self._active
+        if replacing.alike(old, before, tree, config):
+            replacing.take_values(old, tree)
+            before.inference_mode = config.inference_mode
+        else:
+            lost = replacing.keep_parameters(old, tree)
+            schedules.go_on(old, tree)
+            self.take_adapter(name, config, tree)
+            if lost and trained:
+                logger.warning('"%s" was replaced by one of other shapes while it trained; make its optimizer anew', name)
+        self.tree(name).requires_grad_(trained or begins)

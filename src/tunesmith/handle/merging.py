@@ -132,6 +132,9 @@ class Merging(Switching):
         self._disabled = False
         self._settle()
 
+    disable_adapter_layers = disable_adapters  # the ecosystem's older names
+    enable_adapter_layers = enable_adapters
+
     def _check_mergeable(self, names: list[str], alone: bool = True, after: tuple[str, ...] = ()) -> None:
         others = [handle for handle in self._shared_base.handles if handle is not self]
         if alone and others:

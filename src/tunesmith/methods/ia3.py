@@ -82,6 +82,7 @@ class IA3Config(TargetedConfig):
     @classmethod
     def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The ecosystem's files name the architecture's usual feed-forward modules, targeted or not."""
+        values = super().understood(values)
         targets, feedforward = values.get("target_modules"), values.get("feedforward_modules")
         if isinstance(targets, list) and isinstance(feedforward, list):
             return {**values, "feedforward_modules": [name for name in feedforward if _is_among(name, targets)]}

@@ -138,6 +138,7 @@ class LoraConfig(TargetedConfig):
         "megatron_config": (), "megatron_core": ("megatron.core",), "ensure_weight_tying": (), "alora_invocation_tokens": (),
         "arrow_config": (), "lora_ga_config": (), "runtime_config": ({"ephemeral_gpu_offload": False},),
         "use_bdlora": (), "velora_config": (), "monteclora_config": (), "kasa_config": (),
+        "enable_lora": (), "merge_weights": (True,),  # of early releases: parts of fused weights; merged in eval mode
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -177,6 +178,13 @@ class LoraConfig(TargetedConfig):
             yield from (f"{name} cannot be combined with target_parameters; leave one out" for name in used)
             if init not in (True, False, "gaussian"):
                 yield f'target_parameters needs init_lora_weights=True, False or "gaussian", got {init!r}'
+
+    @classmethod
+    def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Files hold options of inits that were not chosen."""
+        values, init = super().understood(values), values.get("init_lora_weights")
+        idle = [name for name in ("loftq_config", "eva_config") if name.removesuffix("_config") != init]
+        return {name: value for name, value in values.items() if name not in idle}
 
     @property
     def may_target_nothing(self) -> bool:

@@ -30,8 +30,9 @@ except ImportError:  # Windows
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterFileError, ConfigError, did_you_mean
+from ..errors import AdapterFileError
 from .hub import fetch
+from .options import hub_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,14 +47,6 @@ STAGING_PREFIX = ".adapter-staging-"
 REMOVED_FILE = ".removed"  # of a commit: names of the files that it takes away
 
 
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# Accepted as in the ecosystem's calls, but without effect: an adapter is always placed where its base is.
-_IGNORED_OPTIONS = (
-    "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "offload_buffers", "torch_device",
-    "low_cpu_mem_usage", "ephemeral_gpu_offload", "use_safetensors", "proxies", "resume_download",
-)  # fmt: skip
-
-
 class AdapterFolder:
     """Where an adapter's files are: a local folder, or a hub repository's cached files."""
 
@@ -63,14 +56,13 @@ class AdapterFolder:
 
     @classmethod
     def find(cls, name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> AdapterFolder:
-        """The adapter in a local folder, else in a Hub repository (kwargs: `revision`, `token`, `cache_dir`, ...).
+        """The adapter in a local folder, else in a Hub repository (kwargs: see `options.py`).
 
         Raises:
             AdapterFileError: neither exists.
+            ConfigError: an option is unknown.
         """
-        unknown = [key for key in hub if key not in _HUB_OPTIONS and key not in _IGNORED_OPTIONS]
-        if unknown:
-            raise ConfigError(f'unknown option "{unknown[0]}" for loading an adapter{did_you_mean(unknown[0], _HUB_OPTIONS)}')
+        known = hub_options(hub)
         if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
             raise AdapterFileError(f"{name_or_path!r} does not name an adapter; give a folder or the id of a Hub repository")
         if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
@@ -83,7 +75,6 @@ class AdapterFolder:
         if Path(name_or_path).is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
             raise AdapterFileError(f"there is no folder {folder}; check the path (Hub repositories are written owner/name)")
         prefix = f"{subfolder}/" if subfolder else ""
-        known = {k: v for k, v in hub.items() if k in _HUB_OPTIONS}
         return cls(str(name_or_path), lambda filename: fetch(str(name_or_path), prefix + filename, **known))
 
     def values(self) -> dict[str, Any]:
