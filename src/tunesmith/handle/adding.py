@@ -41,8 +41,12 @@ class Adding(Switching):
         )
         self.take_adapter(adapter_name, config, tree)
 
-    def plan_adapter(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
-        """Everything that can be wrong with `config` on this base is found here; the config returned is a filled-in copy."""
+    def plan_adapter(self, config: PeftConfig, current_names: bool = False) -> tuple[Plan, PeftConfig]:
+        """Everything that can be wrong with `config` on this base is found here; the config returned is a filled-in copy.
+
+        Args:
+            current_names: see `attach.plan.match`.
+        """
         config = type(config)(**vars(config))
         check_task(self.base_model, config)
         if isinstance(config, PromptConfig):
@@ -57,7 +61,7 @@ class Adding(Switching):
                 "such an adapter is initialized from the base's weights, which hold merged adapters now; "
                 "call unmerge_adapter() first"
             )
-        return match(self.base_model, config)
+        return match(self.base_model, config, current_names)
 
     def take_adapter(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
         """Add an adapter that has been built to this handle."""
