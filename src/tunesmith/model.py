@@ -17,6 +17,7 @@ from .attach.build import build
 from .attach.plan import check_config
 from .attach.tree import check_name
 from .checkpoint import load, save
+from .checkpoint.former import translated
 from .config import PeftConfig, TaskType, read_config
 from .errors import AdapterFileError, ConfigError, TargetError, UsageError
 from .handle import schedules
@@ -132,8 +133,10 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         Raises:
             AdapterFileError: all faults of the files at once; the handle is then unchanged.
         """
+        key_mapping = kwargs.pop("key_mapping", None)
         folder = AdapterFolder.find(model_id, **kwargs)
-        self._load(folder, read_config(folder), adapter_name, is_trainable, autocast_adapter_dtype)
+        file = translated(self.base_model, folder, read_config(folder), key_mapping)
+        self._load(*file, adapter_name, is_trainable, autocast_adapter_dtype)
 
     def _load(
         self, folder: AdapterFolder, stored: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
@@ -142,7 +145,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         if name not in self.peft_config:
             check_name(name, self.peft_config)
         try:
-            plan, config = self.plan_adapter(stored)
+            plan, config = self.plan_adapter(stored, current_names=True)
         except (ConfigError, TargetError) as error:
             raise type(error)(f'"{folder.name}"{load.made_for(stored)}: {error}') from error
         config.inference_mode = not is_trainable
@@ -174,14 +177,17 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         Args:
             is_trainable: continue training it; by default it is for inference only.
             config: used instead of the one in the folder.
-            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`; `key_mapping`
+                (`{regular expression: replacement}` for the names of the file's tensors, see `checkpoint/former.py`).
         """
+        key_mapping = kwargs.pop("key_mapping", None)
         folder = AdapterFolder.find(model_id, **kwargs)
         stored = config or read_config(folder)
         check_config(stored)
         handle = (cls.for_task(stored.task_type) if cls is PeftModel else cls)(model)
         try:
-            handle._load(folder, stored, adapter_name, is_trainable, autocast_adapter_dtype)
+            file = translated(model, folder, stored, key_mapping)
+            handle._load(*file, adapter_name, is_trainable, autocast_adapter_dtype)
         except BaseException:
             handle._leave_base()
             raise

@@ -28,13 +28,12 @@ Modules = dict[str, nn.Module]  # by path
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module's weight is now: a parameter of a module; or one expert's share of it, which is one of several parts."""
+    """Where a module's weight is now: a parameter of a module, or one expert's share of it, by the order of its parts."""
 
     path: str
     parameter: str
     expert: int | None = None
     part: int = 0
-    parts: int = 1
 
     @property
     def name(self) -> str:
@@ -49,7 +48,7 @@ def former_places(model: nn.Module, modules: Modules) -> dict[str, Place]:
         for parameter, value in module._parameters.items():
             formers = names.former(f"{path}.{parameter}") if path and value is not None else []
             for part, former in enumerate(formers):
-                place = Place(path, parameter, None, part, len(formers))
+                place = Place(path, parameter, part=part)
                 if former == place.name or not former.endswith(".weight"):
                     continue
                 former = former.removesuffix(".weight")
@@ -64,12 +63,6 @@ def narrowed(paths: Iterable[str], config: TargetedConfig) -> list[str]:
     """Those that `exclude_modules` and `layers_to_transform` leave."""
     kept = [path for path in paths if not (config.exclude_modules and is_named(path, config.exclude_modules))]
     return kept if config.layers_to_transform is None else of_layers(kept, config, [])
-
-
-def alpha_of(config: Any, r: int, scale: float) -> int | float:
-    """The alpha that gives a change of rank `r` this scale."""
-    alpha = scale * (math.sqrt(r) if config.use_rslora else r)
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def resolve(model: Any, modules: Modules, config: Any, faults: list[str]) -> list[str]:
@@ -241,13 +234,13 @@ class Named:
             others = [path for path in self.modules if path not in self.paths]
             config.target_modules = self.kept | short_names(self.paths, [*others, *then])
         values = moved_patterns(config, self.formers)
+        if self.formers and hasattr(config, "feedforward_modules"):
+            config.feedforward_modules = moved_names(config.feedforward_modules, self.formers)
         if self.parameters:
             names = {f"{path}.{name}" for path, module in self.modules.items() for name in module._parameters}
             chosen = short_names(self.parameters, names - self.parameters, parts=2)
             config.target_parameters = sorted({*(config.target_parameters or ()), *chosen})
-            for stack, (r, scale) in self.ranks.items():
-                (key,) = short_names([stack], names - self._ranked_like(stack), parts=2)
-                values["rank_pattern"][key], values["alpha_pattern"][key] = r, alpha_of(config, r, scale)
+            add_ranks(values, config, self.ranks, names)
             self.faults += [
                 f"{some(self.parameters)} is a parameter, and {reason}, or leave it out by exclude_modules"
                 for reason in self._blocked()
@@ -255,9 +248,6 @@ class Named:
         then_named = {*self.formers.values(), *(path for stack in self.ranks for path in self.stacks[stack])}
         now = {*self.parameters, *self.paths, *(path for path in self.modules if self.kept and is_named(path, self.kept))}
         write_patterns(config, values, lambda key: _names(key, then_named) and not _names(key, now))
-
-    def _ranked_like(self, stack: str) -> set[str]:
-        return {name for name, rank in self.ranks.items() if rank == self.ranks[stack]}
 
     def _blocked(self) -> list[str]:
         """Why this configuration cannot adapt parameters."""
@@ -274,6 +264,12 @@ class Named:
         return "add them to target_parameters" if self.takes_parameters else f"{self.config.method} cannot adapt them, LoRA can"
 
 
+def moved_names(names: Any, formers: dict[str, str]) -> Any:
+    """`names`, with the paths of today where they name a path in transformers 4, for `{path now: path then}`."""
+    moved = {now for now, then in formers.items() if names and is_named(then, names)}
+    return names if not moved or isinstance(names, str) else {*names, *moved}
+
+
 def _names(key: str, paths: Iterable[str]) -> bool:
     return any(matches(path, key) for path in paths)
 
@@ -286,6 +282,17 @@ def moved_patterns(config: TargetedConfig, formers: dict[str, str]) -> dict[str,
         said = {now: by_pattern(pattern, then, None) for now, then in formers.items()}
         values[name] = {re.escape(now): value for now, value in said.items() if value is not None}
     return values
+
+
+def add_ranks(values: dict[str, dict[str, Any]], config: Any, ranks: dict[str, tuple[int, float]], names: set[str]) -> None:
+    """Add `{parameter: (rank, scale)}` to patterns' values, under the shortest keys that name no other of `names`."""
+    for name, (r, scale) in ranks.items():
+        alpha = scale * (math.sqrt(r) if config.use_rslora else r)
+        alpha = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+        if (r, alpha) != (config.r, config.lora_alpha):
+            alike = {other for other, rank in ranks.items() if rank == ranks[name]}
+            (key,) = short_names([name], names - alike, parts=2)
+            values["rank_pattern"][re.escape(key)], values["alpha_pattern"][re.escape(key)] = r, alpha
 
 
 def write_patterns(config: TargetedConfig, values: dict[str, dict[str, Any]], gone: Callable[[str], bool]) -> None:

@@ -372,14 +372,14 @@ class FormerNames:
         self.renamings, self.stackings = _split(table)
         self.back_renamings, self.back_stackings = _split(back)
 
-    def current(self, name: str) -> tuple[str, int, int]:
-        """A weight's name now, and which part it is of how many, where those of one expert are joined."""
+    def current(self, name: str) -> tuple[str, int | None]:
+        """A weight's name now; if it has become an expert's share of a parameter, which of that expert's parts it is."""
         name = _renamed(name, self.renamings)
         for stacking in self.stackings:
             found, pattern = stacking.rename_source_key(name)
             if pattern is not None:
-                return found, stacking.source_patterns.index(pattern), len(stacking.source_patterns)
-        return name, 0, 1
+                return found, stacking.source_patterns.index(pattern)
+        return name, None
 
     def former(self, name: str) -> list[str]:
         """Names that the parts of a weight had, with `*` for the number of the expert."""
@@ -391,8 +391,8 @@ class FormerNames:
                 names = [found.replace(targets[0], target, 1) for target in targets]
                 break
         names = [_renamed(former, self.back_renamings) for former in names]
-        holds = (self.current(former.replace("*", "0")) == (name, part, len(names)) for part, former in enumerate(names))
-        return names if all(holds) else [name]
+        back = [self.current(former.replace("*", "0")) for former in names]
+        return names if back == [(name, part if "*" in former else None) for part, former in enumerate(names)] else [name]
 
 
 def _checkpoint_table(model: nn.Module) -> list[Any]:
@@ -421,7 +421,7 @@ def _split(table: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     renamings, stackings = [], []
     for transform in table:
         steps = [type(step).__name__ for step in getattr(transform, "operations", ())]
-        if not steps and not hasattr(transform, "_active"):
+        if not steps and type(transform).__name__ != "GroupWeightRename":
             renamings.append(transform)
         elif steps in (*_STACKING, *_UNSTACKING):
             stackings.append(transform)
