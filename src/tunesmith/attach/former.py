@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,7 +46,9 @@ def former_places(model: nn.Module, modules: Modules) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for path, module in modules.items():
         for parameter, value in module._parameters.items():
-            formers = names.former(f"{path}.{parameter}") if path and value is not None else []
+            if not path or value is None:
+                continue
+            formers = names.former(f"{path}.{parameter}")
             for part, former in enumerate(formers):
                 place = Place(path, parameter, part=part)
                 if former == place.name or not former.endswith(".weight"):
@@ -228,7 +230,10 @@ class Named:
 
     def write(self) -> None:
         """Put names and patterns into the configuration."""
-        config, expression = self.config, isinstance(self.config.target_modules, str) and self.config.target_modules != "all-linear"
+        config, expression = (
+            self.config,
+            isinstance(self.config.target_modules, str) and self.config.target_modules != "all-linear",
+        )
         if not expression or self.formers or self.parameters:
             then = [path for paths in self.stacks.values() for path in paths]
             others = [path for path in self.modules if path not in self.paths]

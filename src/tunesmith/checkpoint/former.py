@@ -23,7 +23,7 @@ from ..checks import not_an_expression
 from ..config import PeftConfig, TargetedConfig
 from ..errors import AdapterFileError, ConfigError, bullet_list
 from ..methods.lora_parameters import prefixes_in_file, stacked
-from ..paths import ends_with, is_named
+from ..paths import is_named
 from ..storage.folder import AdapterFolder
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,11 @@ class FormerFile:
         """Whether anything has another name on the base, or is adapted in another way."""
         moved = any(key != f"{_PREFIX}{entry.place.path}.{entry.rest}" for key, entry in self.entries.items())
         mapped = any(key != _PREFIX + body for key, body in self.mapped.items())
-        return moved or mapped or any(self._is_parameter(entry.place) and self._is_target(entry) for entry in self.entries.values())
+        return (
+            moved
+            or mapped
+            or any(self._is_parameter(entry.place) and self._is_target(entry) for entry in self.entries.values())
+        )
 
     def _located(self, key: str, body: str) -> Entry | None:
         parts = body.split(".")
@@ -143,9 +147,6 @@ class FormerFile:
         """Whether what was a module's adapter is one of a parameter now."""
         return place.parameter != "weight" or architecture.is_router(self.modules[place.path])
 
-    def _is_target(self, entry: Entry) -> bool:
-        return bool(self.config.target_modules) and is_named(entry.path, self.config.target_modules)
-
     # --- what the configuration means ---
 
     def settings(self) -> dict[str, Any]:
@@ -168,12 +169,15 @@ class FormerFile:
 
     def _wanted(self) -> dict[tuple[str, int | None, int], str]:
         """`{share: path in the file}` of what the configuration names, by the names that the file uses."""
-        paths = {(f"{path}.weight", None, 0): path for path, module in self.modules.items() if self._could_carry(module)}
+        paths: dict[tuple[str, int | None, int], str] = {}
+        paths |= {(f"{path}.weight", None, 0): path for path, module in self.modules.items() if self._could_carry(module)}
         former = former_places(self.base, self.modules)
         paths |= {(place.name, place.expert, place.part): path for path, place in former.items()}
         paths |= {entry.share: entry.path for entry in self.entries.values()}
         targets, parameters = self.config.target_modules or (), getattr(self.config, "target_parameters", None) or ()
-        named = [p for p in paths.values() if is_named(p, targets) or any(ends_with(f"{p}.weight", name) for name in parameters)]
+        named = [
+            p for p in paths.values() if is_named(p, targets) or any(ends_with(f"{p}.weight", name) for name in parameters)
+        ]
         kept = set(narrowed(named, self.config))
         return {share: path for share, path in paths.items() if path in kept}
 

@@ -103,7 +103,8 @@ class LoraParameters(ParameterAdapter):
 
     def in_file(self, beside: bool) -> dict[str, Tensor]:
         """The ecosystem's files wrap the module once for each parameter, the last one outermost."""
-        prefixes, tensors = prefixes_in_file(self.names), {}
+        prefixes = prefixes_in_file(self.names)
+        tensors: dict[str, Tensor] = {}
         for name, change in self.changes().items():
             tensors |= {f"{prefixes[name]}{leaf}.weight": tensor for leaf, tensor in change.named_parameters()}
         return tensors
