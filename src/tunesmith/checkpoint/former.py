@@ -115,11 +115,8 @@ class FormerFile:
         """Whether anything has another name on the base, or is adapted in another way."""
         moved = any(key != f"{_PREFIX}{entry.place.path}.{entry.rest}" for key, entry in self.entries.items())
         mapped = any(key != _PREFIX + body for key, body in self.mapped.items())
-        return (
-            moved
-            or mapped
-            or any(self._is_parameter(entry.place) and self._is_target(entry) for entry in self.entries.values())
-        )
+        targets = (entry for entry in self.entries.values() if is_named(entry.path, self.config.target_modules or ()))
+        return moved or mapped or any(self._is_parameter(entry.place) for entry in targets)
 
     def _located(self, key: str, body: str) -> Entry | None:
         parts = body.split(".")
@@ -175,10 +172,8 @@ class FormerFile:
         paths |= {(place.name, place.expert, place.part): path for path, place in former.items()}
         paths |= {entry.share: entry.path for entry in self.entries.values()}
         targets, parameters = self.config.target_modules or (), getattr(self.config, "target_parameters", None) or ()
-        named = [
-            p for p in paths.values() if is_named(p, targets) or any(ends_with(f"{p}.weight", name) for name in parameters)
-        ]
-        kept = set(narrowed(named, self.config))
+        kept = set(narrowed([path for path in paths.values() if is_named(path, targets)], self.config))
+        kept |= {path for path in paths.values() if is_named(f"{path}.weight", parameters)}
         return {share: path for share, path in paths.items() if path in kept}
 
     def _could_carry(self, module: nn.Module) -> bool:
