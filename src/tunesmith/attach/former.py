@@ -164,7 +164,8 @@ class Named:
             self.kept |= set() if routers else {name}
             self.paths |= current - routers if routers else set()
             if parameters or stacks:
-                self.left_out.append(f'{some(parameters or stacks)}: "{name}" names modules here; {self._advice()}')
+                rest = some(parameters or stacks)
+                self.left_out.append(f'{rest}: "{name}" names modules here, experts are parameters; {self._advice()}')
         elif renamed:
             self._add_renamed(renamed)
         elif parameters and self.takes_parameters:
@@ -193,16 +194,24 @@ class Named:
 
     def choose_stacks(self) -> None:
         """Take parameters all of whose experts' maps are named; those of which only some are cannot be adapted so."""
+        partly: list[str] = []
         for stack, paths in self.stacks.items():
-            if stack in self.parameters or not all(narrowed([path], self.config) for path in (stack, stack.rpartition(".")[0])):
+            if stack in self.parameters or not self._reaches(stack):
                 continue
             named = narrowed([path for path in paths if any(wants(path) for wants in self.wants)], self.config)
             if named and len(named) < len(paths):
                 missing = some(set(paths) - set(named))
-                self.faults.append(f"{some(named)} is a target and {missing} is not, but {stack} holds both: name all, or none")
+                partly.append(f"{some(named)} is a target and {missing} is not, but {stack} holds both")
             elif named and not any(ends_with(stack, ending) for ending in self.config.target_parameters or ()):
                 self.parameters.add(stack)
                 self._rank(stack, paths)
+        if partly:
+            layers = f" (and so in {len(partly) - 1} more parameters)" if len(partly) > 1 else ""
+            self.faults.append(f"{partly[0]}{layers}: name all, or none")
+
+    def _reaches(self, parameter: str) -> bool:
+        """Whether neither the parameter nor the module that holds it is excluded by its own name."""
+        return all(narrowed([path], self.config) for path in (parameter, parameter.rpartition(".")[0]))
 
     def _rank(self, stack: str, paths: list[str]) -> None:
         """The rank of a stack is the sum of its parts', unless a pattern names the stack itself."""
@@ -222,9 +231,9 @@ class Named:
         """Of "all-linear": experts' parameters that it does not reach, because they have never been linear modules."""
         own = self.config.target_parameters or () if self.takes_parameters else ()
         rest = [name for name in self.experts if name not in self.parameters and not any(ends_with(name, e) for e in own)]
-        rest = [name for name in rest if narrowed([name], self.config) and narrowed([name.rpartition(".")[0]], self.config)]
+        rest = [name for name in rest if self._reaches(name) and narrowed(self.stacks.get(name, [name]), self.config)]
         if rest and not self.faults:
-            self.left_out.append(f'{some(rest)}: "all-linear" names linear modules, these are parameters; {self._advice()}')
+            self.left_out.append(f'{some(rest)}: "all-linear" names modules, experts are parameters; {self._advice()}')
 
     # --- the configuration ---
 
@@ -247,7 +256,7 @@ class Named:
             config.target_parameters = sorted({*(config.target_parameters or ()), *chosen})
             add_ranks(values, config, self.ranks, names)
             self.faults += [
-                f"{some(self.parameters)} is a parameter, and {reason}, or leave it out by exclude_modules"
+                f"target_modules names parameters here ({some(self.parameters)}): {reason}, or exclude them (exclude_modules)"
                 for reason in self._blocked()
             ]
         then_named = {*self.formers.values(), *(path for stack in self.ranks for path in self.stacks[stack])}
@@ -303,5 +312,6 @@ def add_ranks(values: dict[str, dict[str, Any]], config: Any, ranks: dict[str, t
 def write_patterns(config: TargetedConfig, values: dict[str, dict[str, Any]], gone: Callable[[str], bool]) -> None:
     """Put `{field: {key: value}}` in front of the configuration's patterns, and drop keys that named only what is gone."""
     for name in config.pattern_keys():
-        kept = {key: value for key, value in (getattr(config, name) or {}).items() if not gone(key)}
-        setattr(config, name, {**values[name], **kept})
+        pattern = getattr(config, name) or {}
+        if values[name] or any(map(gone, pattern)):
+            setattr(config, name, {**values[name], **{key: value for key, value in pattern.items() if not gone(key)}})

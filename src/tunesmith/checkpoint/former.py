@@ -198,7 +198,7 @@ class FormerFile:
             return {}
         names = {f"{path}.{name}" for path, module in self.modules.items() for name in module._parameters}
         if self.config.lora_dropout:
-            logger.warning("the file's lora_dropout=%s has no effect: parameters have no inputs", self.config.lora_dropout)
+            logger.warning("lora_dropout=%s of the file is left out: parameters cannot drop inputs", self.config.lora_dropout)
         add_ranks(values, self.config, {stack: self._rank(stack) for stack in self.stacks}, names)
         chosen = short_names(self.parameters, names - self.parameters, parts=2)
         return {"target_parameters": sorted(chosen), "lora_dropout": 0.0}
