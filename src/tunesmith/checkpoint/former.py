@@ -138,7 +138,9 @@ class FormerFile:
             return None
         if part is None:
             return Place(holder, parameter)
-        return Place(holder, parameter, [int(step) for step in path.split(".") if step.isdigit()][-1], part)
+        expert = [int(step) for step in path.split(".") if step.isdigit()][-1]
+        weight: Any = self.modules[holder]._parameters[parameter]
+        return Place(holder, parameter, expert, part) if expert < len(weight) else None
 
     def _is_parameter(self, place: Place) -> bool:
         """Whether what was a module's adapter is one of a parameter now."""
