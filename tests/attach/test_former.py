@@ -35,6 +35,7 @@ def told(caplog) -> str:
         *((name, "all-linear") for name in ("mixtral", "qwen3-moe", "olmoe")),
         *((name, NAMES.get(name, GATED)) for name in ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "glm4-moe")),
         ("mixtral", r".*\.(q_proj|w[123])"),
+        ("qwen3-moe", r".*_proj"),
         ("qwen3-moe", ["q_proj", "gate", *GATED]),
     ],
 )
@@ -221,7 +222,7 @@ class TwoAnswers(nn.Linear):
 
 def test_a_linear_module_that_answers_a_tuple_is_named_at_its_first_call():
     model = get_peft_model(nn.Sequential(TwoAnswers(4, 3)), LoraConfig(target_modules=["0"]))
-    with one_error(UsageError, "TwoAnswers answers a tuple", "take it out of target_modules"):
+    with one_error(UsageError, "TwoAnswers answers a tuple", "leave it out of target_modules"):
         model(torch.ones(2, 4))
 
 

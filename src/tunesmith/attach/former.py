@@ -102,6 +102,7 @@ class Named:
     kept: set[str] = field(default_factory=set)  # names that stay as they are
     paths: set[str] = field(default_factory=set)  # modules that other names stand for
     parameters: set[str] = field(default_factory=set)  # what is adapted as `target_parameters` are
+    by_own_name: set[str] = field(default_factory=set)  # experts' parameters that are named as such
     formers: dict[str, str] = field(default_factory=dict)  # {path of one of these: its path in transformers 4}
     wants: list[Callable[[str], bool]] = field(default_factory=list)  # tests of experts' paths in transformers 4
     ranks: dict[str, tuple[int, float]] = field(default_factory=dict)  # {stack: rank and scale}
@@ -142,7 +143,7 @@ class Named:
         routers = current & self.routers if self.takes_parameters else set()
         if self.takes_parameters:
             self.wants.append(named)
-            self.parameters |= {name for name in self.experts if named(name)}
+            self.by_own_name |= {name for name in self.experts if named(name)}
             self._add_routers(routers)
         elif any(named(path) for path, place in self.places.items() if place.expert is not None):
             self._refuse(f'"{expression}"', self.stacks)
@@ -169,7 +170,7 @@ class Named:
         elif renamed:
             self._add_renamed(renamed)
         elif parameters and self.takes_parameters:
-            self.parameters |= parameters
+            self.by_own_name |= parameters
         elif parameters or stacks:
             self._refuse(f'"{name}"', stacks or parameters)
         else:
@@ -196,15 +197,18 @@ class Named:
         """Take parameters all of whose experts' maps are named; those of which only some are cannot be adapted so."""
         partly: list[str] = []
         for stack, paths in self.stacks.items():
-            if stack in self.parameters or not self._reaches(stack):
-                continue
             named = narrowed([path for path in paths if any(wants(path) for wants in self.wants)], self.config)
-            if named and len(named) < len(paths):
-                missing = some(set(paths) - set(named))
-                partly.append(f"{some(named)} is a target and {missing} is not, but {stack} holds both")
-            elif named and not any(ends_with(stack, ending) for ending in self.config.target_parameters or ()):
+            if not named or not self._reaches(stack):
+                continue
+            if any(ends_with(stack, ending) for ending in self.config.target_parameters or ()):
+                continue  # as the user says there
+            if len(named) == len(paths):
                 self.parameters.add(stack)
                 self._rank(stack, paths)
+            elif stack not in self.by_own_name:
+                missing = some(set(paths) - set(named))
+                partly.append(f"{some(named)} is a target and {missing} is not, but {stack} holds both")
+        self.parameters |= {name for name in self.by_own_name if self._reaches(name)}
         if partly:
             layers = f" (and so in {len(partly) - 1} more parameters)" if len(partly) > 1 else ""
             self.faults.append(f"{partly[0]}{layers}: name all, or none")
