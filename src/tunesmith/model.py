@@ -21,6 +21,7 @@ from .attach.tree import check_name
 from .bases.prepare import require_input_gradients
 from .checkpoint import embeddings, given, load, save
 from .checkpoint.card import write_card
+from .checkpoint.former import translated
 from .config import PeftConfig, TaskType, read_config
 from .errors import AdapterFileError, ConfigError, TargetError, UsageError
 from .handle import schedules
@@ -148,8 +149,10 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
             AdapterFileError: all faults of the files at once; the handle is then unchanged.
             ConfigError: an option is unknown, or the configuration asks for what this version lacks.
         """
+        key_mapping = kwargs.pop("key_mapping", None)
         folder = AdapterFolder.find(model_id, **kwargs)
-        return self._load(folder, read_config(folder), adapter_name, is_trainable, autocast_adapter_dtype)
+        file = translated(self.bare_base, folder, read_config(folder), key_mapping)
+        return self._load(*file, adapter_name, is_trainable, autocast_adapter_dtype)
 
     def _load(
         self, folder: AdapterFolder, config: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
@@ -199,20 +202,23 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
             is_trainable: continue training it; by default it is for inference only.
             config: used instead of the one in the folder.
             autocast_adapter_dtype: keep adapters of 16-bit bases in fp32.
-            kwargs: of the download (`subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, ...), and what scripts
-                give although the base is loaded already (`torch_dtype`, `device_map`, ...): without effect, for the reasons in
+            kwargs: `key_mapping` (`{regular expression: replacement}` for the names of the file's tensors, see
+                `checkpoint/former.py`); of the download (`subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`,
+                ...), and what scripts give although the base is loaded already (`torch_dtype`, `device_map`, ...): without effect, for the reasons in
                 `storage/options.py`.
 
         Raises:
             AdapterFileError, TargetError: the files do not fit the base; the base is then unchanged.
             ConfigError: an option is unknown, or the configuration asks for what this version lacks.
         """
+        key_mapping = kwargs.pop("key_mapping", None)
         folder = AdapterFolder.find(model_id, **kwargs)
         stored = config or read_config(folder)
         check_config(stored)
         handle = (cls.for_task(fitting_task(model, stored)) if cls is PeftModel else cls)(model)
         try:
-            handle._load(folder, stored, adapter_name, is_trainable, autocast_adapter_dtype)
+            file = translated(model, folder, stored, key_mapping)
+            handle._load(*file, adapter_name, is_trainable, autocast_adapter_dtype)
         except BaseException:
             handle._leave_base()
             raise

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import copy
-import re
+import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapter import LinearAdapter, ParameterAdapter, StoredSettings
 from ..bases import architecture
-from ..bases.dense import LinearView
 from ..bases.view import view_of, view_type
 from ..config import PeftConfig, PromptConfig, Settings, TargetedConfig, TaskType
-from ..errors import TargetError, Unmatched, bullet_list, did_you_mean, nearest
+from ..errors import TargetError, Unmatched, bullet_list, did_you_mean
 from ..paths import ends_with, is_inside, is_named, matches
 from ..registry import adapter_type
 from ..runtime import site
+from . import former
+from .plan_names import HEAD_NAMES, linear_paths, nearest_modules, of_layers, short_names, summary
 from .plan_parameters import ParameterPlan, plan_parameters
 from .plan_tokens import TokenPlan, plan_tokens
 
+logger = logging.getLogger(__name__)
 Modules = dict[str, nn.Module]  # by path
-HEAD_NAMES = ("classifier", "score", "qa_outputs")  # task heads that transformers initialises at random
 
 
 @dataclass
@@ -55,12 +55,16 @@ class Plan:
         return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters}
 
 
-def match(model: nn.Module, config: PeftConfig, held: Collection[str] | None = None) -> tuple[Plan, PeftConfig]:
+def match(
+    model: nn.Module, config: PeftConfig, held: Collection[str] | None = None, current_names: bool = False
+) -> tuple[Plan, PeftConfig]:
     """Resolve every pattern of `config` on `model`.
 
     Args:
         held: paths of modules of which the file that is loaded holds tensors, None where an adapter is made anew. A
             configuration may then say more than the file holds: the tensors decide.
+        current_names: `config` is a handle's own: it names modules as they are called now, never as in transformers 4
+            (`former.py`). So does a file's, once it is translated.
 
     Returns:
         The plan, and a copy of the config with what follows from the model filled in (its usual targets, for one).
@@ -70,10 +74,10 @@ def match(model: nn.Module, config: PeftConfig, held: Collection[str] | None = N
             matched module that cannot carry the adapter.
     """
     config, modules = copy.copy(config), dict(model.named_modules())
-    plan, faults = Plan(), list(_parallel_faults(model))
+    plan, faults, left_out = Plan(), list(_parallel_faults(model)), []
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
-        _plan_targets(model, modules, config, plan, faults)
+        left_out = _plan_targets(model, modules, config, plan, faults, current_names or held is not None)
         _keep_held(plan, held)
         faults += _unmatched_pattern_keys(config, plan)
         faults += _unfit(modules, config, plan)
@@ -87,13 +91,18 @@ def match(model: nn.Module, config: PeftConfig, held: Collection[str] | None = N
         faults = [fault for fault in faults if not isinstance(fault, Unmatched)]
     if faults:
         raise TargetError(f"the adapter does not fit {type(model).__name__}:\n" + bullet_list(faults))
+    if left_out:
+        logger.warning("left out of this adapter:\n%s", bullet_list(left_out))
     return plan, config
 
 
-def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, plan: Plan, faults: list[str]) -> None:
-    """Which modules, parameters and biases `config` adapts; fills in its `target_modules`."""
+def _plan_targets(
+    model: nn.Module, modules: Modules, config: TargetedConfig, plan: Plan, faults: list[str], current_names: bool
+) -> list[str]:
+    """Which modules, parameters and biases `config` adapts; fills in its `target_modules`, and says what is left out."""
     config.resolve_targets(architecture.model_type(architecture.config_of(model)))
     chosen = config.target_modules
+    left_out = [] if current_names else former.resolve(model, modules, config, faults)
     if chosen is None:
         config.target_modules = adapter_type(config).usual_targets(modules)
         if not config.target_modules:
@@ -112,6 +121,7 @@ def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, pl
         ]
     plan.adapted = {path: config.settings(path) for path in config.chosen(free)}
     plan.parameters = plan_parameters(modules, config, faults)
+    return left_out
 
 
 def _keep_held(plan: Plan, held: Collection[str] | None) -> None:
@@ -177,54 +187,25 @@ def _is_offloaded(module: nn.Module) -> bool:
 def _matched(model: nn.Module, modules: Modules, config: TargetedConfig, faults: list[str]) -> list[str]:
     """Paths that `target_modules` names, less the excluded ones and those of other layers."""
     if config.target_modules == "all-linear":
-        config.target_modules = set(_all_linear(model, modules))
+        linear = linear_paths(model, modules)
+        config.target_modules = short_names(linear, (path for path in modules if path not in linear))
     wanted = config.target_modules or ()
     paths = [path for path in modules if path and is_named(path, wanted)]
     if isinstance(wanted, str):
         if not paths:
-            faults.append(Unmatched(f'no module matches the regular expression "{wanted}"; there are {_summary(modules)}'))
+            faults.append(Unmatched(f'no module matches the regular expression "{wanted}"; there are {summary(modules)}'))
     else:
         for name in sorted(wanted):
             if not any(ends_with(path, name) for path in paths):
-                faults.append(Unmatched(f'no module matches "{name}"; {_nearest_modules(name, modules)}'))
+                faults.append(Unmatched(f'no module matches "{name}"; {nearest_modules(name, modules)}'))
     if config.exclude_modules:
         kept = [path for path in paths if not is_named(path, config.exclude_modules)]
         if paths and not kept:
             faults.append("exclude_modules excludes every target")
         paths = kept
     if config.layers_to_transform is not None:
-        paths = _of_layers(paths, config, faults)
+        paths = of_layers(paths, config, faults)
     return paths
-
-
-def _all_linear(model: Any, modules: Modules) -> Iterator[str]:
-    """The shortest endings that name every linear module except the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {p for p, m in modules.items() if p and m is not head and issubclass(view_type(m) or object, LinearView)}
-    linear = {path for path in linear if path.rpartition(".")[2] not in HEAD_NAMES}
-    ambiguous = {ending for path in modules if path not in linear for ending in _endings(path)}
-    for path in linear:
-        yield next((ending for ending in _endings(path) if ending not in ambiguous), path)
-
-
-def _endings(path: str) -> list[str]:
-    """Every ending of `path` at a dot, the shortest first."""
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-
-
-def _of_layers(paths: list[str], config: TargetedConfig, faults: list[str]) -> list[str]:
-    wanted = config.layers_to_transform
-    indices = {wanted} if isinstance(wanted, int) else set(wanted or [])
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    finder = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, patterns))})\.(\d+)\." if patterns else r".*?\.(\d+)\."
-    found = {path: int(hit[1]) for path in paths if (hit := re.match(finder, path))}
-    missing = indices - set(found.values())
-    if missing:
-        present = sorted(set(found.values()))
-        where = f"layers with targets: {present[0]} to {present[-1]}" if present else "the targets are not in numbered layers"
-        faults.append(Unmatched(f"layers_to_transform: no target in layer {', '.join(map(str, sorted(missing)))}; {where}"))
-    return [path for path in paths if found.get(path) in indices]
 
 
 def _copied(modules: Modules, config: PeftConfig, faults: list[str]) -> list[str]:
@@ -235,7 +216,7 @@ def _copied(modules: Modules, config: PeftConfig, faults: list[str]) -> list[str
     for name in wanted:
         found = [path for path in modules if path and path.endswith(name)]
         if not found and not (heads and name in HEAD_NAMES):  # the ecosystem's files name every usual head
-            faults.append(Unmatched(f'modules_to_save: no module matches "{name}"; {_nearest_modules(name, modules)}'))
+            faults.append(Unmatched(f'modules_to_save: no module matches "{name}"; {nearest_modules(name, modules)}'))
         paths += found
     if heads:
         paths += [path for path in modules if path in HEAD_NAMES]
@@ -273,7 +254,7 @@ def _unfit(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str
             continue
         else:
             view = view_of(module)
-            reason = view.storage_fault() or adapter.fault(view, config, settings)
+            reason = _router_fault(module) or view.storage_fault() or adapter.fault(view, config, settings)
         if reason:
             yield f"{path}: {reason}"
     for name, paths in by_type.items():
@@ -284,27 +265,14 @@ def _unfit(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str
         )
 
 
+def _router_fault(module: nn.Module) -> str | None:
+    """A router that is a linear module by class answers scores and choices, to which no change can be added."""
+    return "it is a router, which answers more than a product; leave it out" if architecture.is_router(module) else None
+
+
 def _biases(modules: Modules, config: TargetedConfig, plan: Plan) -> list[str]:
     which = getattr(config, "bias", "none")
     if which == "none":
         return []
     paths = modules if which == "all" else plan.adapted  # "lora_only", "vera_only", ...
     return [path for path in paths if modules[path]._parameters.get("bias") is not None and not _is_copied(path, plan)]
-
-
-def _nearest_modules(name: str, modules: Modules) -> str:
-    """`nearest: "q_proj" (32 modules), "k_proj" (32 modules)`."""
-    counts: dict[str, int] = {}
-    for path, module in modules.items():
-        if path and view_type(module) is not None:
-            leaf = path.rpartition(".")[2]
-            counts[leaf] = counts.get(leaf, 0) + 1
-    close = nearest(name.rpartition(".")[2], counts)
-    if close:
-        return "nearest: " + ", ".join(f'"{leaf}" ({counts[leaf]} modules)' for leaf in close)
-    return f"there are {_summary(modules)}"
-
-
-def _summary(modules: Modules) -> str:
-    leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if path and view_type(module))
-    return ", ".join(f'"{leaf}"' for leaf in list(leaves)[:12]) or "no modules that can carry an adapter"

@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -420,3 +420,97 @@ def drop_quantised_marks(model: Any) -> None:
 def configs(model: nn.Module) -> Iterator[Any]:
     """Every configuration held by a module of the model, once each."""
     return iter({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+
+
+# --- experts, and the names of earlier releases -----------------------------------------------------------------------
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module of transformers chooses experts with a matrix of its own, and so answers more than a product.
+
+    Llama 4's and Phi-MoE's are `nn.Linear` by class.
+    """
+    kind, weight = type(module), module._parameters.get("weight")
+    return "Router" in kind.__name__ and kind.__module__.startswith("transformers") and weight is not None and weight.dim() == 2
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of parameters that hold the weights of all experts of a layer: stacks, and DBRX's matrices."""
+    named = "Expert" in type(module).__name__
+    own = {name: p for name, p in module._parameters.items() if p is not None and p.is_floating_point() and "bias" not in name}
+    return [name for name, p in own.items() if len(p) > 1 and (p.dim() == 3 or (named and p.dim() == 2))]
+
+
+class FormerNames:
+    """What transformers 4 called a model's weights: its successor's own table for reading checkpoints, in both directions.
+
+    Only tables that rename, or that stack the linear maps of experts, are used: what they do to a weight can be done to a
+    change of that weight, too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        table = _checkpoint_table(model)
+        back = [reverse for transform in reversed(table) if (reverse := _reversed(transform)) is not None]
+        self.renamings, self.stackings = _split(table)
+        self.back_renamings, self.back_stackings = _split(back)
+
+    def current(self, name: str) -> tuple[str, int | None]:
+        """A weight's name now; if it has become an expert's share of a parameter, which of that expert's parts it is."""
+        name = _renamed(name, self.renamings)
+        for stacking in self.stackings:
+            found, pattern = stacking.rename_source_key(name)
+            if pattern is not None:
+                return found, stacking.source_patterns.index(pattern)
+        return name, None
+
+    def former(self, name: str) -> list[str]:
+        """Names that the parts of a weight had, with `*` for the number of the expert."""
+        names = [name]
+        for stacking in self.back_stackings:
+            found, pattern = stacking.rename_source_key(name)
+            if pattern is not None:
+                targets = stacking.target_patterns
+                names = [found.replace(targets[0], target, 1) for target in targets]
+                break
+        names = [_renamed(former, self.back_renamings) for former in names]
+        back = [self.current(former.replace("*", "0")) for former in names]
+        return names if back == [(name, part if "*" in former else None) for part, former in enumerate(names)] else [name]
+
+
+def _checkpoint_table(model: nn.Module) -> list[Any]:
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model, add_legacy=False) if isinstance(model, PreTrainedModel) else []
+
+
+def _reversed(transform: Any) -> Any:
+    """The transform for writing; None where there is none, or where it needs to know how a checkpoint was read."""
+    if hasattr(transform, "prefix_to_add"):
+        return None
+    try:
+        return transform.reverse_transform()
+    except (ValueError, NotImplementedError, AttributeError):
+        return None
+
+
+_STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])  # when reading; the inverses when writing
+_UNSTACKING = (["SplitModulelist"], ["Chunk", "SplitModulelist"])
+
+
+def _split(table: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Transforms that rename, and those that stack experts; renamings that depend on other keys are left out."""
+    renamings, stackings = [], []
+    for transform in table:
+        steps = [type(step).__name__ for step in getattr(transform, "operations", ())]
+        if not steps and type(transform).__name__ != "GroupWeightRename":
+            renamings.append(transform)
+        elif steps in (*_STACKING, *_UNSTACKING):
+            stackings.append(transform)
+    return renamings, stackings
+
+
+def _renamed(name: str, renamings: Sequence[Any]) -> str:
+    for renaming in renamings:
+        name = renaming.rename_source_key(name)[0]
+    return name

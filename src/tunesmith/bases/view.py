@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
+
 
 class BaseView:
     """One linear map `y = W x + b`, seen independently of how the module stores it.
@@ -31,7 +33,12 @@ class BaseView:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output, bit for bit."""
-        return class_forward(self.module)(x, *args, **kwargs)
+        y: Tensor = class_forward(self.module)(x, *args, **kwargs)
+        if isinstance(y, tuple):
+            raise UsageError(
+                f"{type(self.module).__name__} answers a tuple, so no change can be added; leave it out of target_modules"
+            )
+        return y
 
     @property
     def is_matrix(self) -> bool:

@@ -92,7 +92,7 @@ def _united(base: Any, members: list[Member], config: Any) -> Any:
     for changes in (by_name, by_path):
         united = dataclasses.replace(config, **changes)
         try:
-            plan, _ = match(base, dataclasses.replace(united, **_without_patterns(united)))
+            plan, _ = match(base, dataclasses.replace(united, **_without_patterns(united)), current_names=True)
         except TargetError:
             continue
         if {path: _scales_input(settings) for path, settings in plan.adapted.items()} == wanted:

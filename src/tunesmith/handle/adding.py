@@ -56,11 +56,14 @@ class Adding(Switching):
         )
         self.take_adapter(adapter_name, config, tree)
 
-    def plan_adapter(self, config: PeftConfig, held: Collection[str] | None = None) -> tuple[Plan, PeftConfig]:
+    def plan_adapter(
+        self, config: PeftConfig, held: Collection[str] | None = None, current_names: bool = False
+    ) -> tuple[Plan, PeftConfig]:
         """Everything that can be wrong with `config` on this base is found here; the config returned is a filled-in copy.
 
         Args:
             held: of an adapter that is loaded: paths of modules of which its file holds tensors; see `match`.
+            current_names: see `match`, too.
         """
         config, misfit = config.checked(), []
         if held is not None and (task := fitting_task(self.bare_base, config)) != config.task_type:
@@ -80,7 +83,7 @@ class Adding(Switching):
                 "such an adapter is initialized from the base's weights, which hold merged adapters now; "
                 "call unmerge_adapter() first"
             )
-        plan, config = match(self.bare_base, config, held)
+        plan, config = match(self.bare_base, config, held, current_names)
         plan.unmatched += misfit
         return plan, config
 

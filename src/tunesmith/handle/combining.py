@@ -56,7 +56,7 @@ class Combining(Adding):
         options = {"full_matrices": svd_full_matrices, "driver": svd_driver}
         recipe = Recipe("linear" if alone else combination_type, svd_rank, svd_clamp, options, density, majority_sign_method)
         config, values = combined(self.bare_base, members, recipe)
-        plan, config = self.plan_adapter(config)
+        plan, config = self.plan_adapter(config, current_names=True)
         wide = any(p.dtype == torch.float32 for member in members for p in member.tree.parameters())
         tree = build(self.bare_base, config, plan, full_precision=wide, initialise=False)
         fill(tree, values, members)

@@ -66,6 +66,9 @@ def _places(handle: HandleState, name: str) -> list[str]:
         for pattern, members in collapsed(paths).items():
             types = Counter(type(base.get_submodule(path)).__name__ for path in members)
             lines.append(f"{pattern}  " + ", ".join(f"{count} x {word}{type_}" for type_, count in types.items()))
+    changed = ((path, tree.node(path).at("_parameters_changed")) for path, _ in tree.items())
+    parameters = {f"{path}.{parameter}": None for path, at in changed if at is not None for parameter in at.names}  # type: ignore[union-attr]
+    lines += [f"{pattern}  {len(members)} x parameter" for pattern, members in collapsed(parameters).items()]
     return lines
 
 

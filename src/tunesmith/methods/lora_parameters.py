@@ -8,6 +8,7 @@ The module is called as a view of it that holds W'. Hu et al. 2021, https://arxi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,37 @@ from ..inits.lora import init_factors
 from ..kernels.fp32 import at_least_fp32
 from ..registry import register_part
 from .lora_config import LoraConfig, LoraSettings
+
+
+def prefixes_in_file(names: Sequence[str]) -> dict[str, str]:
+    """What stands before the factors of each parameter of one module: files wrap it once for each, the last one outermost."""
+    return {name: "base_layer." * depth for depth, name in enumerate(reversed(names))}
+
+
+def stacked(
+    factors: Mapping[tuple[int, int], tuple[Tensor, Tensor, float]], experts: int, heights: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Factors of one parameter out of those of the linear maps that became its parts; a map without factors gets zeros.
+
+        W_e = [W_{e,0}; W_{e,1}; ...],   A_e = [A_{e,0}; A_{e,1}; ...],   B_e = diag(s_0 B_{e,0}, s_1 B_{e,1}, ...)
+
+    Args:
+        factors: `{(expert, part): (A, B, s)}`, A `(r, in)`, B `(out, r)`; a part's rank is its experts' highest.
+        experts: how many there are.
+        heights: `out` of each part.
+
+    Returns:
+        `A (experts * R, in)` and `B (out, R * experts)`, where `out` and `R` are sums over the parts.
+    """
+    ranks = [max((len(a) for (_, of), (a, _, _) in factors.items() if of == part), default=0) for part in range(len(heights))]
+    like = next(iter(factors.values()))[0]
+    all_a = like.new_zeros(experts, sum(ranks), like.shape[1])
+    all_b = like.new_zeros(sum(heights), sum(ranks), experts)
+    for (expert, part), (a, b, scale) in factors.items():
+        row, column = sum(heights[:part]), sum(ranks[:part])
+        all_a[expert, column : column + len(a)] = a
+        all_b[row : row + len(b), column : column + len(a), expert] = b if scale == 1 else b * scale
+    return all_a.flatten(0, 1), all_b.flatten(1)
 
 
 class LoraOnParameter(nn.Module):
@@ -71,9 +103,10 @@ class LoraParameters(ParameterAdapter):
 
     def in_file(self, beside: bool) -> dict[str, Tensor]:
         """The ecosystem's files wrap the module once for each parameter, the last one outermost."""
+        prefixes = prefixes_in_file(self.names)
         tensors: dict[str, Tensor] = {}
-        for depth, change in enumerate(reversed(self.changes().values())):
-            tensors |= {f"{'base_layer.' * depth}{leaf}.weight": tensor for leaf, tensor in change.named_parameters()}
+        for name, change in self.changes().items():
+            tensors |= {f"{prefixes[name]}{leaf}.weight": tensor for leaf, tensor in change.named_parameters()}
         return tensors
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ class AdapterFolder:
     def __init__(self, name: str, locate: Callable[[str], Path | None]) -> None:
         self.name = name
         self.locate = locate
+        self._held: dict[str, Tensor] | None = None
 
     @classmethod
     def find(cls, name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> AdapterFolder:
@@ -105,12 +106,20 @@ class AdapterFolder:
         inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
         return f"; adapters inside it: {', '.join(inner[:8])}" if inner else ""
 
+    def holding(self, tensors: dict[str, Tensor]) -> AdapterFolder:
+        """The same folder with these tensors in place of what its weights file holds."""
+        other = AdapterFolder(self.name, self.locate)
+        other._held = tensors
+        return other
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the weights file, on the CPU.
 
         Raises:
             AdapterFileError: the file is missing, truncated, damaged or holds anything but tensors.
         """
+        if self._held is not None:
+            return self._held
         path = self.locate(WEIGHTS_FILE)
         if path is not None:
             return _read_safetensors(path)

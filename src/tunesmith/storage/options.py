@@ -29,7 +29,7 @@ _NO_EFFECT = {
 _IGNORED = tuple(name for names in _NO_EFFECT.values() for name in names)
 
 # Accepted where they ask for nothing.
-_REFUSED = {"proxies": "set HTTPS_PROXY instead, which every download obeys", "key_mapping": "rename the file's tensors"}
+_REFUSED = {"proxies": "set HTTPS_PROXY instead, which every download obeys"}
 _ALIASES = {"use_auth_token": "token"}
 _PARAMETERS = ("subfolder", "adapter_name", "is_trainable", "config", "autocast_adapter_dtype")  # of the calls themselves
 

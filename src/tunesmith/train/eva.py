@@ -76,7 +76,8 @@ def initialize_lora_eva_weights(
     unknown = sorted(set(eva_state_dict) - {path for path, _ in model.tree(adapter_name).items()})
     if unknown:
         raise UsageError("eva_state_dict names modules that carry no adapter here:\n" + bullet_list(unknown))
-    plan, new = model.plan_adapter(_with_ranks(config, model, adapter_name, {p: len(a) for p, a in eva_state_dict.items()}))
+    ranks = {path: len(directions) for path, directions in eva_state_dict.items()}
+    plan, new = model.plan_adapter(_with_ranks(config, model, adapter_name, ranks), current_names=True)
     full_precision = any(parameter.dtype == torch.float32 for parameter in model.tree(adapter_name).parameters())
     tree = build(model.bare_base, new, plan, full_precision=full_precision, initialise=True)
     with torch.no_grad():
