@@ -14,6 +14,7 @@ from torch import nn
 from ..adapter import LinearAdapter, ParameterAdapter
 from ..bases import architecture
 from ..bases.dense import LinearView
+from ..bases.stored_tensors import FLOAT8
 from ..bases.view import view_of, view_type
 from ..config import PeftConfig, PromptConfig, Settings, TargetedConfig, TaskType
 from ..errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
@@ -123,6 +124,9 @@ def _not_copyable(modules: Modules, config: PeftConfig, plan: Plan) -> Iterator[
     for path in (*plan.biases, *plan.copied, *private):
         if _is_offloaded(modules[path]):
             yield f"{path}: it is offloaded, so no trainable copy of it can be made; keep it on a device"
+        stored = next((p.dtype for p in modules[path].parameters() if p.dtype in FLOAT8), None)
+        if stored is not None:
+            yield f"{path}: it holds weights stored as {stored}, which do not train; adapt it, or load the base dequantised"
 
 
 def _is_copied(path: str, plan: Plan) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter import TokenSettings
+from ..bases.view import view_of
 from ..errors import did_you_mean
 from ..paths import ends_with
 
@@ -51,6 +52,9 @@ def _faults(path: str, module: nn.Module, tokens: list[int]) -> list[str]:
         return [f"trainable_token_indices: {path} is a {type(module).__name__}; name an embedding"]
     if module.weight.device.type == "meta":
         return [f"trainable_token_indices: {path} is offloaded, so its rows cannot be trained; keep it on a device"]
+    reason = view_of(module).storage_fault()
+    if reason:
+        return [f"trainable_token_indices: {path}: {reason}"]
     rows = len(module.weight)
     beyond = [token for token in tokens if token >= rows]
     if beyond:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +19,14 @@ from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter
 from ..attach.tree import AdapterTree
 from ..bases import architecture
 from ..bases.quantised import QuantisedView, view_if_quantised
+from ..bases.stored_tensors import FLOAT8
 from ..bases.view import BaseView, view_of
 from ..errors import UsageError
 from ..kernels.fp32 import fp32_or_wider
 
 logger = logging.getLogger(__name__)
 
+Types = Mapping[torch.dtype, torch.dtype]
 Originals = dict[tuple[str, str], Tensor]  # {(module path, parameter or buffer): what merging replaced}
 
 
@@ -41,9 +43,16 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
             raise UsageError(f"{path} is offloaded, so its weight cannot be merged; load the base without offloading")
         if any(not torch.isfinite(p).all() for p in adapter.parameters()):
             raise UsageError(f"the adapter at {path} has non-finite values and cannot be merged")
-        reason = adapter.merge_fault(view_of(module)) if isinstance(adapter, LinearAdapter) else None
+        reason = _fault(adapter, view_of(module)) if isinstance(adapter, LinearAdapter) else None
         if reason:
             raise UsageError(f"{path} cannot be merged: {reason}")
+
+
+def _fault(adapter: LinearAdapter, view: BaseView) -> str | None:
+    stored = view.module.weight.dtype
+    if stored in FLOAT8 and not isinstance(view, QuantisedView):
+        return f"its weight is stored as {stored}, which would round most of the change away; convert the base, as with .to(torch.bfloat16)"
+    return adapter.merge_fault(view)
 
 
 def check_order(base: nn.Module, trees: dict[str, AdapterTree]) -> None:
@@ -80,28 +89,59 @@ class HasAdapters(Protocol):
     def items(self) -> Iterator[tuple[str, Adapter]]: ...
 
 
-def into_weights(base: nn.Module, trees: Sequence[HasAdapters], safe: bool, keep: bool) -> Originals:
+def into_weights(base: nn.Module, trees: Sequence[HasAdapters], keep: bool, types: Types | None = None) -> Originals:
     """Replace the parameters of `base` that checked `trees` change; returns what was replaced when `keep` is set.
 
+    Without `keep` one tree is computed twice, first to look at it: the old weights and the new ones are never in memory together.
+
+    Args:
+        types: for the type of a value that is replaced that of the new one; by default the same.
+
     Raises:
-        UsageError: with `safe`, a merged value is not finite; the base is then unchanged.
+        UsageError: a merged value is not finite; the base is then unchanged.
     """
     originals: Originals = {}
     rounding = Rounding()
+    can_go_back = keep or len(trees) > 1
+    if not can_go_back:
+        for _ in _changes(base, trees, types or {}):
+            pass
     try:
-        for path, adapter, followers in (item for tree in trees for item in _together(base, tree)):
-            for name, value in _merged_values(base.get_submodule(path), adapter).items():
-                if safe and not torch.isfinite(value).all():
-                    raise UsageError(f"merging produces non-finite values in {path}.{name}; nothing was merged")
-                old = _put(base, [path, *followers], name, value, rounding)
-                if keep or safe:
-                    for changed in (path, *followers):
-                        originals.setdefault((changed, name), old)
+        for paths, name, value in _changes(base, trees, types or {}):
+            old = _put(base, paths, name, value, rounding)
+            if can_go_back:
+                for changed in paths:
+                    originals.setdefault((changed, name), old)
     except Exception:
         restore(base, originals)
         raise
     rounding.report()
     return originals if keep else {}
+
+
+def _changes(base: nn.Module, trees: Sequence[HasAdapters], types: Types) -> Iterator[tuple[list[str], str, Tensor]]:
+    """`(paths of the modules that share it, its name there, new value)` of everything that merging replaces."""
+    for path, adapter, followers in (item for tree in trees for item in _together(base, tree)):
+        for name, value in _merged_values(base.get_submodule(path), adapter).items():
+            owner, leaf = _owner(base, path, name)
+            before = getattr(owner, leaf)
+            if not (leaf == "weight" and view_if_quantised(owner)):
+                value = value.to(types.get(before.dtype, before.dtype))
+            check_finite(f"{path}.{name}", value, before)
+            yield [path, *followers], name, value
+
+
+def check_finite(name: str, value: Tensor, before: Tensor) -> None:
+    """
+    Raises:
+        UsageError: `value`, about to replace `before`, holds infinities or NaN that `before` does not.
+    """
+    finite = torch.isfinite(value)
+    if not finite.all() and not (before.shape == value.shape and (finite | ~torch.isfinite(before.float())).all()):
+        raise UsageError(
+            f"merging produces non-finite values in {name} ({value.dtype}); nothing was merged; merge in a type with a wider "
+            "range, as with merge_and_unload(dtype=torch.bfloat16), or use the handle unmerged"
+        )
 
 
 class Rounding:
@@ -144,6 +184,7 @@ def plain_copy(base: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
+    """`{parameter or buffer: value}`, in the type in which it was computed."""
     if isinstance(adapter, (ParameterAdapter, ModuleCopy)):
         return {name: value.detach().clone() for name, value in adapter.replaced(module).items()}
     assert isinstance(adapter, LinearAdapter)
@@ -151,14 +192,14 @@ def _merged_values(module: Any, adapter: Adapter) -> dict[str, Tensor]:
     wide = fp32_or_wider(view.dtype)
     bias = None if view.bias is None else view.bias.to(wide)
     weight, new_bias = adapter.merge(view.weight_as(wide), bias, view)
-    values = {"weight": weight if view_if_quantised(module) else view.stored(weight).to(module.weight.dtype)}
+    values = {"weight": weight if view_if_quantised(module) else view.stored(weight)}
     if new_bias is not None and module._parameters.get("bias") is None:
         raise UsageError(
             f"{type(adapter).__name__} adds a bias to a {type(module).__name__} that has none, so it cannot be merged; "
             "use the handle unmerged"
         )
     if new_bias is not None and new_bias is not bias:
-        values["bias"] = new_bias.to(module.bias.dtype)
+        values["bias"] = new_bias
     return values
 
 
