@@ -14,7 +14,13 @@ from transformers.integrations import finegrained_fp8
 from tests import tiny
 from tests.handles import assert_same_state, gradients, lora, out, state
 from tunesmith import (
-    IA3Config, LoraConfig, OFTConfig, TrainableTokensConfig, VeraConfig, get_peft_model, prepare_model_for_kbit_training,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
 )  # fmt: skip
 from tunesmith.bases.quantised import dense_module, quantised_views
 from tunesmith.bases.view import view_of
@@ -97,7 +103,7 @@ def step(handle):
 @pytest.mark.parametrize("kind", [Blocks, WithoutGradient])
 @pytest.mark.parametrize("block", [(8, 16), (5, 7), None])
 def test_values_and_gradients_are_those_on_the_decoded_base(block, kind):
-    fields = dict(target_modules=["q_proj", "down_proj"])
+    fields = {"target_modules": ["q_proj", "down_proj"]}
     base = make(block, kind)
     before = state(base)
     handle, plain = lora(base, 1, **fields), lora(dense_of(make(block)), 1, **fields)

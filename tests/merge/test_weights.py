@@ -305,11 +305,11 @@ def scaled(handle, ending: str, value: float) -> None:
 
 
 BEYOND = {
-    "lora": (dict(), "lora_B", 3e5, "0.weight"),
-    "rank-stabilised": (dict(use_rslora=True), "lora_B", 3e5, "0.weight"),
-    "dora": (dict(use_dora=True), "lora_magnitude_vector", 1e6, "0.weight"),
-    "bias of B": (dict(lora_bias=True), "lora_B_bias", 1e5, "0.bias"),
-    "parameters": (dict(target_modules=None, target_parameters=["0.weight"]), "lora_B", 1e6, "0.weight"),
+    "lora": ({}, "lora_B", 3e5, "0.weight"),
+    "rank-stabilised": ({"use_rslora": True}, "lora_B", 3e5, "0.weight"),
+    "dora": ({"use_dora": True}, "lora_magnitude_vector", 1e6, "0.weight"),
+    "bias of B": ({"lora_bias": True}, "lora_B_bias", 1e5, "0.bias"),
+    "parameters": ({"target_modules": None, "target_parameters": ["0.weight"]}, "lora_B", 1e6, "0.weight"),
 }
 
 

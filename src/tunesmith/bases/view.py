@@ -194,8 +194,9 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     weight = getattr(module, "weight", None)
     if weight is None:
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    floats = isinstance(weight, Tensor) and weight.is_floating_point()
-    return computing_type(weight.dtype) if floats else torch.float32
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return torch.float32
+    return computing_type(weight.dtype)
 
 
 def execution_device(module: nn.Module) -> torch.device:

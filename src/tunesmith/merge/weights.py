@@ -51,7 +51,10 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
 def _fault(adapter: LinearAdapter, view: BaseView) -> str | None:
     stored = view.module.weight.dtype
     if stored in FLOAT8 and not isinstance(view, QuantisedView):
-        return f"its weight is stored as {stored}, which would round most of the change away; convert the base, as with .to(torch.bfloat16)"
+        return (
+            f"its weight is stored as {stored}, which would round most of the change away; convert the base, as with "
+            ".to(torch.bfloat16)"
+        )
     return adapter.merge_fault(view)
 
 
@@ -92,7 +95,7 @@ class HasAdapters(Protocol):
 def into_weights(base: nn.Module, trees: Sequence[HasAdapters], keep: bool, types: Types | None = None) -> Originals:
     """Replace the parameters of `base` that checked `trees` change; returns what was replaced when `keep` is set.
 
-    Without `keep` one tree is computed twice, first to look at it: the old weights and the new ones are never in memory together.
+    Without `keep` one tree is computed twice, first to look at it, so that old and new weights are never in memory together.
 
     Args:
         types: for the type of a value that is replaced that of the new one; by default the same.
