@@ -58,6 +58,10 @@ class Adapter(nn.Module):
         """
         return self.state_dict(keep_vars=True)
 
+    def second_names(self) -> list[str]:
+        """Names by which files may hold, transposed, what this adapter uses of the one that it follows."""
+        return []
+
     @property
     def owner(self) -> Adapter:
         """Whose tensors this adapter uses: its own, or those of the adapter that it follows."""
@@ -240,3 +244,26 @@ class ModuleCopy(Adapter):
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter or buffer: value}` that merging puts into the module."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+
+class TiedWeight(ParameterAdapter):
+    """The weight of the private copy that it follows, on another module that holds the copied module's weight."""
+
+    def __init__(self) -> None:
+        Adapter.__init__(self)
+        self.names = ["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        owner: Any = self.owner
+        weight: Tensor = owner.module.weight
+        return weight
+
+    def private_values(self) -> list[str]:
+        return self.names
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        return {"weight": self.weight}

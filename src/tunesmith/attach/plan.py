@@ -22,6 +22,7 @@ from ..paths import ends_with, is_inside, is_named, matches
 from ..registry import adapter_type
 from ..runtime import site
 from .plan_parameters import ParameterPlan, plan_parameters
+from .plan_ties import plan_ties
 from .plan_tokens import TokenPlan, plan_tokens
 
 Modules = dict[str, nn.Module]  # by path
@@ -38,6 +39,7 @@ class Plan:
         copied: paths of modules trained whole, as private copies.
         tokens: of embeddings with trained rows, and of modules that follow them (`plan_tokens.py`).
         parameters: `{path: {parameter: settings}}` of parameters that are adapted themselves (`plan_parameters.py`).
+        ties: `{path: path whose adapter or copy it follows}` of modules that hold the same weight (`plan_ties.py`).
     """
 
     adapted: dict[str, Settings] = field(default_factory=dict)
@@ -45,9 +47,10 @@ class Plan:
     copied: list[str] = field(default_factory=list)
     tokens: TokenPlan = field(default_factory=dict)
     parameters: ParameterPlan = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
 
     def paths(self) -> set[str]:
-        return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters}
+        return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters, *self.ties}
 
 
 def match(model: nn.Module, config: PeftConfig) -> tuple[Plan, PeftConfig]:
@@ -65,7 +68,7 @@ def match(model: nn.Module, config: PeftConfig) -> tuple[Plan, PeftConfig]:
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
         _plan_targets(model, modules, config, plan, faults)
-    plan.tokens = plan_tokens(model, modules, getattr(config, "trainable_token_indices", None), faults)
+    plan.tokens = plan_tokens(model, modules, config, faults)
     faults += _claimed_twice(plan)
     faults += _unreachable(modules, plan)
     faults += _not_copyable(modules, config, plan)
@@ -93,6 +96,8 @@ def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, pl
             for name in twice
         ]
     plan.adapted = {path: config.settings(path) for path in config.chosen(free)}
+    if getattr(config, "ensure_weight_tying", False):
+        plan_ties(model, modules, config, plan, faults)
     plan.parameters = plan_parameters(modules, config, faults)
     parameters = [f"{path}.{name}" for path, names in plan.parameters.items() for name in names]
     faults += _unmatched_pattern_keys(config, [*plan.adapted, *parameters])

@@ -13,7 +13,7 @@ from ..attach.tree import AdapterTree
 from ..config import PeftConfig, PromptConfig, TargetedConfig
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from ..storage.folder import ENCODER_FILE, AdapterFolder
-from .names import current_name, encoder_tensors, named_tensors
+from .names import current_name, encoder_tensors, named_tensors, second_names
 from .save import materialize
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,9 @@ def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.
         else:
             faults = _differences(encoder_stored, encoder) or _belongs(tree.prompt, encoder_stored, tokens)
     stored = _without_copies_of_the_base(stored, expected, base)
+    for key in second_names(tree) & stored.keys():
+        if any(torch.equal(stored[key], other.T) for other in stored.values() if other.dim() == 2):
+            del stored[key]
     faults += _differences(stored, expected)
     if faults:
         raise AdapterFileError(

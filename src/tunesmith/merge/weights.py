@@ -111,10 +111,9 @@ def into_weights(base: nn.Module, trees: Sequence[HasAdapters], keep: bool, type
             pass
     try:
         for paths, name, value in _changes(base, trees, types or {}):
-            old = _put(base, paths, name, value, rounding)
-            if can_go_back:
-                for changed in paths:
-                    originals.setdefault((changed, name), old)
+            for changed, old in _put(base, paths, name, value, rounding).items():
+                if can_go_back:
+                    originals.setdefault(changed, old)
     except Exception:
         restore(base, originals)
         raise
@@ -131,7 +130,7 @@ def _changes(base: nn.Module, trees: Sequence[HasAdapters], types: Types) -> Ite
             if not (leaf == "weight" and view_if_quantised(owner)):
                 value = value.to(types.get(before.dtype, before.dtype))
             check_finite(f"{path}.{name}", value, before)
-            yield [path, *followers], name, value
+            yield [path, *(followers if name == "weight" else ())], name, value  # all that followers share
 
 
 def check_finite(name: str, value: Tensor, before: Tensor) -> None:
@@ -224,23 +223,23 @@ def _together(base: nn.Module, tree: HasAdapters) -> Iterator[tuple[str, Adapter
         yield path, adapter, [other for other, _ in together if other != path]
 
 
-def _put(base: nn.Module, paths: list[str], name: str, value: Tensor, rounding: Rounding) -> Tensor:
-    """Set one parameter or buffer, which the modules at `paths` share, to a new tensor; returns the old one."""
+def _put(base: nn.Module, paths: list[str], name: str, value: Tensor, rounding: Rounding) -> Originals:
+    """Set one parameter or buffer, which the modules at `paths` share, to a new tensor; returns what that replaced."""
     owner, leaf = _owner(base, paths[0], name)
     quantised = view_if_quantised(owner) if leaf == "weight" else None
     if quantised is not None:
-        return _put_quantised(quantised, value, rounding)
+        return {(paths[0], name): _put_quantised(quantised, value, rounding)}
     if leaf in owner._buffers:
         old = owner._buffers[leaf]
         owner._buffers[leaf] = value
-        return old
+        return {(paths[0], name): old}
     old = owner._parameters[leaf]
-    _untie(base, old, len(paths))
     new = nn.Parameter(value, requires_grad=False)
     for path in paths:
         owner, leaf = _owner(base, path, name)
         owner._parameters[leaf] = new
-    return old
+    copied = {(path, leaf): old for path in _untie(base, leaf, old, paths)}
+    return {**{(path, name): old for path in paths}, **copied}
 
 
 def _put_quantised(view: QuantisedView, merged: Tensor, rounding: Rounding) -> Tensor:
@@ -258,11 +257,18 @@ def _owner(base: nn.Module, path: str, name: str) -> tuple[Any, str]:
     return base.get_submodule(f"{path}.{owner}" if owner else path), leaf
 
 
-def _untie(base: nn.Module, old: Tensor, changed: int) -> None:
-    """When more modules share `old` than change: say so in the config, or it reloads wrongly."""
-    shared = [name for name, p in base.named_parameters(remove_duplicate=False) if p is old]
+def _untie(base: nn.Module, leaf: str, old: Tensor, changed: list[str]) -> list[str]:
+    """When other modules hold `old` as their `leaf`, too: say so in the config, or the model reloads wrongly; returns whose weight was copied.
+
+    Of several that stay tied, all but one get a copy: with the config saying that nothing is tied, each is loaded for itself.
+    """
+    others = [path for path, module in base.named_modules() if module._parameters.get(leaf) is old]
     config = architecture.config_of(base)
-    if len(shared) > changed and architecture.ties_embeddings(config):
-        logger.warning("merging unties %s; config.tie_word_embeddings is now False", " and ".join(shared))
-        architecture.tie_embeddings(config, False)
-        base.__dict__["_untied_by_tunesmith"] = True
+    if not others or not architecture.ties_embeddings(config):
+        return []
+    logger.warning("merging unties %s; config.tie_word_embeddings is now False", " and ".join((*changed, *others)))
+    architecture.tie_embeddings(config, False)
+    base.__dict__["_untied_by_tunesmith"] = True
+    for path in others[1:]:
+        base.get_submodule(path)._parameters[leaf] = nn.Parameter(old.detach().clone(), requires_grad=False)
+    return others[1:]
