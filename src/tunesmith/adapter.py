@@ -72,6 +72,12 @@ class Adapter(nn.Module):
         """Use the tensors of `owner`, an adapter on another module that holds the same weight."""
         self.__dict__["followed"] = owner  # it stays a node of its own in the tree
 
+    def _replicate_for_data_parallel(self) -> Adapter:
+        """torch's hook: a shallow copy for another device; it remembers of what, so that a copied handle finds its own."""
+        copied: Adapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        copied.__dict__["original"] = self
+        return copied
+
     def private_values(self) -> list[str]:
         """What of its module this adapter has a value of its own for; no other adapter can act on that beside it."""
         return []

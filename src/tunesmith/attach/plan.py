@@ -179,7 +179,7 @@ def check_task(model: Any, config: PeftConfig) -> None:
 def _parallel_faults(model: nn.Module) -> Iterator[str]:
     """Forms of parallelism under which an adapter could not be exact."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        yield f"the base is wrapped in {type(model).__name__}; adapt the bare model, then wrap the result (never DataParallel)"
+        yield f"the base is wrapped in {type(model).__name__}; adapt the bare model, then wrap the handle"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         yield "the base's weights are split by tensor parallelism; load it without tp_plan"
 
