@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases.quantised import dense_copy
+from .bases.stored_tensors import whole
 from .bases.view import BaseView, module_view
 from .config import PeftConfig, PromptConfig, Settings
 
@@ -216,7 +217,7 @@ class ParameterAdapter(Adapter):
         super().__init__()
         self.names = names
         for name in names:
-            self.register_parameter(name, nn.Parameter(getattr(module, name).detach().clone()))
+            self.register_parameter(name, nn.Parameter(whole(getattr(module, name)).detach().clone()))
 
     def private_values(self) -> list[str]:
         return list(self._parameters)

@@ -9,7 +9,13 @@ from torch import nn
 from tests import tiny
 from tests.handles import assert_same_state, lora, out, prefixed, prompted, state
 from tunesmith import (
-    AdaLoraConfig, BitFitConfig, BottleneckConfig, LoraConfig, TrainableTokensConfig, VeraConfig, get_peft_model,
+    AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
+    LoraConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
 )  # fmt: skip
 from tunesmith.errors import UsageError
 

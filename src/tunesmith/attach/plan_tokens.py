@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter import TokenSettings
+from ..bases.stored_tensors import shape_of
 from ..bases.view import view_of
 from ..errors import did_you_mean
 from ..paths import ends_with
@@ -61,7 +62,7 @@ def _faults(path: str, module: nn.Module, tokens: list[int]) -> list[str]:
     reason = view_of(module).storage_fault()
     if reason:
         return [f"trainable_token_indices: {path}: {reason}"]
-    rows = len(module.weight)
+    rows = shape_of(module.weight)[0]
     beyond = [token for token in tokens if token >= rows]
     if beyond:
         return [f"trainable_token_indices: {path} has {rows} tokens, so token {beyond[0]} does not exist; resize it first"]

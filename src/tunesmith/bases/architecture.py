@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from .stored_tensors import shape_of
+
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
@@ -196,7 +198,7 @@ def output_head(model: Any) -> Any:
 def embedding_width(model: Any) -> int:
     """Dimension of the token embeddings."""
     table = model.get_input_embeddings()
-    width: int = getattr(table, "embedding_dim", None) or table.weight.shape[1]
+    width: int = getattr(table, "embedding_dim", None) or shape_of(table.weight)[1]
     return width
 
 

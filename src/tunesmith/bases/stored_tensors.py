@@ -7,12 +7,13 @@ around its call.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOAT8 = frozenset(
     getattr(torch, f"float8_{form}")
@@ -40,6 +41,22 @@ def shape_of(tensor: Tensor) -> torch.Size:
     """A tensor's shape, wherever its values are."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or a copy of its values where it is partitioned and not gathered now."""
+    if not is_partitioned(tensor) or not is_placeholder(tensor):
+        return tensor
+    with gathered([tensor]):
+        return tensor.detach().clone()
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy of a module, whose parameters are plain ones even where the module's are partitioned."""
+    partitioned = [p for p in module.parameters() if is_partitioned(p)]
+    with gathered(partitioned):
+        plain: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in partitioned}
+    return copy.deepcopy(module, plain)
 
 
 def gathered(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:

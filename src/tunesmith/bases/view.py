@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .stored_tensors import FLOAT8, computing_type, shape_of
+from .stored_tensors import FLOAT8, computing_type, shape_of, whole
 
 
 class BaseView:
@@ -52,7 +52,7 @@ class BaseView:
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
         weight: Tensor = self.module.weight
-        return weight.to(self.dtype) if weight.dtype in FLOAT8 else weight
+        return whole(weight).to(self.dtype) if weight.dtype in FLOAT8 else whole(weight)
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The dense weight in this dtype; a quantised one is decoded to it directly, without rounding in between."""

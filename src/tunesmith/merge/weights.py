@@ -19,7 +19,7 @@ from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter
 from ..attach.tree import AdapterTree
 from ..bases import architecture
 from ..bases.quantised import QuantisedView, view_if_quantised
-from ..bases.stored_tensors import FLOAT8
+from ..bases.stored_tensors import FLOAT8, is_placeholder
 from ..bases.view import BaseView, view_of
 from ..errors import UsageError
 from ..kernels.fp32 import fp32_or_wider
@@ -39,8 +39,10 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
     """
     for path, adapter in tree.items():
         module = base.get_submodule(path)
-        if any(p.device.type == "meta" for p in module.parameters()):
-            raise UsageError(f"{path} is offloaded, so its weight cannot be merged; load the base without offloading")
+        if any(is_placeholder(p) for p in module.parameters()):
+            raise UsageError(
+                f"{path} is offloaded or partitioned, so its weight cannot be merged; load the base whole, and the adapter on it"
+            )
         if any(not torch.isfinite(p).all() for p in adapter.parameters()):
             raise UsageError(f"the adapter at {path} has non-finite values and cannot be merged")
         reason = _fault(adapter, view_of(module)) if isinstance(adapter, LinearAdapter) else None
@@ -258,9 +260,11 @@ def _owner(base: nn.Module, path: str, name: str) -> tuple[Any, str]:
 
 
 def _untie(base: nn.Module, leaf: str, old: Tensor, changed: list[str]) -> list[str]:
-    """When other modules hold `old` as their `leaf`, too: say so in the config, or the model reloads wrongly; returns whose weight was copied.
+    """When other modules hold `old` as their `leaf`, too: say so in the config, or the model reloads wrongly.
 
-    Of several that stay tied, all but one get a copy: with the config saying that nothing is tied, each is loaded for itself.
+    Returns:
+        Paths of modules whose value was copied. Of several that stay tied, all but one get a copy: with the config saying that nothing
+        is tied, each is loaded for itself.
     """
     others = [path for path, module in base.named_modules() if module._parameters.get(leaf) is old]
     config = architecture.config_of(base)
