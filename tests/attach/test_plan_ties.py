@@ -125,7 +125,7 @@ def test_without_it_merging_unties_and_reloads_to_the_same_numbers(name, way, tm
 
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_are_those_of_the_tied_weight(way):
-    """The one weight gets the gradients of all places in which it acts, and the factors of its change theirs by the chain rule."""
+    """The one weight gets the gradients of all places in which it acts, and its factors theirs by the chain rule."""
     handle = filled(get_peft_model(tied_llama(), config_for("llama", way)))
     handle(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
     plain = handle.merge_and_unload(copy=True)

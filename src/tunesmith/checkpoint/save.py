@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..bases.stored_tensors import whole
 from ..config import config_text
 from ..handle.state import HandleState
 from ..registry import adapter_type
@@ -77,8 +78,8 @@ def _encoder(handle: HandleState, name: str, gathered: dict[str, Tensor] | None)
 
 
 def _whole(in_handle: str, tensor: Tensor, gathered: dict[str, Tensor] | None) -> Tensor:
-    """The tensor's whole value; for a sharded handle, every rank takes part."""
-    value: Any = (gathered or {}).get(in_handle, tensor).detach()
+    """The tensor's whole value; for a sharded or partitioned handle, every rank takes part."""
+    value: Any = ((gathered or {})[in_handle] if in_handle in (gathered or {}) else whole(tensor)).detach()
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 

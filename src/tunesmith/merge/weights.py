@@ -41,7 +41,7 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
         module = base.get_submodule(path)
         if any(is_placeholder(p) for p in module.parameters()):
             raise UsageError(
-                f"{path} is offloaded or partitioned, so its weight cannot be merged; load the base whole, and the adapter on it"
+                f"{path} is offloaded or partitioned, so its weight cannot be merged; load the base whole and adapt that"
             )
         if any(not torch.isfinite(p).all() for p in adapter.parameters()):
             raise UsageError(f"the adapter at {path} has non-finite values and cannot be merged")
@@ -263,8 +263,8 @@ def _untie(base: nn.Module, leaf: str, old: Tensor, changed: list[str]) -> list[
     """When other modules hold `old` as their `leaf`, too: say so in the config, or the model reloads wrongly.
 
     Returns:
-        Paths of modules whose value was copied. Of several that stay tied, all but one get a copy: with the config saying that nothing
-        is tied, each is loaded for itself.
+        Paths of modules whose value was copied. Of several that stay tied, all but one get a copy: with the config saying
+        that nothing is tied, each is loaded for itself.
     """
     others = [path for path, module in base.named_modules() if module._parameters.get(leaf) is old]
     config = architecture.config_of(base)
