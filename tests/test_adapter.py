@@ -174,13 +174,6 @@ def test_resizing_under_trained_embeddings_is_refused_and_otherwise_reaches_the_
     assert not any(p.requires_grad for p in free.base_model.parameters())
 
 
-def test_tying_the_copies_is_not_built_and_says_so():
-    """The reference's `ensure_weight_tying`; without it, tied modules are trained apart, there as here."""
-    with pytest.raises(ConfigError, match="ensure_weight_tying=True is not supported"):
-        LoraConfig(ensure_weight_tying=True)
-    assert peft.LoraConfig().ensure_weight_tying is False
-
-
 # --- task heads -----------------------------------------------------------------------------------------------------
 
 CLASSIFIERS = {
