@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 import transformers as tf
@@ -11,7 +10,7 @@ from torch import nn
 from tests import tiny
 from tests.handles import assert_same_state, out, state
 from tests.parity.oracle import read_by_peft, tensors
-from tunesmith import AdapterFileError, ConfigError, LoraConfig, PeftModel, UsageError, get_peft_model
+from tunesmith import AdapterFileError, LoraConfig, PeftModel, UsageError, get_peft_model
 
 NEW = 8  # tokens added to the vocabulary
 

@@ -131,8 +131,6 @@ def test_a_replica_computes_with_its_own_tensors(name):
         found = tiny.main_output(copied(**inputs))
         for parameter in handle.parameters():
             parameter.mul_(0.5)
-    if name == "pissa":  # its frozen factors are buffers
-        pytest.skip("halving the weight leaves the frozen factors")
     torch.testing.assert_close(found, out(handle, inputs))
 
 
@@ -151,9 +149,7 @@ def test_training_mode_switched_and_merged_adapters():
 
 def test_the_first_step_is_checked_on_replicas():
     handle = lora(tiny.make("llama"), target_modules=["q_proj"]).train()
-    attention = type(handle.base_model.model.layers[0].self_attn)
     handle.base_model.model.layers[1].self_attn.forward = lambda *args, **kwargs: (kwargs["hidden_states"], None)
-    assert attention
     with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.q_proj"):
         in_parallel(handle, tiny.inputs_for("llama", rows=4))
 
