@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .bases.quantised import dense_copy
-from .bases.stored_tensors import whole
+from .bases.stored_tensors import is_partitioned, whole
 from .bases.view import BaseView, module_view
 from .config import PeftConfig, PromptConfig, Settings
+from .errors import UsageError
 
 
 class Adapter(nn.Module):
@@ -263,8 +264,7 @@ class TiedWeight(ParameterAdapter):
     @property
     def weight(self) -> Tensor:
         owner: Any = self.owner
-        weight: Tensor = owner.module.weight
-        return weight
+        return owner.module.weight  # type: ignore[no-any-return]
 
     def private_values(self) -> list[str]:
         return self.names
@@ -273,4 +273,9 @@ class TiedWeight(ParameterAdapter):
         return {"weight": self.weight}
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        if is_partitioned(self.weight):
+            raise UsageError(
+                "ensure_weight_tying needs the copied embedding's weight at other modules, too, where ZeRO's stage 3 does not "
+                "gather it; use stage 2, or leave ensure_weight_tying out"
+            )
         return {"weight": self.weight}

@@ -136,6 +136,15 @@ def test_a_partitioned_adapter_is_saved_whole(tmp_path):
     assert all(is_placeholder(p) for p in handle.adapters.parameters())
 
 
+def test_a_partitioned_tied_copy_is_refused():
+    base = tiny.make("llama")
+    base.lm_head.weight = base.model.embed_tokens.weight
+    handle = lora(base, modules_to_save=["lm_head"], ensure_weight_tying=True).eval()
+    partitioned(handle.adapters)
+    with pytest.raises(UsageError, match="use stage 2"):
+        out(handle, tiny.inputs_for("llama"))
+
+
 def test_shapes_and_values_of_one_tensor():
     module = partitioned(torch.nn.Linear(3, 2))
     assert shape_of(module.weight) == (2, 3) and module.weight.shape == (0,)
