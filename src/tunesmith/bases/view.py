@@ -52,7 +52,8 @@ class BaseView:
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
         weight: Tensor = self.module.weight
-        return whole(weight).to(self.dtype) if weight.dtype in FLOAT8 else whole(weight)
+        elsewhere = weight.dtype in FLOAT8 or hasattr(weight, "ds_shape")
+        return whole(weight).to(self.dtype) if elsewhere else weight
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The dense weight in this dtype; a quantised one is decoded to it directly, without rounding in between."""

@@ -14,11 +14,6 @@ from ..runtime import site
 from .frames import Frames
 
 
-def is_replica(handle: nn.Module) -> bool:
-    """Whether this is such a copy, not mended yet."""
-    return "_is_replica" in handle.__dict__
-
-
 def mend(handle: Frames) -> None:
     """Let everything in a copied handle refer to the copies."""
     for module in handle.modules():
