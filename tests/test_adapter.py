@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 import transformers as tf
@@ -11,7 +10,7 @@ from torch import nn
 from tests import tiny
 from tests.handles import assert_same_state, out, state
 from tests.parity.oracle import read_by_peft, tensors
-from tunesmith import AdapterFileError, ConfigError, LoraConfig, PeftModel, UsageError, get_peft_model
+from tunesmith import AdapterFileError, LoraConfig, PeftModel, UsageError, get_peft_model
 
 NEW = 8  # tokens added to the vocabulary
 
@@ -172,13 +171,6 @@ def test_resizing_under_trained_embeddings_is_refused_and_otherwise_reaches_the_
     free.resize_token_embeddings(tiny.VOCAB + NEW)
     assert out(free.eval(), new_token_inputs()).shape[-1] == tiny.VOCAB + NEW
     assert not any(p.requires_grad for p in free.bare_base.parameters())
-
-
-def test_tying_the_copies_is_not_built_and_says_so():
-    """The reference's `ensure_weight_tying`; without it, tied modules are trained apart, there as here."""
-    with pytest.raises(ConfigError, match="ensure_weight_tying=True is not supported"):
-        LoraConfig(ensure_weight_tying=True)
-    assert peft.LoraConfig().ensure_weight_tying is False
 
 
 # --- task heads -----------------------------------------------------------------------------------------------------

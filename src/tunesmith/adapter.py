@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .bases.quantised import dense_copy
+from .bases.stored_tensors import is_partitioned, whole
 from .bases.view import BaseView, module_view
 from .config import PeftConfig, PromptConfig, Settings
+from .errors import UsageError
 
 
 class Adapter(nn.Module):
@@ -58,6 +60,10 @@ class Adapter(nn.Module):
         """
         return self.state_dict(keep_vars=True)
 
+    def second_names(self) -> list[str]:
+        """Names by which files may hold, transposed, what this adapter uses of the one that it follows."""
+        return []
+
     @property
     def owner(self) -> Adapter:
         """Whose tensors this adapter uses: its own, or those of the adapter that it follows."""
@@ -67,6 +73,12 @@ class Adapter(nn.Module):
     def follow(self, owner: Adapter) -> None:
         """Use the tensors of `owner`, an adapter on another module that holds the same weight."""
         self.__dict__["followed"] = owner  # it stays a node of its own in the tree
+
+    def _replicate_for_data_parallel(self) -> Adapter:
+        """torch's hook: a shallow copy for another device; it remembers of what, so that a copied handle finds its own."""
+        copied: Adapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        copied.__dict__["original"] = self
+        return copied
 
     def private_values(self) -> list[str]:
         """What of its module this adapter has a value of its own for; no other adapter can act on that beside it."""
@@ -219,7 +231,7 @@ class ParameterAdapter(Adapter):
         super().__init__()
         self.names = names
         for name in names:
-            self.register_parameter(name, nn.Parameter(getattr(module, name).detach().clone()))
+            self.register_parameter(name, nn.Parameter(whole(getattr(module, name)).detach().clone()))
 
     def private_values(self) -> list[str]:
         return list(self._parameters)
@@ -282,3 +294,30 @@ class ModuleCopy(Adapter):
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter or buffer: value}` that merging puts into the module."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+
+class TiedWeight(ParameterAdapter):
+    """The weight of the private copy that it follows, on another module that holds the copied module's weight."""
+
+    def __init__(self) -> None:
+        Adapter.__init__(self)
+        self.names = ["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        owner: Any = self.owner
+        return owner.module.weight  # type: ignore[no-any-return]
+
+    def private_values(self) -> list[str]:
+        return self.names
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        if is_partitioned(self.weight):
+            raise UsageError(
+                "ensure_weight_tying needs the copied embedding's weight at other modules, too, where ZeRO's stage 3 does not "
+                "gather it; use stage 2, or leave ensure_weight_tying out"
+            )
+        return {"weight": self.weight}

@@ -204,8 +204,8 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
             autocast_adapter_dtype: keep adapters of 16-bit bases in fp32.
             kwargs: `key_mapping` (`{regular expression: replacement}` for the names of the file's tensors, see
                 `checkpoint/former.py`); of the download (`subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`,
-                ...), and what scripts give although the base is loaded already (`torch_dtype`, `device_map`, ...): without effect, for the reasons in
-                `storage/options.py`.
+                ...), and what scripts give although the base is loaded already (`torch_dtype`, `device_map`, ...): without
+                effect, for the reasons in `storage/options.py`.
 
         Raises:
             AdapterFileError, TargetError: the files do not fit the base; the base is then unchanged.

@@ -59,7 +59,7 @@ def test_all_linear_reaches_every_matrix_of_a_layer(name):
     adapted = {path for path, _ in model.tree("default").items()}
     holders = {
         path
-        for path, module in model.base_model.model.layers.named_modules(prefix="model.layers")
+        for path, module in model.bare_base.model.layers.named_modules(prefix="model.layers")
         if any(p.dim() > 1 for p in module.parameters(recurse=False))
     }
     assert adapted == holders

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, StoredValues
+from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, StoredValues, TiedWeight
 from ..bases.precision import adapter_dtype, master_dtype
 from ..bases.view import execution_device, view_of
 from ..config import PeftConfig, PromptConfig, Settings
@@ -42,6 +42,7 @@ def build(
     for path in plan.copied:
         builder.tree.add(path, "_copy", ModuleCopy(model.get_submodule(path)))
     replace_stored(builder.tree, stored_values(model, plan))
+    builder.add_ties()
     return builder.tree
 
 
@@ -123,6 +124,19 @@ class Builder:
                     changes.reset_parameters(module)
             first = getattr(module, next(iter(settings)))
             self.tree.add(path, "_parameters_changed", changes.to(master_dtype(first.dtype, self.full_precision)))
+
+    def add_ties(self) -> None:
+        """Modules that follow the embedding whose weight they hold: its adapter, or its private copy."""
+        for path, source in self.plan.ties.items():
+            owner = self.tree.node(source).own
+            follower: Adapter
+            if owner is None:
+                owner, follower = self.tree.node(source).at("_copy"), TiedWeight()
+            else:
+                follower = self._at_module(part_type("_tied"), self.model.get_submodule(path), self.plan.adapted[source])
+            assert owner is not None
+            follower.follow(owner)
+            self.tree.add(path, "_tied", follower)
 
     def _at_module(self, kind: Any, module: nn.Module, settings: Settings, shared: nn.Module | None = None) -> Adapter:
         base = view_of(module) if issubclass(kind, LinearAdapter) else module

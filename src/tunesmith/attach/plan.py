@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapter import LinearAdapter, ParameterAdapter, StoredSettings
 from ..bases import architecture
+from ..bases.stored_tensors import FLOAT8
 from ..bases.view import view_of, view_type
 from ..config import PeftConfig, PromptConfig, Settings, TargetedConfig, TaskType
 from ..errors import TargetError, Unmatched, bullet_list, did_you_mean
@@ -21,6 +22,7 @@ from ..runtime import site
 from . import former
 from .plan_names import HEAD_NAMES, linear_paths, nearest_modules, of_layers, short_names, summary
 from .plan_parameters import ParameterPlan, plan_parameters
+from .plan_ties import plan_ties
 from .plan_tokens import TokenPlan, plan_tokens
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Plan:
         stored: of modules with parameters whose values come with the adapter's file (`checkpoint/embeddings.py`).
         absent: paths of targets of which the file that is loaded holds nothing.
         unmatched: what the configuration says beyond this; no fault where an adapter is loaded whose tensors all fit.
+        ties: `{path: path whose adapter or copy it follows}` of modules that hold the same weight (`plan_ties.py`).
     """
 
     adapted: dict[str, Settings] = field(default_factory=dict)
@@ -50,9 +53,10 @@ class Plan:
     stored: dict[str, StoredSettings] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    ties: dict[str, str] = field(default_factory=dict)
 
     def paths(self) -> set[str]:
-        return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters}
+        return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters, *self.ties}
 
 
 def match(
@@ -82,7 +86,7 @@ def match(
         faults += _unmatched_pattern_keys(config, plan)
         faults += _unfit(modules, config, plan)
         plan.biases = _biases(modules, config, plan)
-    plan.tokens = plan_tokens(model, modules, getattr(config, "trainable_token_indices", None), faults)
+    plan.tokens = plan_tokens(model, modules, config, faults)
     faults += _claimed_twice(plan)
     faults += _unreachable(modules, plan)
     faults += _not_copyable(modules, config, plan)
@@ -120,6 +124,8 @@ def _plan_targets(
             for name in twice
         ]
     plan.adapted = {path: config.settings(path) for path in config.chosen(free)}
+    if getattr(config, "ensure_weight_tying", False):
+        plan_ties(model, modules, config, plan, faults)
     plan.parameters = plan_parameters(modules, config, faults)
     return left_out
 
@@ -156,6 +162,9 @@ def _not_copyable(modules: Modules, config: PeftConfig, plan: Plan) -> Iterator[
     for path in (*plan.biases, *plan.copied, *private):
         if _is_offloaded(modules[path]):
             yield f"{path}: it is offloaded, so no trainable copy of it can be made; keep it on a device"
+        stored = next((p.dtype for p in modules[path].parameters() if p.dtype in FLOAT8), None)
+        if stored is not None:
+            yield f"{path}: it holds weights stored as {stored}, which do not train; adapt it, or load the base dequantised"
 
 
 def _is_copied(path: str, plan: Plan) -> bool:
@@ -165,7 +174,7 @@ def _is_copied(path: str, plan: Plan) -> bool:
 def _parallel_faults(model: nn.Module) -> Iterator[str]:
     """Forms of parallelism under which an adapter could not be exact."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        yield f"the base is wrapped in {type(model).__name__}; adapt the bare model, then wrap the result (never DataParallel)"
+        yield f"the base is wrapped in {type(model).__name__}; adapt the bare model, then wrap the handle"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         yield "the base's weights are split by tensor parallelism; load it without tp_plan"
 

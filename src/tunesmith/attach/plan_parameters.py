@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..bases.stored_tensors import FLOAT8, shape_of
 from ..config import Settings
 from ..errors import Unmatched, did_you_mean
 from ..paths import ends_with
@@ -41,8 +42,8 @@ def plan_parameters(modules: dict[str, nn.Module], config: Any, faults: list[str
 def _fault(path: str, parameter: nn.Parameter) -> str | None:
     if not path:
         return "belongs to the model itself rather than to a module inside it; move it into a submodule"
-    if parameter.dim() not in (2, 3):
-        return f"has the shape {tuple(parameter.shape)}; only matrices and stacks of them (experts) can be adapted"
-    if not parameter.is_floating_point():
+    if len(shape_of(parameter)) not in (2, 3):
+        return f"has the shape {tuple(shape_of(parameter))}; only matrices and stacks of them (experts) can be adapted"
+    if not parameter.is_floating_point() or parameter.dtype in FLOAT8:
         return f"is stored as {parameter.dtype}, which cannot be adapted"
     return None

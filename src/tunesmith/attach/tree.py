@@ -18,7 +18,7 @@ class Branch(nn.Module):
     What sits at a node hangs under it by kind, in the order in which the kinds act on a module.
     """
 
-    KINDS = ("_stored", "_biases", "_tokens", "_parameters_changed", "_adapter", "_copy")
+    KINDS = ("_stored", "_biases", "_tokens", "_parameters_changed", "_adapter", "_tied", "_copy")
 
     def add(self, path: str, kind: str, adapter: Adapter) -> None:
         assert kind in self.KINDS

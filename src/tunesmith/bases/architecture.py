@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .stored_tensors import shape_of
 
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
@@ -283,7 +284,7 @@ def output_head(model: Any) -> Any:
 def embedding_width(model: Any) -> int:
     """Dimension of the token embeddings."""
     table = model.get_input_embeddings()
-    width: int = getattr(table, "embedding_dim", None) or table.weight.shape[1]
+    width: int = getattr(table, "embedding_dim", None) or shape_of(table.weight)[1]
     return width
 
 

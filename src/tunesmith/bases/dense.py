@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -36,7 +37,12 @@ class Conv1DView(LinearView):
     """GPT-2's `Conv1D`: a linear map whose weight is stored `(in, out)`."""
 
     def weight(self) -> Tensor:
-        return self.module.weight.T
+        return super().weight().T
+
+    @property
+    def shape(self) -> torch.Size:
+        inner, out = super().shape
+        return torch.Size((out, inner))
 
     def stored(self, weight: Tensor) -> Tensor:
         return weight.T.contiguous()

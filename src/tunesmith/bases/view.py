@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .stored_tensors import FLOAT8, computing_type, shape_of, whole
 
 
 class BaseView:
@@ -57,7 +58,8 @@ class BaseView:
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
         weight: Tensor = self.module.weight
-        return weight
+        elsewhere = weight.dtype in FLOAT8 or hasattr(weight, "ds_shape")
+        return whole(weight).to(self.dtype) if elsewhere else weight
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The dense weight in this dtype; a quantised one is decoded to it directly, without rounding in between."""
@@ -66,19 +68,25 @@ class BaseView:
     @property
     def shape(self) -> torch.Size:
         """The shape of `weight()`."""
-        return self.weight().shape
+        return shape_of(self.module.weight)
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point dtype that the module computes in."""
-        return self.weight().dtype
+        return computing_type(self.module.weight.dtype)
 
     def storage_fault(self) -> str | None:
         """Why no dense weight can be read from what the module stores; None if one can."""
-        weight = self.module.weight
-        return (
-            None if weight.is_floating_point() else f"its weight is stored as {weight.dtype}, which this version cannot adapt"
-        )
+        weight, values = self.module.weight, dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        if not weight.is_floating_point():
+            return f"its weight is stored as {weight.dtype}, which this version cannot adapt"
+        others = sorted(values.keys() - {"weight", "bias"})
+        if weight.dtype in FLOAT8 and others:
+            return (
+                f"its weight is stored as {weight.dtype} with {', '.join(others)} beside it, a form that this version cannot "
+                "decode; load the base dequantised"
+            )
+        return None
 
     @property
     def is_plain(self) -> bool:
@@ -193,7 +201,9 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     weight = getattr(module, "weight", None)
     if weight is None:
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return torch.float32
+    return computing_type(weight.dtype)
 
 
 def execution_device(module: nn.Module) -> torch.device:

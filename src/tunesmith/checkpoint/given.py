@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from ..bases import stored_tensors
 from ..errors import AdapterFileError, bullet_list
 from ..handle.state import HandleState
 from .names import current_name, encoder_tensors, named_tensors
@@ -133,6 +134,8 @@ def whole(
         AdapterFileError: values that are missing, placeholders of weights that are elsewhere, or of another shape.
     """
     found: dict[str, Tensor] = {}
+    if given is None:
+        tensors = {name: replace(tensor, now=stored_tensors.whole(tensor.now)) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         value = tensor.now if given is None else given.get(keys.get(name, ""))
         if isinstance(value, Tensor):

@@ -16,7 +16,7 @@ from ..config import PeftConfig, PromptConfig
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from ..storage.folder import ENCODER_FILE, AdapterFolder
 from . import vocabulary
-from .names import IN_BASE, current_name, encoder_tensors, named_tensors
+from .names import IN_BASE, current_name, encoder_tensors, named_tensors, second_names
 from .save import materialize
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,9 @@ def into(tree: AdapterTree, config: PeftConfig, stored: Stored, base: nn.Module,
         else:
             faults = _differences(encoder_stored, encoder) or _belongs(tree.prompt, encoder_stored, tokens)
     tensors = _without_copies_of_the_base(tensors, expected, base)
+    for key in second_names(tree) & tensors.keys():
+        if any(torch.equal(tensors[key], other.T) for other in tensors.values() if other.dim() == 2):
+            del tensors[key]
     notes += vocabulary.fill_up(tensors, expected, base, plan)
     faults += _differences(tensors, expected)
     if faults:

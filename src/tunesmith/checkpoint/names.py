@@ -52,6 +52,11 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
             yield f"{prefix}{path}.{name}", owned[tensor], tensor
 
 
+def second_names(tree: AdapterTree) -> set[str]:
+    """Names in files of tensors that stand there a second time, transposed."""
+    return {f"base_model.model.{path}.{name}" for path, adapter in tree.items() for name in adapter.second_names()}
+
+
 def encoder_tensors(tree: AdapterTree) -> Iterator[tuple[str, str, Tensor]]:
     """`(name in the encoder's file, name in the tree, tensor)` of what computes virtual tokens while they are trained."""
     if tree.prompt is not None:

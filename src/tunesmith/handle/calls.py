@@ -12,6 +12,7 @@ from ..runtime import cache, call_inputs
 from ..runtime.frame import BOUNDARIES, Frame, entered
 from . import preflight, schedules
 from .frames import Frames
+from .replicas import mend
 
 
 class Calls(Frames):
@@ -25,6 +26,8 @@ class Calls(Frames):
                 adapters may be of any methods, in training and in evaluation.
             cu_seq_lens_q: boundaries of the texts packed into one row, `(texts + 1,)`; each attends only to itself.
         """
+        if "_is_replica" in self.__dict__:  # torch's mark of a copy that `nn.DataParallel` made
+            mend(self)
         names = kwargs.pop("adapter_names", None)
         frame = self.effective_frame if names is None else self._mixed_frame(names, args, kwargs)
         return self.forward_within(frame, *args, **kwargs)

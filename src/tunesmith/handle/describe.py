@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
+from ..bases.quantised import logical_size
 from ..config import PeftConfig, PromptConfig, TargetedConfig
 from .state import HandleState
 
@@ -23,7 +24,7 @@ def described(handle: HandleState) -> str:
           inputs  4 virtual tokens
     """
     base = handle.bare_base
-    size = sum(p.numel() for p in base.parameters())
+    size = sum(logical_size(p) for p in base.parameters())
     lines = [f"{type(handle).__name__} on {type(base).__name__} ({size:,} parameters, frozen)"]
     width = max((len(name) for name in handle.peft_config), default=0)
     for name in handle.peft_config:
@@ -40,7 +41,7 @@ def _summary(handle: HandleState, name: str) -> str:
         "switched off" if handle._disabled else "",
         "trains" if any(p.requires_grad for p in parameters) else "",
     ]
-    count = f"{sum(p.numel() for p in parameters):,} parameters"
+    count = f"{sum(logical_size(p) for p in parameters):,} parameters"
     return ", ".join(filter(None, [" ".join([str(config.method), *_settings(config)]), task, count, *state]))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..attach.conflicts import conflict
 from ..attach.tree import AdapterTree
 from ..bases import quantised
+from ..bases.precision import convert, usual_dtype
 from ..errors import UsageError
 from ..merge.dense import changed, into_dense
 from ..merge.weights import Originals, check, check_order, into_weights, plain_copy, restore
@@ -35,11 +36,12 @@ class Merging(Switching):
         """Merge adapters (by default the active ones) into the base's weights, until `unmerge_adapter()`.
 
         Args:
+            safe_merge: for the ecosystem's scripts; every merged weight is checked to be finite, whatever it says.
             requantize: also merge into quantised weights, which rounds the merged ones again.
 
         Raises:
-            UsageError: adapters are switched off, other handles use this base, the adapter cannot be merged, or its modules
-                are quantised and `requantize` is not set.
+            UsageError: adapters are switched off, other handles use this base, the adapter cannot be merged, its modules are
+                quantised and `requantize` is not set, or merged values are not finite in their type.
         """
         if self._disabled:
             raise UsageError("adapters are disabled, and merging would put them into effect; call enable_adapters() first")
@@ -54,7 +56,7 @@ class Merging(Switching):
         done: dict[str, Originals] = {}
         try:
             for name in names:
-                done[name] = into_weights(self.bare_base, [self.tree(name)], safe_merge, keep=True)
+                done[name] = into_weights(self.bare_base, [self.tree(name)], keep=True)
         except Exception:
             for originals in reversed(done.values()):
                 restore(self.bare_base, originals)
@@ -81,14 +83,16 @@ class Merging(Switching):
         """The base with the adapters in its weights: a plain model again. A quantised base gives a dense one.
 
         Args:
-            safe_merge: check that every merged weight is finite.
+            safe_merge: for the ecosystem's scripts; every merged weight is checked to be finite, whatever it says.
             adapter_names: which ones; by default the active ones.
             copy: merge into a copy and leave the base and this handle unchanged.
-            dtype: of weights that were quantised; by default their original one.
+            dtype: of the model that results; of a quantised base, of the weights that were quantised. By default nothing
+                changes its type, and quantised weights get their original one.
             requantize: leave a quantised base quantised, which rounds the merged weights again.
 
         Raises:
-            UsageError: other handles use this base and `copy` is not set, or an adapter cannot be merged.
+            UsageError: other handles use this base and `copy` is not set, an adapter cannot be merged, or merged values are
+                not finite in their type (float16 holds up to 65,504).
         """
         names = list(self._named(adapter_names or self._active))
         self._check_mergeable(names, alone=not copy)
@@ -97,11 +101,11 @@ class Merging(Switching):
             with self.disable_adapter():  # unmerged while the weights are copied
                 base = plain_copy(self.bare_base)
             quantised.release(base)
-            _into(base, trees, safe_merge, dtype, requantize)
+            _into(base, trees, dtype, requantize)
             self._shared_base.thaw(base)
             return base
         self.unmerge_adapter()
-        _into(self.bare_base, trees, safe_merge, dtype, requantize)
+        _into(self.bare_base, trees, dtype, requantize)
         return self._leave_base()
 
     def unload(self) -> nn.Module:
@@ -185,8 +189,15 @@ class Merging(Switching):
         return cast(nn.Module, base)
 
 
-def _into(base: nn.Module, trees: list[AdapterTree], safe: bool, dtype: torch.dtype | None, requantize: bool) -> None:
-    if requantize or not any(quantised.quantised_views(base)):
-        into_weights(base, trees, safe, keep=False)
+def _into(base: nn.Module, trees: list[AdapterTree], dtype: torch.dtype | None, requantize: bool) -> None:
+    stored = any(quantised.quantised_views(base))
+    if stored and not requantize:
+        into_dense(base, trees, dtype)
+    elif stored and dtype is not None:
+        raise UsageError("requantize=True keeps the stored form, which has no dtype; leave one of the two out")
+    elif dtype is None:
+        into_weights(base, trees, keep=False)
     else:
-        into_dense(base, trees, safe, dtype)
+        types = {usual_dtype(base): dtype}
+        into_weights(base, trees, keep=False, types=types)
+        convert(base, types)

@@ -196,6 +196,9 @@ class Proxy:
             raise UsageError("a part of a base cannot be moved or cast on its own; move the whole handle")
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        return module_of(self)._replicate_for_data_parallel()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _of_path, (handle_of(self), handle_of(self)._path_of(module_of(self)))
 

@@ -160,5 +160,9 @@ class _Parts(Shown):
     def __init__(self, handle: Reaching) -> None:
         super().__init__(handle, {"base_model": handle.bare_base, **handle.__dict__["_modules"]})
 
+    def copy(self) -> dict[str, Any]:
+        """The handle's own submodules, as `nn.DataParallel` takes them; it adds copies of the others."""
+        return dict(self.handle.__dict__["_modules"])
+
     def __getitem__(self, name: str) -> Any:
         return self.handle.bare_base if name == "base_model" else self.modules[name]

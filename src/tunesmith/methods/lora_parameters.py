@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import ParameterAdapter
+from ..bases.stored_tensors import shape_of
 from ..bases.view import module_view
 from ..inits.lora import init_factors
 from ..kernels.fp32 import at_least_fp32
@@ -62,9 +63,9 @@ class LoraOnParameter(nn.Module):
         self.r = settings.r
         self.scale = settings.scale
         self.init = config.init_lora_weights
-        self.experts = len(weight) if weight.dim() == 3 else 1
-        self.inputs_first = weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
-        rows, columns = weight.shape[-2:]
+        *stacked, rows, columns = shape_of(weight)
+        self.experts = stacked[0] if stacked else 1
+        self.inputs_first = bool(stacked) and bool(getattr(module, "is_transposed", False))
         inner, out = (rows, columns) if self.inputs_first else (columns, rows)
         self.lora_A = nn.Parameter(torch.empty(self.experts * self.r, inner))
         self.lora_B = nn.Parameter(torch.empty(out, self.r * self.experts))

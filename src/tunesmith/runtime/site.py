@@ -109,6 +109,16 @@ def install(module: nn.Module) -> Site:
     return found
 
 
+def move(module: nn.Module) -> None:
+    """Give a shallow copy of a module, which holds the original's site, a site of its own."""
+    for slot in _SLOTS:
+        found = module.__dict__.get(slot)
+        if isinstance(found, Site) and found.module() is not module:
+            moved = object.__new__(Site)
+            moved.__dict__.update(found.__dict__, module=weakref.ref(module))
+            module.__dict__[slot] = moved
+
+
 def remove(module: nn.Module) -> None:
     """Remove our site and nothing else; a hook that wraps it then wraps the plain forward."""
     if isinstance(module.__dict__.get("_old_forward"), Site):
