@@ -6,7 +6,7 @@ what it computes (`forward`), what it does to the weights (`merge`) and which te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -233,6 +233,16 @@ class ModuleCopy(Adapter):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    def parts(self) -> Iterator[tuple[str, ModuleCopy]]:
+        """`(path, copy)` of every module inside the copied one, for whoever reaches it past the module around it."""
+        for path, inner in self.module.named_modules():
+            if path:
+                part = ModuleCopy.__new__(ModuleCopy)
+                nn.Module.__init__(part)
+                part.__dict__["module"] = inner  # it stays where it is in the tree
+                part.follow(self)
+                yield path, part
 
     def in_file(self, beside: bool) -> dict[str, Tensor]:
         return self.module.state_dict(keep_vars=True)

@@ -24,6 +24,7 @@ class BaseView:
 
     tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
     plain_types: ClassVar[tuple[type, ...]] = ()  # subclasses of these may store or compute something else
+    names: ClassVar[tuple[str, str]] = ("weight", "bias")  # of the module's parameters
     computes: ClassVar[bool] = False  # under a handle the view's call replaces the class's forward, adapters or not
 
     def __init__(self, module: nn.Module) -> None:
@@ -40,7 +41,7 @@ class BaseView:
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+        return own_parameter(self.module, self.names[1])
 
     @property
     def output_scale(self) -> Any:
@@ -49,7 +50,7 @@ class BaseView:
 
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
-        weight: Tensor = self.module.weight
+        weight: Tensor = own_parameter(self.module, self.names[0])
         return weight
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
@@ -121,6 +122,12 @@ class BaseView:
     def compose_fault(self) -> str | None:
         """Why `compose` is not defined for this module; None if it is."""
         return None
+
+
+def own_parameter(module: nn.Module, name: str) -> Any:
+    """The module's own parameter, which `module.name` need not be in a handle's call (`runtime/reads.py`)."""
+    own = module._parameters
+    return own.get(name) if name in own else getattr(module, name, None)
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..errors import UsageError
 from ..runtime import call_inputs
-from ..runtime.frame import BOUNDARIES
+from ..runtime.frame import BOUNDARIES, Frame
+from . import preflight
 from .calls import Calls
 from .proxy import Proxy
 
@@ -27,16 +29,26 @@ class BaseMethods(Calls):
             raise UsageError(f"generate continues one text per row; pad the texts into rows and leave {BOUNDARIES} out")
         names = kwargs.pop("adapter_names", None)
         frame = self.effective_frame if names is None else self._mixed_frame(names, args, kwargs)
+        return self._first_checked("generate", frame, lambda frame: self._generate(frame, args, kwargs))
+
+    def _generate(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.entered(frame):
             kwargs, task_ids = self._without_task_ids(kwargs)
             if frame.prompts:
                 args, kwargs = call_inputs.for_generate(self.base_model, self.input_spec, frame, args, kwargs, task_ids)
             return self.base_model.generate(*args, **kwargs)
 
+    def _first_checked(self, method: str, frame: Frame, run: Callable[[Frame], Any]) -> Any:
+        return preflight.checked(self, frame, method, run) if self.is_due(frame, method) else run(frame)
+
     def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the base, with the adapters in effect, as they are in a module that it returns."""
-        with self.entered():
-            result = getattr(self.base_model, name)(*args, **kwargs)
+
+        def run(frame: Frame) -> Any:
+            with self.entered(frame):
+                return getattr(self.base_model, name)(*args, **kwargs)
+
+        result = self._first_checked(name, self.effective_frame, run)
         if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
             return Proxy(self, result)
         return result

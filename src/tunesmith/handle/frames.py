@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, PromptAdapter
+from ..adapter import Adapter, ModuleCopy, PromptAdapter
 from ..attach.conflicts import conflict
 from ..config import PromptConfig
 from ..errors import UsageError
@@ -28,11 +28,11 @@ class Frames(HandleState):
     Attributes:
         effective_frame: the frame of the effective adapters. Calls only read it: reading names there would compile one graph
             per name (the limit is 8).
-        _checked: what `preflight` has checked: names of adapters, and whether they trained.
+        _checked: what `preflight` has checked: names of adapters, whether they trained, and the method that was called.
     """
 
     effective_frame: Frame
-    _checked: set[tuple[tuple[str, ...], bool]]
+    _checked: set[tuple[tuple[str, ...], bool, str]]
     _frames: dict[tuple[str, ...], Frame]
     _single_experts: dict[str, list[str]]  # per adapter, the paths that keep it out of mixed batches
     _conflict: str | None
@@ -122,6 +122,9 @@ class Frames(HandleState):
         for name in names:
             for path, adapter in self.tree(name).items():
                 self._add(found, path, adapter)
+                for inner, part in adapter.parts() if isinstance(adapter, ModuleCopy) else ():
+                    if site.fault(self.base_model.get_submodule(f"{path}.{inner}")) is None:
+                        self._add(found, f"{path}.{inner}", part)
             prompt = self.tree(name).prompt
             if prompt is not None and prompt.in_cache:
                 for path, around in prefix.places(prompt, self.base_model):

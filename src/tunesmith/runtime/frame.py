@@ -182,6 +182,10 @@ class Replacement:
 
 class _Local(threading.local):
     frame: Frame | None = None
+    running: Place | None = None
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, Any] = {}
 
 
 _local = _Local()
@@ -190,6 +194,25 @@ _local = _Local()
 def current_frame() -> Frame | None:
     """The frame of this thread's innermost handle call, or None."""
     return _local.frame
+
+
+def running_site() -> Place | None:
+    """The site whose adapters compute now, on this thread: what it reads of its module is the base's own."""
+    return _local.running
+
+
+def kept_reads() -> dict[Any, Any]:
+    """What `reads.py` keeps until the current frame is left."""
+    return _local.kept
+
+
+def run_within(site: Place, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call, in which `site` is the running one."""
+    outer, _local.running = _local.running, site
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _local.running = outer
 
 
 class entered:
@@ -209,3 +232,5 @@ class entered:
 
     def __exit__(self, *_: object) -> None:
         _local.frame = self.previous
+        if _local.kept:
+            _local.kept.clear()

@@ -17,7 +17,8 @@ from torch import nn
 from ..bases.view import class_forward, computing_view
 from ..errors import TargetError
 from .fold import fold
-from .frame import Frame, current_frame
+from . import reads
+from .frame import Frame, current_frame, run_within
 from .mixed_batch import run_by_rows
 
 
@@ -42,7 +43,7 @@ class Site:
             return self._plain(module, args, kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
-        return fold(module, adapters)(*args, **kwargs)
+        return run_within(self, fold(module, adapters), args, kwargs)
 
     def _mixed(self, module: Any, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mixture: Any = frame.mixture
@@ -51,7 +52,7 @@ class Site:
             return self._plain(module, args, kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
-        return run_by_rows(module, mixture, adapters, args, kwargs)
+        return run_within(self, run_by_rows, (module, mixture, adapters, args, kwargs), {})
 
     def _plain(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.view is None:
@@ -95,6 +96,7 @@ def install(module: nn.Module) -> Site:
             raise TargetError(f"{type(module).__name__}: {reason}")
         found = Site(module)
         module.__dict__[_slot(module)] = found
+        reads.intercept(module, found)
     return found
 
 
@@ -104,6 +106,7 @@ def remove(module: nn.Module) -> None:
         module.__dict__["_old_forward"] = class_forward(module)
     if isinstance(module.__dict__.get("forward"), Site):
         del module.__dict__["forward"]
+    reads.release(module)
 
 
 _SLOTS = ("_old_forward", "forward")

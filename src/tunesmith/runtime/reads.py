@@ -1,0 +1,291 @@
+"""Weights that a model reads instead of calling their module act with the frame's adapters, too.
+
+    F.linear(x, self.wte.weight)      nobody calls `wte` here: its site sees nothing
+
+`nn.Module` looks a parameter up in the module's `_parameters`. Beside each site that dictionary is a `Parameters`: outside a
+frame, and while the site itself runs, it answers like any other; else with what merging the frame's adapters would put there.
+So a read gives the merged model's result, whatever computes with it. As after merging, another module that holds the same
+tensor (a tied head) keeps its own value; and what a model keeps elsewhere than on the module is the base's.
+
+Models also look at weights for their type or device alone (T5 does, at every layer), so eager calls get an `AdaptedWeight`,
+which merges when something computes with it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, SublayerAdapter
+from ..bases.quantised import view_if_quantised
+from ..bases.view import module_view, view_of, view_type
+from ..errors import UsageError
+from ..kernels.fp32 import fp32_or_wider
+from .frame import Frame, Place, current_frame, kept_reads, running_site
+
+Acting = tuple[Any, ...]  # the adapters at one site
+
+
+class Parameters(dict[str, Any]):
+    """A module's `_parameters`, of which single ones are answered as the current frame's adapters make them."""
+
+    def __init__(self, own: dict[str, Any], site: Place) -> None:
+        super().__init__(own)
+        self.site = site
+
+    def __getitem__(self, name: str) -> Any:
+        own = super().__getitem__(name)
+        frame = current_frame()
+        if frame is None or own is None or running_site() is self.site:
+            return own
+        return _read(self.site, frame, name, own)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Whoever swaps parameters and puts back what they read (`torch.func.functional_call`) puts the base's back."""
+        super().__setitem__(name, value.own if isinstance(value, AdaptedWeight) else value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a base alone hold a plain dictionary."""
+        return dict, (dict(self),)
+
+
+def intercept(module: nn.Module, site: Place) -> None:
+    """Answer reads of the module's parameters as the site's adapters make them."""
+    if type(module._parameters) is dict:  # others (DeepSpeed's) answer reads in ways of their own
+        module.__dict__["_parameters"] = Parameters(module._parameters, site)
+
+
+def release(module: nn.Module) -> None:
+    """The inverse of `intercept`."""
+    if isinstance(module._parameters, Parameters):
+        module.__dict__["_parameters"] = dict(module._parameters)
+
+
+def _read(at: Place, frame: Frame, name: str, own: Tensor) -> Any:
+    """A parameter as a frame's adapters make it; the base's own where none of them changes it."""
+    module = at.module()
+    parts = [frame] if frame.mixture is None else frame.mixture.frames
+    groups = [part.adapters.get(at, ()) for part in parts]
+    if module is None or not any(_changes(module, adapters, name) for adapters in groups) or _is_swapped(module):
+        return own
+    if torch.compiler.is_compiling():
+        return Change(module, at, frame, groups).value(name)
+    kept = kept_reads()
+    if (at, frame) not in kept:
+        kept[at, frame] = Change(module, at, frame, groups)
+    return AdaptedWeight(own, kept[at, frame], name)
+
+
+def _changes(module: nn.Module, adapters: Acting, name: str) -> bool:
+    """Whether adapters at a module say what this parameter of it is."""
+    kind = view_type(module)
+    return any(
+        isinstance(adapter, ModuleCopy)
+        or (isinstance(adapter, ParameterAdapter) and name in adapter.names)
+        or (isinstance(adapter, (LinearAdapter, SublayerAdapter)) and kind is not None and name in kind.names)
+        for adapter in adapters
+    )
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    """Whether accelerate puts the module's weights in place for its call only, and itself reads what is there."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
+
+
+class Change:
+    """What a frame's adapters make of one module's parameters: computed at most once with gradients, and once without.
+
+    Args:
+        groups: the adapters at the module, for each part of a mixed batch.
+    """
+
+    def __init__(self, module: nn.Module, at: Place, frame: Frame, groups: list[Acting]) -> None:
+        self.module, self.at, self.fired = module, at, frame.fired
+        self.groups = groups
+        self.values: dict[bool, dict[str, Tensor]] = {}
+
+    def value(self, name: str) -> Tensor:
+        """
+        Raises:
+            UsageError: what the adapters compute is not a change of the module's weight.
+        """
+        reason = self.fault()
+        if reason:
+            raise UsageError(
+                f"the model reads the {name} of a {type(self.module).__name__} under adapters instead of calling the module, "
+                f"and {reason}; leave it out of target_modules and modules_to_save"
+            )
+        if self.fired is not None:
+            self.fired.add(self.at)
+        records = torch.is_grad_enabled()
+        if records not in self.values:
+            self.values[records] = changed_parameters(self.module, self.groups[0])
+        return self.values[records][name]
+
+    def fault(self) -> str | None:
+        if len(self.groups) > 1:
+            return "one weight cannot serve rows with different adapters (run such a batch one adapter at a time)"
+        return weight_fault(self.module, self.groups[0])
+
+    @property
+    def trains(self) -> bool:
+        return any(p.requires_grad for group in self.groups for adapter in group for p in adapter.owner.parameters())
+
+
+def weight_fault(module: nn.Module, adapters: Acting) -> str | None:
+    """Why what these adapters compute is no change of the module's own weight; None where it is one."""
+    kind = view_type(module)
+    for adapter in adapters:
+        if isinstance(adapter, SublayerAdapter) and kind is not None:
+            return f"{type(adapter).__name__} changes what the module computes rather than its weight"
+        if isinstance(adapter, LinearAdapter):
+            reason = adapter.merge_fault(view_of(module)) if adapter.mergeable else "it changes no weight"
+            if reason is None and view_if_quantised(module) is not None:
+                reason = "the weight is stored in a form that holds no adapter"
+            if reason:
+                return f"{type(adapter).__name__} cannot act there: {reason}"
+    return None
+
+
+def changed_parameters(module: nn.Module, adapters: Acting) -> dict[str, Tensor]:
+    """`{parameter: value}` that merging these adapters would put into the module, as a part of the graph.
+
+    Computed in at least fp32 and rounded once to the stored type, as merging does.
+    """
+    values: dict[str, Any] = dict(module_view(module, {})._parameters)
+    for adapter in adapters:
+        if isinstance(adapter, ParameterAdapter):
+            values |= adapter.replaced(module_view(module, values))
+    linear = [adapter for adapter in adapters if isinstance(adapter, LinearAdapter)]
+    if linear:
+        values |= _merged(view_of(module_view(module, values)), linear)
+    for adapter in adapters:
+        if isinstance(adapter, ModuleCopy):
+            values |= adapter.replaced(module)
+    return values
+
+
+def _merged(view: Any, adapters: list[LinearAdapter]) -> dict[str, Tensor]:
+    stored = view.weight()
+    with _without_autocast(stored.device.type):
+        wide = fp32_or_wider(view.dtype)
+        weight, bias = view.weight_as(wide), view.bias
+        bias = None if bias is None else bias.to(wide)
+        for adapter in adapters:
+            weight, bias = adapter.merge(weight, bias, view)
+        merged = [view.stored(weight).to(stored.dtype), None if bias is None else bias.to(stored.dtype)]
+    return {name: value for name, value in zip(view.names, merged) if value is not None}
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """A factor that is multiplied in 16 bits would round the weight it is added to."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class Used(TorchFunctionMode):
+    """Notes which of some parameters are computed with, whoever holds them.
+
+    Args:
+        parameters: `{parameter: name}`.
+    """
+
+    def __init__(self, parameters: dict[Tensor, str]) -> None:
+        super().__init__()
+        self.names = {id(parameter): name for parameter, name in parameters.items()}
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _LOOKS:
+            self.found.update(self.names[id(value)] for value in tree_leaves((args, kwargs)) if id(value) in self.names)
+        return func(*args, **kwargs)
+
+
+class AdaptedWeight(Tensor):
+    """Looks like a parameter of the base, and is what adapters make of it as soon as something computes with it.
+
+    It has no memory of its own, so code that reads memory past torch fails rather than reading the base's.
+    """
+
+    own: Tensor
+    change: Change
+    leaf: str  # the parameter's name on its module
+    recorded: bool  # whether gradients were recorded where it was read
+
+    @staticmethod
+    def __new__(cls, own: Tensor, change: Change, name: str) -> AdaptedWeight:
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        made: AdaptedWeight = make(cls, own.shape, strides=own.stride(), dtype=own.dtype, device=own.device)
+        made.own, made.change, made.leaf = own, change, name
+        made.recorded = torch.is_grad_enabled()
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _LOOKS:
+            return func(*(value.own if isinstance(value, AdaptedWeight) else value for value in args), **(kwargs or {}))
+        if args and isinstance(args[0], AdaptedWeight) and _writes(func):
+            raise UsageError(
+                f"{func.__name__} would write into a weight under adapters, and the base is never changed; "
+                "merge the adapters first, or leave the module out of target_modules and modules_to_save"
+            )
+        return func(*_computed(args), **_computed(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UsageError(
+            f"{func} was reached with a weight under adapters, past torch's own functions; leave the module that holds it out "
+            "of target_modules and modules_to_save"
+        )
+
+    def computed(self) -> Tensor:
+        """
+        Raises:
+            UsageError: gradients were recorded where the weight was read, and are not here.
+        """
+        if self.recorded and self.change.trains and not torch.is_grad_enabled():
+            raise UsageError(
+                f"a fused kernel takes the {self.leaf} of a {type(self.change.module).__name__} under adapters and would give "
+                "its adapters no gradient; leave that module out of target_modules and modules_to_save, or evaluate under "
+                "torch.no_grad()"
+            )
+        return self.change.value(self.leaf)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)  # what packages keep on their parameters
+
+
+def _computed(value: Any) -> Any:
+    """Each adapted weight in nested arguments, computed."""
+    if isinstance(value, AdaptedWeight):
+        return value.computed()
+    if type(value) in (tuple, list):
+        return type(value)(map(_computed, value))
+    if type(value) is dict:
+        return {name: _computed(each) for name, each in value.items()}
+    return value
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function of torch changes its first argument."""
+    name = getattr(func, "__name__", "")
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or name in ("__set__", "__setitem__") or (name.startswith("__i") and name in _INPLACE)
+
+
+_INPLACE = {f"__i{name}__" for name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()}
+_PROPERTIES = "shape dtype device layout ndim is_cuda is_meta is_cpu is_sparse is_quantized itemsize nbytes is_nested is_mps is_xpu".split()
+_METHODS = "size dim numel nelement element_size is_floating_point is_complex stride is_contiguous __len__ __hash__ ndimension".split()
+_LOOKS = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    *(getattr(Tensor, name) for name in _METHODS),
+    torch.numel,
+    torch.is_floating_point,
+    torch.is_complex,
+}
