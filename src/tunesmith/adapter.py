@@ -6,6 +6,7 @@ what it computes (`forward`), what it does to the weights (`merge`) and which te
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -67,6 +68,17 @@ class Adapter(nn.Module):
     def follow(self, owner: Adapter) -> None:
         """Use the tensors of `owner`, an adapter on another module that holds the same weight."""
         self.__dict__["followed"] = owner  # it stays a node of its own in the tree
+
+    def parts(self) -> Iterator[tuple[str, Adapter]]:
+        """`(path, adapter)` of what this adapter changes of modules inside its own, for whoever reaches them past its own."""
+        return iter(())
+
+    def _part(self, modules: dict[str, nn.Module]) -> Adapter:
+        """This adapter with these of its modules alone; they stay where they are in the tree."""
+        part = copy.copy(self)
+        part.__dict__["_modules"] = modules
+        part.follow(self)
+        return part
 
     def private_values(self) -> list[str]:
         """What of its module this adapter has a value of its own for; no other adapter can act on that beside it."""
@@ -234,15 +246,8 @@ class ModuleCopy(Adapter):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def parts(self) -> Iterator[tuple[str, ModuleCopy]]:
-        """`(path, copy)` of every module inside the copied one, for whoever reaches it past the module around it."""
-        for path, inner in self.module.named_modules():
-            if path:
-                part = ModuleCopy.__new__(ModuleCopy)
-                nn.Module.__init__(part)
-                part.__dict__["module"] = inner  # it stays where it is in the tree
-                part.follow(self)
-                yield path, part
+    def parts(self) -> Iterator[tuple[str, Adapter]]:
+        return ((path, self._part({"module": inner})) for path, inner in self.module.named_modules() if path)
 
     def in_file(self, beside: bool) -> dict[str, Tensor]:
         return self.module.state_dict(keep_vars=True)

@@ -18,9 +18,9 @@ from ..bases.view import view_of, view_type
 from ..config import PeftConfig, PromptConfig, Settings, TargetedConfig, TaskType
 from ..errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
 from ..paths import ends_with, is_inside, is_named, matches
-from ..registry import adapter_type
+from ..registry import adapter_type, part_type
 from ..runtime import site
-from .plan_parameters import ParameterPlan, plan_parameters
+from .plan_parameters import ParameterPlan, plan_parameters, take_attentions
 from .plan_tokens import TokenPlan, plan_tokens
 
 Modules = dict[str, nn.Module]  # by path
@@ -92,9 +92,11 @@ def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, pl
             for name in twice
         ]
     plan.adapted = {path: config.settings(path) for path in config.chosen(free)}
-    plan.parameters = plan_parameters(modules, config, faults)
+    attentions = take_attentions(modules, config, plan.adapted)
+    faults += _unfit_attentions(modules, config, attentions)
+    plan.parameters = plan_parameters(modules, config, faults) | attentions
     parameters = [f"{path}.{name}" for path, names in plan.parameters.items() for name in names]
-    faults += _unmatched_pattern_keys(config, [*plan.adapted, *parameters])
+    faults += _unmatched_pattern_keys(config, [*plan.adapted, *attentions, *parameters])
     faults += _unfit(modules, config, plan)
     plan.biases = _biases(modules, config, plan)
 
@@ -295,8 +297,15 @@ def _unfit(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str
         others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
         yield (
             f"{paths[0]}{others} is a {name}, which cannot carry {adapter.__name__}; "
-            "name Linear, Conv1D, Embedding or Conv2d modules"
+            "name Linear, Conv1D, Embedding or convolution modules"
         )
+
+
+def _unfit_attentions(modules: Modules, config: TargetedConfig, attentions: ParameterPlan) -> Iterator[str]:
+    for path, settings in attentions.items():
+        reason = part_type("_parameters_changed").fault(modules[path], config, settings)
+        if reason:
+            yield f"{path}: {reason}"
 
 
 def _biases(modules: Modules, config: TargetedConfig, plan: Plan) -> list[str]:

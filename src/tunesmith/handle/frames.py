@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, ModuleCopy, PromptAdapter
+from ..adapter import Adapter, PromptAdapter
 from ..attach.conflicts import conflict
 from ..config import PromptConfig
 from ..errors import UsageError
@@ -122,7 +122,7 @@ class Frames(HandleState):
         for name in names:
             for path, adapter in self.tree(name).items():
                 self._add(found, path, adapter)
-                for inner, part in adapter.parts() if isinstance(adapter, ModuleCopy) else ():
+                for inner, part in adapter.parts():
                     if site.fault(self.base_model.get_submodule(f"{path}.{inner}")) is None:
                         self._add(found, f"{path}.{inner}", part)
             prompt = self.tree(name).prompt

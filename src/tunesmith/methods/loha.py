@@ -37,7 +37,7 @@ class LoHaConfig(LycorisConfig):
 
 @register(LoHaConfig)
 class LoHa(LycorisAdapter):
-    """One module's factors: a `(out, r)` and b `(r, in)`; with kernel cores t `(r, r, kh, kw)`: a `(r, out)`, b `(r, in)`."""
+    """One module's factors: a `(out, r)` and b `(r, in)`; with kernel cores t `(r, r, *kernel)`: a `(r, out)`, b `(r, in)`."""
 
     def __init__(self, base: BaseView, config: LoHaConfig, settings: RankSettings) -> None:
         super().__init__(base, config, settings)
