@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -29,7 +28,9 @@ class BaseMethods(Calls):
             raise UsageError(f"generate continues one text per row; pad the texts into rows and leave {BOUNDARIES} out")
         names = kwargs.pop("adapter_names", None)
         frame = self.effective_frame if names is None else self._mixed_frame(names, args, kwargs)
-        return self._first_checked("generate", frame, lambda frame: self._generate(frame, args, kwargs))
+        if self.is_due(frame, "generate"):
+            return preflight.checked(self, frame, "generate", lambda noted: self._generate(noted, args, kwargs))
+        return self._generate(frame, args, kwargs)
 
     def _generate(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.entered(frame):
@@ -38,17 +39,10 @@ class BaseMethods(Calls):
                 args, kwargs = call_inputs.for_generate(self.base_model, self.input_spec, frame, args, kwargs, task_ids)
             return self.base_model.generate(*args, **kwargs)
 
-    def _first_checked(self, method: str, frame: Frame, run: Callable[[Frame], Any]) -> Any:
-        return preflight.checked(self, frame, method, run) if self.is_due(frame, method) else run(frame)
-
     def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the base, with the adapters in effect, as they are in a module that it returns."""
-
-        def run(frame: Frame) -> Any:
-            with self.entered(frame):
-                return getattr(self.base_model, name)(*args, **kwargs)
-
-        result = self._first_checked(name, self.effective_frame, run)
+        with self.entered():
+            result = getattr(self.base_model, name)(*args, **kwargs)
         if isinstance(result, nn.Module) and name in ("get_encoder", "get_decoder"):
             return Proxy(self, result)
         return result

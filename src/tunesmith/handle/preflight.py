@@ -1,7 +1,7 @@
 """The check of the first step: every attached adapter can take effect.
 
-An adapter that is never reached silently does nothing. So the first call of a handle with these adapters active, for each
-method and once in training and once in eval mode, records what was reached. A module that did not run is no mistake by
+An adapter that is never reached silently does nothing. So the first call of a handle with these adapters active, by
+`forward` and by `generate`, in training and in eval mode, records what was reached. A module that did not run is no mistake by
 itself: towers without input, layers that are dropped, experts without tokens. Refused is what can never act: a forward
 replaced after attaching, a weight that is computed with although neither its module was called nor the weight read from it
 (a kernel that keeps it elsewhere), and training in which nothing was reached.

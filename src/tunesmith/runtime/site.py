@@ -16,8 +16,8 @@ from torch import nn
 
 from ..bases.view import class_forward, computing_view
 from ..errors import TargetError
-from .fold import fold
 from . import reads
+from .fold import fold
 from .frame import Frame, current_frame, run_within
 from .mixed_batch import run_by_rows
 
