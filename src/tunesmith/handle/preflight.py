@@ -22,8 +22,8 @@ from ..adapter import Adapter
 from ..errors import UsageError, bullet_list
 from ..runtime import site
 from ..runtime.frame import Frame, Place
+from ..runtime.lazy_weight import Used
 from ..runtime.prefix import PrefixedStack
-from ..runtime.reads import Used
 from .frames import Frames
 
 logger = logging.getLogger(__name__)

@@ -60,8 +60,8 @@ class LoraParameters(ParameterAdapter):
     @classmethod
     def fault(cls, base: nn.Module, config: LoraConfig, settings: Any) -> str | None:
         """Of `nn.MultiheadAttention` as a target."""
-        used = {"use_dora": config.use_dora, "lora_bias": config.lora_bias}
-        used["lora_dropout"] = config.lora_dropout and not config.inference_mode
+        drops = config.lora_dropout > 0 and not config.inference_mode
+        used = {"use_dora": config.use_dora, "lora_bias": config.lora_bias, "lora_dropout": drops}
         wrong = [name for name, value in used.items() if value]
         if wrong:
             return f"LoRA changes the weights of a MultiheadAttention, so {' and '.join(wrong)} cannot act there; leave it out"
@@ -94,7 +94,7 @@ class LoraParameters(ParameterAdapter):
             path, _, leaf = name.rpartition(".")
             if path:
                 part = self._part({leaf: change})
-                part.names = [leaf]
+                part.__dict__["names"] = [leaf]
                 yield path, part
 
     def in_file(self, beside: bool) -> dict[str, Tensor]:

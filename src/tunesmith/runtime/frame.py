@@ -206,13 +206,10 @@ def kept_reads() -> dict[Any, Any]:
     return _local.kept
 
 
-def run_within(site: Place, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The call, in which `site` is the running one."""
-    outer, _local.running = _local.running, site
-    try:
-        return call(*args, **kwargs)
-    finally:
-        _local.running = outer
+def set_running(site: Place | None) -> Place | None:
+    """Makes `site` this thread's running one; returns the one before."""
+    before, _local.running = _local.running, site
+    return before
 
 
 class entered:

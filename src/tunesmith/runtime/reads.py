@@ -7,26 +7,25 @@ frame, and while the site itself runs, it answers like any other; else with what
 So a read gives the merged model's result, whatever computes with it. As after merging, another module that holds the same
 tensor (a tied head) keeps its own value; and what a model keeps elsewhere than on the module is the base's.
 
-Models also look at weights for their type or device alone (T5 does, at every layer), so eager calls get an `AdaptedWeight`,
-which merges when something computes with it.
+Eager calls get a `LazyWeight`, because models also look at weights for their type alone; compiled ones drop what they do not use.
 """
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, SublayerAdapter
+from ..adapter import LinearAdapter, ModuleCopy, ParameterAdapter, SublayerAdapter
 from ..bases.quantised import view_if_quantised
 from ..bases.view import module_view, view_of, view_type
 from ..errors import UsageError
 from ..kernels.fp32 import fp32_or_wider
 from .frame import Frame, Place, current_frame, kept_reads, running_site
+from .lazy_weight import LazyWeight
 
 Acting = tuple[Any, ...]  # the adapters at one site
 
@@ -47,7 +46,7 @@ class Parameters(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Whoever swaps parameters and puts back what they read (`torch.func.functional_call`) puts the base's back."""
-        super().__setitem__(name, value.own if isinstance(value, AdaptedWeight) else value)
+        super().__setitem__(name, value.own if isinstance(value, LazyWeight) else value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles of a base alone hold a plain dictionary."""
@@ -78,7 +77,7 @@ def _read(at: Place, frame: Frame, name: str, own: Tensor) -> Any:
     kept = kept_reads()
     if (at, frame) not in kept:
         kept[at, frame] = Change(module, at, frame, groups)
-    return AdaptedWeight(own, kept[at, frame], name)
+    return LazyWeight(own, functools.partial(kept[at, frame].value, name, torch.is_grad_enabled()))
 
 
 def _changes(module: nn.Module, adapters: Acting, name: str) -> bool:
@@ -110,12 +109,19 @@ class Change:
         self.groups = groups
         self.values: dict[bool, dict[str, Tensor]] = {}
 
-    def value(self, name: str) -> Tensor:
-        """
+    def value(self, name: str, recorded: bool = False) -> Tensor:
+        """A parameter as the adapters make it.
+
+        Args:
+            recorded: whether gradients were recorded where it was read.
+
         Raises:
-            UsageError: what the adapters compute is not a change of the module's weight.
+            UsageError: what the adapters compute is not a change of the module's weight, or its gradient would be lost.
         """
+        records = torch.is_grad_enabled()
         reason = self.fault()
+        if reason is None and recorded and not records and self.trains:
+            reason = "a fused kernel takes it, which would give its adapters no gradient (to evaluate, use torch.no_grad())"
         if reason:
             raise UsageError(
                 f"the model reads the {name} of a {type(self.module).__name__} under adapters instead of calling the module, "
@@ -123,7 +129,6 @@ class Change:
             )
         if self.fired is not None:
             self.fired.add(self.at)
-        records = torch.is_grad_enabled()
         if records not in self.values:
             self.values[records] = changed_parameters(self.module, self.groups[0])
         return self.values[records][name]
@@ -186,106 +191,3 @@ def _merged(view: Any, adapters: list[LinearAdapter]) -> dict[str, Tensor]:
 def _without_autocast(device: str) -> AbstractContextManager[object]:
     """A factor that is multiplied in 16 bits would round the weight it is added to."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-class Used(TorchFunctionMode):
-    """Notes which of some parameters are computed with, whoever holds them.
-
-    Args:
-        parameters: `{parameter: name}`.
-    """
-
-    def __init__(self, parameters: dict[Tensor, str]) -> None:
-        super().__init__()
-        self.names = {id(parameter): name for parameter, name in parameters.items()}
-        self.found: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _LOOKS:
-            self.found.update(self.names[id(value)] for value in tree_leaves((args, kwargs)) if id(value) in self.names)
-        return func(*args, **kwargs)
-
-
-class AdaptedWeight(Tensor):
-    """Looks like a parameter of the base, and is what adapters make of it as soon as something computes with it.
-
-    It has no memory of its own, so code that reads memory past torch fails rather than reading the base's.
-    """
-
-    own: Tensor
-    change: Change
-    leaf: str  # the parameter's name on its module
-    recorded: bool  # whether gradients were recorded where it was read
-
-    @staticmethod
-    def __new__(cls, own: Tensor, change: Change, name: str) -> AdaptedWeight:
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        made: AdaptedWeight = make(cls, own.shape, strides=own.stride(), dtype=own.dtype, device=own.device)
-        made.own, made.change, made.leaf = own, change, name
-        made.recorded = torch.is_grad_enabled()
-        return made
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func in _LOOKS:
-            return func(*(value.own if isinstance(value, AdaptedWeight) else value for value in args), **(kwargs or {}))
-        if args and isinstance(args[0], AdaptedWeight) and _writes(func):
-            raise UsageError(
-                f"{func.__name__} would write into a weight under adapters, and the base is never changed; "
-                "merge the adapters first, or leave the module out of target_modules and modules_to_save"
-            )
-        return func(*_computed(args), **_computed(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise UsageError(
-            f"{func} was reached with a weight under adapters, past torch's own functions; leave the module that holds it out "
-            "of target_modules and modules_to_save"
-        )
-
-    def computed(self) -> Tensor:
-        """
-        Raises:
-            UsageError: gradients were recorded where the weight was read, and are not here.
-        """
-        if self.recorded and self.change.trains and not torch.is_grad_enabled():
-            raise UsageError(
-                f"a fused kernel takes the {self.leaf} of a {type(self.change.module).__name__} under adapters and would give "
-                "its adapters no gradient; leave that module out of target_modules and modules_to_save, or evaluate under "
-                "torch.no_grad()"
-            )
-        return self.change.value(self.leaf)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.own, name)  # what packages keep on their parameters
-
-
-def _computed(value: Any) -> Any:
-    """Each adapted weight in nested arguments, computed."""
-    if isinstance(value, AdaptedWeight):
-        return value.computed()
-    if type(value) in (tuple, list):
-        return type(value)(map(_computed, value))
-    if type(value) is dict:
-        return {name: _computed(each) for name, each in value.items()}
-    return value
-
-
-def _writes(func: Any) -> bool:
-    """Whether a function of torch changes its first argument."""
-    name = getattr(func, "__name__", "")
-    inplace = name.endswith("_") and not name.endswith("__")
-    return inplace or name in ("__set__", "__setitem__") or (name.startswith("__i") and name in _INPLACE)
-
-
-_INPLACE = {f"__i{name}__" for name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()}
-_PROPERTIES = "shape dtype device layout ndim is_cuda is_meta is_cpu is_sparse is_quantized itemsize nbytes is_nested is_mps is_xpu".split()
-_METHODS = "size dim numel nelement element_size is_floating_point is_complex stride is_contiguous __len__ __hash__ ndimension".split()
-_LOOKS = {
-    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
-    *(getattr(Tensor, name) for name in _METHODS),
-    torch.numel,
-    torch.is_floating_point,
-    torch.is_complex,
-}

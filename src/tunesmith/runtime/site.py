@@ -18,7 +18,7 @@ from ..bases.view import class_forward, computing_view
 from ..errors import TargetError
 from . import reads
 from .fold import fold
-from .frame import Frame, current_frame, run_within
+from .frame import Frame, current_frame, set_running
 from .mixed_batch import run_by_rows
 
 
@@ -36,14 +36,18 @@ class Site:
         frame = current_frame()
         if frame is None:
             return self._plain(module, args, kwargs)
-        if frame.mixture is not None:
-            return self._mixed(module, frame, args, kwargs)
-        adapters = frame.adapters.get(self)
-        if not adapters:
-            return self._plain(module, args, kwargs)
-        if frame.fired is not None:
-            frame.fired.add(self)
-        return run_within(self, fold(module, adapters), args, kwargs)
+        outer = set_running(self)
+        try:
+            if frame.mixture is not None:
+                return self._mixed(module, frame, args, kwargs)
+            adapters = frame.adapters.get(self)
+            if not adapters:
+                return self._plain(module, args, kwargs)
+            if frame.fired is not None:
+                frame.fired.add(self)
+            return fold(module, adapters)(*args, **kwargs)
+        finally:
+            set_running(outer)
 
     def _mixed(self, module: Any, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mixture: Any = frame.mixture
@@ -52,7 +56,7 @@ class Site:
             return self._plain(module, args, kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
-        return run_within(self, run_by_rows, (module, mixture, adapters, args, kwargs), {})
+        return run_by_rows(module, mixture, adapters, args, kwargs)
 
     def _plain(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.view is None:
@@ -60,10 +64,7 @@ class Site:
         return self.view(module)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or pickle of the module alone holds its plain forward (and needs no Tunesmith to be read).
-
-        It is rebuilt before the module's `__dict__` is, so the attribute found is the class's.
-        """
+        """Copies and pickles of a base alone hold the class's forward: it is what is found before their `__dict__` is filled."""
         return getattr, (self.module(), "forward")
 
 
