@@ -43,7 +43,7 @@ class Calls(Frames):
         return schedules.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
 
     def is_due(self, frame: Frame, method: str = "forward") -> bool:
-        """Whether this is the method's first call with these adapters in this mode, which `preflight` checks; never compiled."""
+        """Whether this is the method's first call with these adapters in this mode, to be checked (`preflight`)."""
         if torch.compiler.is_compiling():
             return False
         return bool(frame.names) and (frame.names, self._trains, method) not in self._checked

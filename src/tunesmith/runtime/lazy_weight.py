@@ -34,6 +34,9 @@ class LazyWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in LOOKS:
             return func(*(value.own if isinstance(value, LazyWeight) else value for value in args), **(kwargs or {}))
+        if func in _DETACHES:
+            weight = args[0]
+            return LazyWeight(weight.own, lambda: weight.compute().detach())
         if args and isinstance(args[0], LazyWeight) and _writes(func):
             raise UsageError(
                 f"{func.__name__} would write into a weight under adapters, and the base is never changed; "
@@ -94,6 +97,7 @@ _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu"
                "is_nested", "is_mps", "is_xpu", "itemsize", "nbytes")  # fmt: skip
 _METHODS = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point",
             "is_complex", "__len__", "__hash__")  # fmt: skip
+_DETACHES = {Tensor.data.__get__, Tensor.detach, torch.detach}  # what is written into these is written into the weight
 LOOKS = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     *(getattr(Tensor, name) for name in _METHODS),

@@ -7,7 +7,7 @@ frame, and while the site itself runs, it answers like any other; else with what
 So a read gives the merged model's result, whatever computes with it. As after merging, another module that holds the same
 tensor (a tied head) keeps its own value; and what a model keeps elsewhere than on the module is the base's.
 
-Eager calls get a `LazyWeight`, because models also look at weights for their type alone; compiled ones drop what they do not use.
+Eager calls get a `LazyWeight`, because models also look at weights for their type alone; compiled ones drop what is unused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..bases.quantised import view_if_quantised
 from ..bases.view import module_view, view_of, view_type
 from ..errors import UsageError
 from ..kernels.fp32 import fp32_or_wider
-from .frame import Frame, Place, current_frame, kept_reads, running_site
+from .frame import Frame, Place, current_frame, kept_reads, running_site, set_running
 from .lazy_weight import LazyWeight
 
 Acting = tuple[Any, ...]  # the adapters at one site
@@ -130,7 +130,11 @@ class Change:
         if self.fired is not None:
             self.fired.add(self.at)
         if records not in self.values:
-            self.values[records] = changed_parameters(self.module, self.groups[0])
+            outer = set_running(self.at)
+            try:
+                self.values[records] = changed_parameters(self.module, self.groups[0])
+            finally:
+                set_running(outer)
         return self.values[records][name]
 
     def fault(self) -> str | None:

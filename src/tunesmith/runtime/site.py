@@ -64,7 +64,7 @@ class Site:
         return self.view(module)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles of a base alone hold the class's forward: it is what is found before their `__dict__` is filled."""
+        """Copies and pickles of a base alone hold the class's forward, which is found before their `__dict__` is filled."""
         return getattr, (self.module(), "forward")
 
 
