@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tunesmith as ts
-from tests import tiny
-from tests.handles import assert_same_state, lora, out, state
+from tests.handles import assert_same_state, lora, state
 from tunesmith import LoraConfig, UsageError, get_peft_model
+from tunesmith.runtime.recompute import CarriesFrame
 
 WORDS, DIM = 12, 8
 IDS = torch.tensor([[1, 5, 7, 2], [0, 5, 11, 3]])
@@ -142,11 +144,11 @@ def test_gradients_are_those_of_the_changed_weight():
 def test_two_adapters_and_switching_act_in_a_read():
     handle = scrambled(lora(make(), target_modules=["h"]))
     handle.add_adapter("second", LoraConfig(target_modules=["h", "wte"], init_lora_weights=False))
-    first = out(handle, {"ids": IDS})
+    first = handle(IDS)
     handle.set_adapter("second")
-    second = out(handle, {"ids": IDS})
+    second = handle(IDS)
     handle.set_adapter(["default", "second"])
-    both = out(handle, {"ids": IDS})
+    both = handle(IDS)
     assert len({value.sum().item() for value in (first, second, both)}) == 3
     torch.testing.assert_close(handle.merge_and_unload(copy=True)(IDS), both, atol=1e-5, rtol=1e-5)
     with handle.disable_adapter():
@@ -157,10 +159,9 @@ def test_a_tied_module_that_is_called_keeps_the_bases_weight_as_after_merging():
     base = make()
     base.head = nn.Linear(DIM, WORDS, bias=False)
     base.head.weight = base.wte.weight
-    base.forward = None
-    del base.__dict__["forward"]
+    base.forward = lambda ids: base.head(base.wte(ids))
     handle = scrambled(lora(base, target_modules=["wte"]))
-    assert torch.equal(handle.base_model.head(X), F.linear(X, base.wte.weight))
+    torch.testing.assert_close(handle.merge_and_unload(copy=True).wte(IDS) @ base.wte.weight.T, handle(IDS))
 
 
 def test_what_is_inside_a_saved_block_acts_past_the_block():
@@ -178,17 +179,15 @@ def test_recomputed_reads_have_the_same_gradients(reentrant):
         return torch.tanh(F.linear(x, module.h.weight, module.h.bias))
 
     def recomputed(module, x):
-        return checkpoint(lambda x: read(module, x), x, use_reentrant=reentrant)
+        return CarriesFrame(functools.partial(checkpoint, use_reentrant=reentrant))(lambda x: read(module, x), x)
 
     gradients = []
     for do in (read, recomputed):
         torch.manual_seed(0)
         handle = scrambled(lora(Own(do), target_modules=["h", "other"])).train()
-        if do is recomputed and reentrant:  # frames in reentrant recomputation are recompute.py's matter
-            continue
         handle(X).square().sum().backward()
         gradients.append([p.grad for p in handle.parameters() if p.requires_grad])
-    assert len(gradients) == 1 or all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_compiled_handle_reads_the_same_in_one_graph():
@@ -279,14 +278,17 @@ def test_copies_and_pickles_of_a_base_are_plain():
     base = make()
     scrambled(lora(base, target_modules=["h", "wte"]))
     for other in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
-        assert type(other.h._parameters) is dict and "forward" not in vars(other.h)
+        assert type(other.h._parameters) is dict
         assert torch.equal(other(IDS), base(IDS))
 
 
 def test_generation_that_reads_weights_is_the_merged_models():
-    base = tiny.make("mamba")
+    """Mamba multiplies with `dt_proj.weight` by itself."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    base = transformers.MambaForCausalLM(config).eval()
     handle = lora(base, target_modules=["dt_proj", "x_proj", "out_proj"]).eval()
-    ids = tiny.inputs_for("mamba")["input_ids"]
+    ids = torch.randint(3, 50, (2, 5))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     merged = handle.merge_and_unload(copy=True)
     assert torch.equal(handle.generate(ids, **options), merged.generate(ids, **options))

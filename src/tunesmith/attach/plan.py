@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import LinearAdapter, ParameterAdapter
+from ..adapter import LinearAdapter, ParameterAdapter, SublayerAdapter
 from ..bases import architecture
 from ..bases.dense import LinearView
 from ..bases.view import view_of, view_type
@@ -66,7 +66,7 @@ def match(model: nn.Module, config: PeftConfig) -> tuple[Plan, PeftConfig]:
         _plan_targets(model, modules, config, plan, faults)
     plan.tokens = plan_tokens(model, modules, getattr(config, "trainable_token_indices", None), faults)
     faults += _claimed_twice(plan)
-    faults += _unreachable(modules, plan)
+    faults += _unreachable(modules, config, plan)
     faults += _not_copyable(modules, config, plan)
     if faults:
         raise TargetError(f"the adapter does not fit {type(model).__name__}:\n" + bullet_list(faults))
@@ -111,10 +111,11 @@ def _claimed_twice(plan: Plan) -> Iterator[str]:
             yield f"{path}: its parameters are adapted (target_parameters), so it cannot be a target or saved whole"
 
 
-def _unreachable(modules: Modules, plan: Plan) -> Iterator[str]:
+def _unreachable(modules: Modules, config: PeftConfig, plan: Plan) -> Iterator[str]:
     """Modules whose call an adapter cannot see."""
+    beside = isinstance(config, TargetedConfig) and issubclass(adapter_type(config), SublayerAdapter)
     for path in sorted(plan.paths()):
-        reason = site.fault(modules[path]) or _fused_fault(modules, path)
+        reason = site.fault(modules[path]) or (_fused_fault(modules, path) if beside and path in plan.adapted else None)
         if reason:
             yield f"{path}: {reason}"
 
@@ -178,7 +179,7 @@ def _parallel_faults(model: nn.Module) -> Iterator[str]:
 
 
 def _fused_fault(modules: Modules, path: str) -> str | None:
-    """torch's encoder layer, in eval mode without gradients, reads its children's weights past their forwards."""
+    """torch's encoder layer, in eval mode without gradients, reads its children's weights, which tell of no such adapter."""
     parents = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""]
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(modules[p], nn.TransformerEncoderLayer) for p in parents):
         return "its fast inference path would bypass the adapter; call torch.backends.mha.set_fastpath_enabled(False) first"
