@@ -23,6 +23,11 @@ from ..registry import register_part
 from .lora_config import LoraConfig, LoraSettings
 
 
+# The ecosystem's library (peft 0.21) adds the change of an attention's output projection twice, in calls and merges, so this is
+# what its files mean.
+OF_ATTENTION = 2
+
+
 class LoraOnParameter(nn.Module):
     """A `(experts * r, in)` and B `(out, r * experts)` of one parameter; a matrix counts as one expert."""
 
@@ -30,7 +35,7 @@ class LoraOnParameter(nn.Module):
         super().__init__()
         weight = attrgetter(name)(module)
         self.r = settings.r
-        self.scale = settings.scale
+        self.scale = settings.scale * (OF_ATTENTION if "." in name else 1)
         self.init = config.init_lora_weights
         self.experts = len(weight) if weight.dim() == 3 else 1
         self.inputs_first = weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
@@ -54,7 +59,8 @@ class LoraOnParameter(nn.Module):
 class LoraParameters(ParameterAdapter):
     """LoRA on some parameters of one module, by name, in the order in which the module holds them.
 
-    `nn.MultiheadAttention` reads its output projection's weight, so there that is one of them: `out_proj.weight`.
+    `nn.MultiheadAttention` reads its output projection's weight, so there that is one of them, with twice the scale:
+    `W' = W + 2 s B A` for `out_proj.weight`.
     """
 
     @classmethod
