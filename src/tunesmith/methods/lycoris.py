@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +95,11 @@ class LycorisAdapter(LinearAdapter):
         if self.rescales:
             kept = kept / kept.mean().clamp(min=1 / out)
         return kept * (torch.rand(1, device=y.device) >= self.module_dropout)
+
+
+def core_shape(r: int, kernel: Sequence[int]) -> tuple[int, ...]:
+    """Of a kernel's core, `(r, r, *kernel)`; the ecosystem's files give the only dimension of a Conv1d a second one of 1."""
+    return r, r, *kernel, *(1 for _ in range(2 - len(kernel)))
 
 
 def through_kernel(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
