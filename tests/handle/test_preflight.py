@@ -218,7 +218,7 @@ def test_switching_to_an_adapter_that_is_passed_by_raises():
 
 
 def test_the_fused_inference_path_of_torchs_encoder_layer_cannot_pass_adapters_by():
-    """In eval mode without gradients `nn.TransformerEncoderLayer` reads `linear1.weight`, which tells of no bottleneck there."""
+    """In eval mode without gradients `nn.TransformerEncoderLayer` reads `linear1.weight`, which tells of no bottleneck."""
     base, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
     with pytest.raises(TargetError, match="linear1: its fast inference path"):
         get_peft_model(base, BottleneckConfig(target_modules=["linear1"]))

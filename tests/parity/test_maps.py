@@ -266,7 +266,6 @@ class Convolutions(nn.Module):
         ("loha", 1, {"target_modules": ["plain", "strided"], "use_effective_conv2d": True}),
         ("lokr", 1, {"target_modules": ["plain", "strided"]}),
         ("lokr", 1, {"target_modules": ["plain", "strided"], "r": 1}),
-        ("lokr", 1, {"target_modules": ["plain", "strided"], "r": 1, "use_effective_conv2d": True}),
     ],
     ids=str,
 )

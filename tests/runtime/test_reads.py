@@ -217,7 +217,7 @@ def test_rows_with_different_adapters_are_refused_where_one_weight_serves_them_a
     handle = scrambled(lora(Own(lambda m, x: F.linear(x, m.h.weight)), target_modules=["h"]))
     handle.add_adapter("second", LoraConfig(target_modules=["other"], init_lora_weights=False))
     names = ["default", "second", "__base__"]
-    with pytest.raises(UsageError, match="weight of a Linear .* rows with different adapters"):
+    with pytest.raises(UsageError, match=r"weight of a Linear .* rows with different adapters"):
         handle(X, adapter_names=names)
     assert torch.equal(handle(X, adapter_names=["default"] * 3), handle(X))
 
@@ -225,7 +225,7 @@ def test_rows_with_different_adapters_are_refused_where_one_weight_serves_them_a
 def test_a_change_that_is_none_of_the_weight_is_refused():
     handle = lora(Own(lambda m, x: F.linear(x, m.h.weight)), target_modules=["h"], lora_bias=True)
     handle.base_model.h.bias = None
-    with pytest.raises(UsageError, match="instead of calling the module.*lora_bias"):
+    with pytest.raises(UsageError, match=r"instead of calling the module.*lora_bias"):
         handle(X)
     bottleneck = get_peft_model(Own(lambda m, x: F.linear(x, m.h.weight)), ts.BottleneckConfig(target_modules=["h"]))
     with pytest.raises(UsageError, match="changes what the module computes"):
@@ -303,3 +303,42 @@ def test_torchs_encoder_layer_takes_its_plain_path(targets):
         adapted = handle(x)
         assert (adapted - base(x)).abs().max() > 1e-2
         torch.testing.assert_close(handle.merge_and_unload(copy=True)(x), adapted, atol=1e-5, rtol=1e-5)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that standardises its weight, which no change beside it is a change of."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, self.stride, self.padding)
+
+
+def test_a_parametrized_weight_acts_when_read_and_when_called():
+    for do in (lambda m, x: F.linear(x, m.h.weight, m.h.bias), lambda m, x: m.h(x)):
+        torch.manual_seed(0)
+        base = Own(do)
+        nn.utils.parametrizations.weight_norm(base.h)
+        plain = base(X)
+        handle = scrambled(lora(base, target_modules=["h"]))
+        adapter = handle.tree("default").node("h").own
+        expected = F.linear(base.other(X), base.h.weight + adapter.scale * adapter.lora_B @ adapter.lora_A, base.h.bias)
+        torch.testing.assert_close(handle(X), expected)
+        handle(X).sum().backward()
+        assert adapter.lora_A.grad is not None
+        assert torch.equal(base(X), plain) and torch.equal(copy.deepcopy(base)(X), plain)
+        with pytest.raises(UsageError, match="computed from other parameters"):
+            handle.merge_adapter()
+        handle.unload()
+        assert "forward" not in vars(base.h.parametrizations.weight)
+
+
+def test_a_standardised_convolution_acts_in_calls_and_is_refused_elsewhere():
+    image = torch.randn(1, 3, 6, 6)
+    base = nn.Sequential(Standardised(3, 4, 3))
+    handle = lora(base, target_modules=["0"]).eval()
+    assert (handle(image) - base(image)).abs().max() > 1e-2
+    with pytest.raises(UsageError, match="forward computes something else"):
+        handle.merge_adapter()
+    base.forward = lambda x: F.conv2d(x, base[0].weight)
+    with pytest.raises(UsageError, match="forward computes something else"):
+        handle.train()(image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +17,10 @@ class LinearView(BaseView):
     """`nn.Linear`: weight `(out, in)`, A `(r, in)`, B `(out, r)`."""
 
     plain_types = (nn.Linear, Conv1D)
+    plain_forwards = (nn.Linear.forward, Conv1D.forward)
+
+    def sample(self) -> Tensor:
+        return torch.randn(2, self.shape[1], dtype=self.dtype)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -47,6 +52,10 @@ class EmbeddingView(BaseView):
     """`nn.Embedding`: a lookup in `(tokens, dim)`; A `(r, tokens)`, B `(dim, r)`, the change is `(B A)^T`."""
 
     tokens_in = True
+    plain_forwards = (nn.Embedding.forward,)
+
+    def sample(self) -> Tensor:
+        return torch.arange(min(self.shape[0], 4))
 
     @property
     def output_scale(self) -> Any:
@@ -83,10 +92,16 @@ class ConvView(BaseView):
     change of the grouped weight, so it cannot be merged.
     """
 
+    plain_forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.kernel: tuple[int, ...] = self.module.kernel_size
         self.ones = (1,) * len(self.kernel)
+
+    def sample(self) -> Tensor:
+        reach = [step * (size - 1) + 3 for step, size in zip(self.module.dilation, self.kernel)]
+        return torch.randn(1, self.module.in_channels, *reach, dtype=self.dtype)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.module._conv_forward(x, weight, None)

@@ -23,6 +23,7 @@ class BaseView:
     """
 
     tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
+    plain_forwards: ClassVar[tuple[Any, ...]] = ()  # of classes that compute the product of their weight and the input
     plain_types: ClassVar[tuple[type, ...]] = ()  # subclasses of these may store or compute something else
     names: ClassVar[tuple[str, str]] = ("weight", "bias")  # of the module's parameters
     computes: ClassVar[bool] = False  # under a handle the view's call replaces the class's forward, adapters or not
@@ -118,6 +119,20 @@ class BaseView:
     def per_output(self, values: Tensor) -> Tensor:
         """One value per output, in a shape that broadcasts over the module's output."""
         return values
+
+    def sample(self) -> Tensor:
+        """A small input of the module."""
+        raise NotImplementedError
+
+    def weight_fault(self) -> str | None:
+        """Why a change of the output beside the module is no change of its weight; None where it is one."""
+        if self.computes or type(self.module).forward in self.plain_forwards:
+            return None
+        with torch.no_grad():
+            x = self.sample().to(self.weight().device)
+            expected = self.matmul(x) if self.bias is None else self.matmul(x) + self.per_output(self.bias)
+            same = torch.allclose(self(x), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+        return None if same else "its forward computes something else than the product of its weight and the input"
 
     def compose_fault(self) -> str | None:
         """Why `compose` is not defined for this module; None if it is."""

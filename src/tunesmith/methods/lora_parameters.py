@@ -22,7 +22,6 @@ from ..kernels.fp32 import at_least_fp32
 from ..registry import register_part
 from .lora_config import LoraConfig, LoraSettings
 
-
 # The ecosystem's library (peft 0.21) adds the change of an attention's output projection twice, in calls and merges, so this is
 # what its files mean.
 OF_ATTENTION = 2

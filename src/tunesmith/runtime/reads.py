@@ -13,15 +13,17 @@ Eager calls get a `LazyWeight`, because models also look at weights for their ty
 from __future__ import annotations
 
 import functools
+import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapter import LinearAdapter, ModuleCopy, ParameterAdapter, SublayerAdapter
 from ..bases.quantised import view_if_quantised
-from ..bases.view import module_view, view_of, view_type
+from ..bases.view import class_forward, module_view, view_of, view_type
 from ..errors import UsageError
 from ..kernels.fp32 import fp32_or_wider
 from .frame import Frame, Place, current_frame, kept_reads, running_site, set_running
@@ -53,16 +55,43 @@ class Parameters(dict[str, Any]):
         return dict, (dict(self),)
 
 
+class Computed:
+    """Stands before the forward that computes a parametrized weight (`weight_norm`), and answers as `Parameters` does."""
+
+    def __init__(self, parametrization: nn.Module, name: str, site: Place) -> None:
+        self.parametrization = weakref.ref(parametrization)
+        self.name, self.site = name, site
+
+    def __call__(self) -> Any:
+        own = class_forward(cast(nn.Module, self.parametrization()))()
+        frame = current_frame()
+        if frame is None or running_site() is self.site:
+            return own
+        return _read(self.site, frame, self.name, own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.parametrization(), "forward")
+
+
 def intercept(module: nn.Module, site: Place) -> None:
     """Answer reads of the module's parameters as the site's adapters make them."""
     if type(module._parameters) is dict:  # others (DeepSpeed's) answer reads in ways of their own
         module.__dict__["_parameters"] = Parameters(module._parameters, site)
+    for name, parametrization in _parametrizations(module):
+        parametrization.__dict__["forward"] = Computed(parametrization, name, site)
 
 
 def release(module: nn.Module) -> None:
     """The inverse of `intercept`."""
     if isinstance(module._parameters, Parameters):
         module.__dict__["_parameters"] = dict(module._parameters)
+    for _, parametrization in _parametrizations(module):
+        if isinstance(parametrization.__dict__.get("forward"), Computed):
+            del parametrization.__dict__["forward"]
+
+
+def _parametrizations(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(module.parametrizations.items()) if is_parametrized(module) else []  # type: ignore[union-attr, operator]
 
 
 def _read(at: Place, frame: Frame, name: str, own: Tensor) -> Any:
@@ -118,6 +147,13 @@ class Change:
         Raises:
             UsageError: what the adapters compute is not a change of the module's weight, or its gradient would be lost.
         """
+        outer = set_running(self.at)  # what is read of the module from here on is its own
+        try:
+            return self._values(name, recorded)[name]
+        finally:
+            set_running(outer)
+
+    def _values(self, name: str, recorded: bool) -> dict[str, Tensor]:
         records = torch.is_grad_enabled()
         reason = self.fault()
         if reason is None and recorded and not records and self.trains:
@@ -130,12 +166,8 @@ class Change:
         if self.fired is not None:
             self.fired.add(self.at)
         if records not in self.values:
-            outer = set_running(self.at)
-            try:
-                self.values[records] = changed_parameters(self.module, self.groups[0])
-            finally:
-                set_running(outer)
-        return self.values[records][name]
+            self.values[records] = changed_parameters(self.module, self.groups[0])
+        return self.values[records]
 
     def fault(self) -> str | None:
         if len(self.groups) > 1:
@@ -154,7 +186,8 @@ def weight_fault(module: nn.Module, adapters: Acting) -> str | None:
         if isinstance(adapter, SublayerAdapter) and kind is not None:
             return f"{type(adapter).__name__} changes what the module computes rather than its weight"
         if isinstance(adapter, LinearAdapter):
-            reason = adapter.merge_fault(view_of(module)) if adapter.mergeable else "it changes no weight"
+            view = view_of(module)
+            reason = view.weight_fault() or adapter.merge_fault(view) if adapter.mergeable else "it changes no weight"
             if reason is None and view_if_quantised(module) is not None:
                 reason = "the weight is stored in a form that holds no adapter"
             if reason:
