@@ -120,20 +120,6 @@ class BaseView:
         """One value per output, in a shape that broadcasts over the module's output."""
         return values
 
-    def sample(self) -> Tensor:
-        """A small input of the module."""
-        raise NotImplementedError
-
-    def weight_fault(self) -> str | None:
-        """Why a change of the output beside the module is no change of its weight; None where it is one."""
-        if self.computes or type(self.module).forward in self.plain_forwards:
-            return None
-        with torch.no_grad():
-            x = self.sample().to(self.weight().device)
-            expected = self.matmul(x) if self.bias is None else self.matmul(x) + self.per_output(self.bias)
-            same = torch.allclose(self(x), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
-        return None if same else "its forward computes something else than the product of its weight and the input"
-
     def compose_fault(self) -> str | None:
         """Why `compose` is not defined for this module; None if it is."""
         return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter
 from ..attach.tree import AdapterTree
 from ..bases import architecture
+from ..bases.dense import product_fault
 from ..bases.quantised import QuantisedView, view_if_quantised
 from ..bases.view import BaseView, view_of
 from ..errors import UsageError
@@ -42,7 +43,7 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
         if any(not torch.isfinite(p).all() for p in adapter.parameters()):
             raise UsageError(f"the adapter at {path} has non-finite values and cannot be merged")
         view = view_of(module) if isinstance(adapter, LinearAdapter) else None
-        reason = None if view is None else _own_weight_fault(view) or view.weight_fault() or adapter.merge_fault(view)
+        reason = None if view is None else _own_weight_fault(view) or product_fault(view) or adapter.merge_fault(view)
         if reason:
             raise UsageError(f"{path} cannot be merged: {reason}")
 

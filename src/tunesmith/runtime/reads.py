@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapter import LinearAdapter, ModuleCopy, ParameterAdapter, SublayerAdapter
+from ..bases.dense import product_fault
 from ..bases.quantised import view_if_quantised
 from ..bases.view import class_forward, module_view, view_of, view_type
 from ..errors import UsageError
@@ -187,7 +188,7 @@ def weight_fault(module: nn.Module, adapters: Acting) -> str | None:
             return f"{type(adapter).__name__} changes what the module computes rather than its weight"
         if isinstance(adapter, LinearAdapter):
             view = view_of(module)
-            reason = view.weight_fault() or adapter.merge_fault(view) if adapter.mergeable else "it changes no weight"
+            reason = product_fault(view) or adapter.merge_fault(view) if adapter.mergeable else "it changes no weight"
             if reason is None and view_if_quantised(module) is not None:
                 reason = "the weight is stored in a form that holds no adapter"
             if reason:
