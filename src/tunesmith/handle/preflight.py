@@ -53,14 +53,17 @@ def _observed(
     base: nn.Module, adapters: list[tuple[str, Adapter]], frame: Frame, run: Callable[[Frame], Any], trains: bool
 ) -> Any:
     fired: set[Place] = set()
-    used = Used(_held_once(base, {path for path, _ in adapters}))
+    once, looked_up = _held(base, {path for path, _ in adapters})
+    used = Used(once | looked_up)
     with used:
         result = run(frame.recording(fired))
     parts = [frame] if frame.mixture is None else frame.mixture.frames
     acting = [adapter for part in parts for at in fired for adapter in part.adapters.get(at, ())]
     reached = {adapter.owner for adapter in acting if isinstance(adapter, Adapter)}
     missed = sorted({path for path, adapter in adapters if adapter.owner not in reached})
-    bypassed = [path for path in missed if path in used.found]
+    evident = {(path, is_lookup) for path in once.values() for is_lookup in (True, False)}
+    evident |= {(path, True) for path in looked_up.values()}  # a tied head that is called is no use of the embedding
+    bypassed = [path for path in missed if {(path, True), (path, False)} & evident & used.found]
     if bypassed:
         raise UsageError(
             "the weights of these modules were computed with, but neither were the modules called nor the weights read from "
@@ -82,14 +85,20 @@ def _observed(
     return result
 
 
-def _held_once(base: nn.Module, paths: set[str]) -> dict[Tensor, str]:
-    """`{parameter: path}` of these modules' parameters, without those that another module holds, too."""
+def _held(base: nn.Module, paths: set[str]) -> tuple[dict[Tensor, str], dict[Tensor, str]]:
+    """`{parameter: path}` of these modules' parameters that no other module holds, and of shared embeddings."""
     holders: dict[Tensor, list[str]] = {}
     for path, module in base.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders.setdefault(parameter, []).append(path)
-    return {parameter: held[0] for parameter, held in holders.items() if len(held) == 1 and held[0] in paths}
+    once = {parameter: held[0] for parameter, held in holders.items() if len(held) == 1 and held[0] in paths}
+    shared: dict[Tensor, str] = {}
+    for parameter, held in holders.items():
+        tables = [path for path in held if path in paths and isinstance(base.get_submodule(path), nn.Embedding)]
+        if len(held) > 1 and tables:
+            shared[parameter] = tables[0]
+    return once, shared
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -42,16 +42,15 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
             raise UsageError(f"{path} is offloaded, so its weight cannot be merged; load the base without offloading")
         if any(not torch.isfinite(p).all() for p in adapter.parameters()):
             raise UsageError(f"the adapter at {path} has non-finite values and cannot be merged")
-        view = view_of(module) if isinstance(adapter, LinearAdapter) else None
-        reason = None if view is None else _own_weight_fault(view) or product_fault(view) or adapter.merge_fault(view)
+        reason = _merge_fault(adapter, view_of(module)) if isinstance(adapter, LinearAdapter) else None
         if reason:
             raise UsageError(f"{path} cannot be merged: {reason}")
 
 
-def _own_weight_fault(view: BaseView) -> str | None:
-    if view.names[0] in view.module._parameters:
-        return None
-    return "its weight is computed from other parameters (a parametrization, such as weight_norm); remove that first"
+def _merge_fault(adapter: LinearAdapter, view: BaseView) -> str | None:
+    if view.names[0] not in view.module._parameters:
+        return "its weight is computed from other parameters (a parametrization, such as weight_norm); remove that first"
+    return product_fault(view) or adapter.merge_fault(view)
 
 
 def check_order(base: nn.Module, trees: dict[str, AdapterTree]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -65,12 +66,13 @@ class Used(TorchFunctionMode):
     def __init__(self, parameters: dict[Tensor, str]) -> None:
         super().__init__()
         self.names = {id(parameter): name for parameter, name in parameters.items()}
-        self.found: set[str] = set()
+        self.found: set[tuple[str, bool]] = set()  # names, and whether rows were looked up
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in LOOKS:
-            self.found.update(self.names[id(value)] for value in tree_leaves((args, kwargs)) if id(value) in self.names)
+            names = [self.names[id(value)] for value in tree_leaves((args, kwargs)) if id(value) in self.names]
+            self.found.update((name, func in (F.embedding, torch.embedding)) for name in names)
         return func(*args, **kwargs)
 
 
@@ -97,7 +99,11 @@ _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu"
                "is_nested", "is_mps", "is_xpu", "itemsize", "nbytes")  # fmt: skip
 _METHODS = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point",
             "is_complex", "__len__", "__hash__")  # fmt: skip
-_DETACHES = {Tensor.data.__get__, Tensor.detach, torch.detach}  # what is written into these is written into the weight
+_DETACHES = {
+    vars(torch._C.TensorBase)["data"].__get__,
+    Tensor.detach,
+    torch.detach,
+}  # what is written into these is written into the weight
 LOOKS = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     *(getattr(Tensor, name) for name in _METHODS),
