@@ -67,10 +67,10 @@ LORA_FORWARD: dict[str, tuple[str, ...]] = {
         "Calls._without_task_ids",
         "Calls._run",
     ),
-    "runtime/frame.py": ("current_frame", "entered.__init__", "entered.__enter__", "entered.__exit__"),
+    "runtime/frame.py": ("current_frame", "set_running", "entered.__init__", "entered.__enter__", "entered.__exit__"),
     "runtime/site.py": ("Site.__call__",),
     "runtime/fold.py": ("fold", "_adapted"),
-    "bases/view.py": ("view_type", "BaseView.__init__", "BaseView.weight", "BaseView.operand"),
+    "bases/view.py": ("view_type", "own_parameter", "BaseView.__init__", "BaseView.weight", "BaseView.operand"),
     "methods/lora.py": ("Lora.forward", "Lora._weight_to_fuse"),
     "kernels/lora_linear.py": ("applies", "lora_linear", "_LoraLinear.forward"),
 }

@@ -6,7 +6,8 @@ what it computes (`forward`), what it does to the weights (`merge`) and which te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -79,6 +80,17 @@ class Adapter(nn.Module):
         copied: Adapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         copied.__dict__["original"] = self
         return copied
+
+    def parts(self) -> Iterator[tuple[str, Adapter]]:
+        """`(path, adapter)` of what this adapter changes of modules inside its own, for whoever reaches them past its own."""
+        return iter(())
+
+    def _part(self, modules: dict[str, nn.Module]) -> Adapter:
+        """This adapter with these of its modules alone; they stay where they are in the tree."""
+        part = copy.copy(self)
+        part.__dict__["_modules"] = modules
+        part.follow(self)
+        return part
 
     def private_values(self) -> list[str]:
         """What of its module this adapter has a value of its own for; no other adapter can act on that beside it."""
@@ -287,6 +299,9 @@ class ModuleCopy(Adapter):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    def parts(self) -> Iterator[tuple[str, Adapter]]:
+        return ((path, self._part({"module": inner})) for path, inner in self.module.named_modules() if path)
 
     def in_file(self, beside: bool) -> dict[str, Tensor]:
         return self.module.state_dict(keep_vars=True)

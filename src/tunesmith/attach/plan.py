@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..adapter import LinearAdapter, ParameterAdapter, StoredSettings
+from ..adapter import LinearAdapter, ParameterAdapter, StoredSettings, SublayerAdapter
 from ..bases import architecture
 from ..bases.stored_tensors import FLOAT8
 from ..bases.view import view_of, view_type
 from ..config import PeftConfig, PromptConfig, Settings, TargetedConfig, TaskType
 from ..errors import TargetError, Unmatched, bullet_list, did_you_mean
 from ..paths import ends_with, is_inside, is_named, matches
-from ..registry import adapter_type
+from ..registry import adapter_type, part_type
 from ..runtime import site
 from . import former
 from .plan_names import HEAD_NAMES, linear_paths, nearest_modules, of_layers, short_names, summary
-from .plan_parameters import ParameterPlan, plan_parameters
+from .plan_parameters import ParameterPlan, plan_parameters, take_attentions
 from .plan_ties import plan_ties
 from .plan_tokens import TokenPlan, plan_tokens
 
@@ -88,7 +88,7 @@ def match(
         plan.biases = _biases(modules, config, plan)
     plan.tokens = plan_tokens(model, modules, config, faults)
     faults += _claimed_twice(plan)
-    faults += _unreachable(modules, plan)
+    faults += _unreachable(modules, config, plan)
     faults += _not_copyable(modules, config, plan)
     if held is not None and (plan.paths() or isinstance(config, PromptConfig)):
         plan.unmatched = [fault.partition("; ")[0] for fault in faults if isinstance(fault, Unmatched)]
@@ -126,7 +126,9 @@ def _plan_targets(
     plan.adapted = {path: config.settings(path) for path in config.chosen(free)}
     if getattr(config, "ensure_weight_tying", False):
         plan_ties(model, modules, config, plan, faults)
-    plan.parameters = plan_parameters(modules, config, faults)
+    attentions = take_attentions(modules, config, plan.adapted)
+    faults += _unfit_attentions(modules, config, attentions)
+    plan.parameters = plan_parameters(modules, config, faults) | attentions
     return left_out
 
 
@@ -148,10 +150,11 @@ def _claimed_twice(plan: Plan) -> Iterator[str]:
             yield f"{path}: its parameters are adapted (target_parameters), so it cannot be a target or saved whole"
 
 
-def _unreachable(modules: Modules, plan: Plan) -> Iterator[str]:
+def _unreachable(modules: Modules, config: PeftConfig, plan: Plan) -> Iterator[str]:
     """Modules whose call an adapter cannot see."""
+    beside = isinstance(config, TargetedConfig) and issubclass(adapter_type(config), SublayerAdapter)
     for path in sorted(plan.paths()):
-        reason = site.fault(modules[path]) or _fused_fault(modules, path)
+        reason = site.fault(modules[path]) or (_fused_fault(modules, path) if beside and path in plan.adapted else None)
         if reason:
             yield f"{path}: {reason}"
 
@@ -180,7 +183,7 @@ def _parallel_faults(model: nn.Module) -> Iterator[str]:
 
 
 def _fused_fault(modules: Modules, path: str) -> str | None:
-    """torch's encoder layer, in eval mode without gradients, reads its children's weights past their forwards."""
+    """torch's encoder layer, in eval mode without gradients, reads its children's weights, which tell of no such adapter."""
     parents = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""]
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(modules[p], nn.TransformerEncoderLayer) for p in parents):
         return "its fast inference path would bypass the adapter; call torch.backends.mha.set_fastpath_enabled(False) first"
@@ -270,13 +273,20 @@ def _unfit(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str
         others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
         yield (
             f"{paths[0]}{others} is a {name}, which cannot carry {adapter.__name__}; "
-            "name Linear, Conv1D, Embedding or Conv2d modules"
+            "name Linear, Conv1D, Embedding or convolution modules"
         )
 
 
 def _router_fault(module: nn.Module) -> str | None:
     """A router that is a linear module by class answers scores and choices, to which no change can be added."""
     return "it is a router, which answers more than a product; leave it out" if architecture.is_router(module) else None
+
+
+def _unfit_attentions(modules: Modules, config: TargetedConfig, attentions: ParameterPlan) -> Iterator[str]:
+    for path, settings in attentions.items():
+        reason = part_type("_parameters_changed").fault(modules[path], config, settings)
+        if reason:
+            yield f"{path}: {reason}"
 
 
 def _biases(modules: Modules, config: TargetedConfig, plan: Plan) -> list[str]:

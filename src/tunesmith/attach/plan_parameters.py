@@ -11,6 +11,7 @@ from ..config import Settings
 from ..errors import Unmatched, did_you_mean
 from ..paths import ends_with
 
+ATTENTION_WEIGHTS = ("in_proj_weight", "out_proj.weight")  # as the ecosystem's files adapt them
 ParameterPlan = dict[str, dict[str, Settings]]  # {module path: {parameter: settings}}
 
 
@@ -37,6 +38,14 @@ def plan_parameters(modules: dict[str, nn.Module], config: Any, faults: list[str
     for ending in sorted(set(wanted) - found):
         faults.append(Unmatched(f'target_parameters: no parameter matches "{ending}"{did_you_mean(ending, known)}'))
     return plan
+
+
+def take_attentions(modules: dict[str, nn.Module], config: Any, adapted: dict[str, Settings]) -> ParameterPlan:
+    """Move each `nn.MultiheadAttention` from the targets to the parameters: no module computes with its weights alone."""
+    if not hasattr(config, "target_parameters"):
+        return {}
+    paths = [path for path in adapted if isinstance(modules[path], nn.MultiheadAttention)]
+    return {path: dict.fromkeys(ATTENTION_WEIGHTS, adapted.pop(path)) for path in paths}
 
 
 def _fault(path: str, parameter: nn.Parameter) -> str | None:

@@ -26,7 +26,9 @@ class BaseView:
     """
 
     tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
+    plain_forwards: ClassVar[tuple[Any, ...]] = ()  # of classes that compute the product of their weight and the input
     plain_types: ClassVar[tuple[type, ...]] = ()  # subclasses of these may store or compute something else
+    names: ClassVar[tuple[str, str]] = ("weight", "bias")  # of the module's parameters
     computes: ClassVar[bool] = False  # under a handle the view's call replaces the class's forward, adapters or not
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,7 +50,7 @@ class BaseView:
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+        return own_parameter(self.module, self.names[1])
 
     @property
     def output_scale(self) -> Any:
@@ -57,7 +59,7 @@ class BaseView:
 
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
-        weight: Tensor = self.module.weight
+        weight: Tensor = own_parameter(self.module, self.names[0])
         elsewhere = weight.dtype in FLOAT8 or hasattr(weight, "ds_shape")
         return whole(weight).to(self.dtype) if elsewhere else weight
 
@@ -136,6 +138,12 @@ class BaseView:
     def compose_fault(self) -> str | None:
         """Why `compose` is not defined for this module; None if it is."""
         return None
+
+
+def own_parameter(module: nn.Module, name: str) -> Any:
+    """The module's own parameter, which `module.name` need not be in a handle's call (`runtime/reads.py`)."""
+    own = module._parameters
+    return own.get(name) if name in own else getattr(module, name, None)
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..errors import UsageError
 from ..runtime import generation
-from ..runtime.frame import BOUNDARIES, entered
+from ..runtime.frame import BOUNDARIES, Frame, entered
+from . import preflight
 from .reaching import Reaching
 
 
@@ -23,6 +24,11 @@ class BaseMethods(Reaching):
             raise UsageError(f"generate continues one text per row; pad the texts into rows and leave {BOUNDARIES} out")
         names = kwargs.pop("adapter_names", None)
         frame = self.effective_frame if names is None else self._mixed_frame(names, args, kwargs)
+        if self.is_due(frame, "generate"):
+            return preflight.checked(self, frame, "generate", lambda noted: self._generate(noted, args, kwargs))
+        return self._generate(frame, args, kwargs)
+
+    def _generate(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.entered(frame):
             kwargs, task_ids = self._without_task_ids(kwargs)
             if frame.prompts:

@@ -38,16 +38,16 @@ class Calls(Frames):
             kwargs.update(zip(self._accepts, args))
             args, (frame, kwargs) = (), self.pack_inputs(frame, kwargs)
         if self.is_due(frame):
-            result = preflight.checked(self, frame, lambda noted: self._run(noted, args, kwargs))
+            result = preflight.checked(self, frame, "forward", lambda noted: self._run(noted, args, kwargs))
         else:
             result = self._run(frame, args, kwargs)
         return schedules.with_penalties(result, frame.penalties) if self.training and frame.penalties else result
 
-    def is_due(self, frame: Frame) -> bool:
-        """Whether this is the first forward with these adapters in this mode, which `preflight` checks unless compiled."""
+    def is_due(self, frame: Frame, method: str = "forward") -> bool:
+        """Whether this is the method's first call with these adapters in this mode, to be checked (`preflight`)."""
         if torch.compiler.is_compiling():
             return False
-        return bool(frame.names) and (frame.names, self._trains) not in self._checked
+        return bool(frame.names) and (frame.names, self._trains, method) not in self._checked
 
     def entered(self, frame: Frame | None = None) -> entered:
         """The context manager of a frame of this handle, by default the one of its effective adapters.

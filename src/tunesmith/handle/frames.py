@@ -29,11 +29,11 @@ class Frames(HandleState):
     Attributes:
         effective_frame: the frame of the effective adapters. Calls only read it: reading names there would compile one graph
             per name (the limit is 8).
-        _checked: what `preflight` has checked: names of adapters, and whether they trained.
+        _checked: what `preflight` has checked: names of adapters, whether they trained, and the method that was called.
     """
 
     effective_frame: Frame
-    _checked: set[tuple[tuple[str, ...], bool]]
+    _checked: set[tuple[tuple[str, ...], bool, str]]
     _frames: dict[tuple[tuple[str, ...], bool], Frame]
     _single_experts: dict[str, list[str]]  # per adapter, the paths that keep it out of mixed batches
     _conflict: str | None
@@ -127,6 +127,9 @@ class Frames(HandleState):
         for name in names:
             for path, adapter in self.tree(name).items():
                 self._add(found, path, adapter)
+                for inner, part in adapter.parts():
+                    if site.fault(self.bare_base.get_submodule(f"{path}.{inner}")) is None:
+                        self._add(found, f"{path}.{inner}", part)
             prompt = self.tree(name).prompt
             if prompt is not None and prompt.in_cache:
                 for path, around in prefix.places(prompt, self.bare_base):

@@ -11,8 +11,7 @@ from torch import nn
 from ..adapter import ModuleCopy
 from ..bases import architecture
 from ..errors import UsageError
-from ..runtime import site
-from ..runtime.effective import effective
+from ..runtime.frame import entered
 from ..runtime.prefix import PrefixedStack
 from .calls import Calls
 from .proxy import Shown, make_proxy
@@ -106,9 +105,8 @@ class Reaching(Calls):
         acting = self._stand_in(module)
         if acting is not module:
             return getattr(acting, name)
-        at = site.site_of(module)
-        adapters = () if at is None else self.effective_frame.adapters.get(at, ())
-        return effective(module, adapters).get(name, getattr(module, name)) if adapters else getattr(module, name)
+        with entered(self.effective_frame, state=False):
+            return getattr(module, name)
 
     # --- being a module -------------------------------------------------------------------------------------------
 
@@ -165,4 +163,4 @@ class _Parts(Shown):
         return dict(self.handle.__dict__["_modules"])
 
     def __getitem__(self, name: str) -> Any:
-        return self.handle.bare_base if name == "base_model" else self.modules[name]
+        return self.handle.base_model if name == "base_model" else self.modules[name]

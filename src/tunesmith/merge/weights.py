@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter
 from ..attach.tree import AdapterTree
 from ..bases import architecture
+from ..bases.dense import product_fault
 from ..bases.quantised import QuantisedView, view_if_quantised
 from ..bases.stored_tensors import FLOAT8, is_placeholder
 from ..bases.view import BaseView, view_of
@@ -45,19 +46,21 @@ def check(base: nn.Module, tree: AdapterTree) -> None:
             )
         if any(not torch.isfinite(p).all() for p in adapter.parameters()):
             raise UsageError(f"the adapter at {path} has non-finite values and cannot be merged")
-        reason = _fault(adapter, view_of(module)) if isinstance(adapter, LinearAdapter) else None
+        reason = _merge_fault(adapter, view_of(module)) if isinstance(adapter, LinearAdapter) else None
         if reason:
             raise UsageError(f"{path} cannot be merged: {reason}")
 
 
-def _fault(adapter: LinearAdapter, view: BaseView) -> str | None:
-    stored = view.module.weight.dtype
+def _merge_fault(adapter: LinearAdapter, view: BaseView) -> str | None:
+    if view.names[0] not in view.module._parameters:
+        return "its weight is computed from other parameters (a parametrization, such as weight_norm); remove that first"
+    stored = view.module._parameters[view.names[0]].dtype
     if stored in FLOAT8 and not isinstance(view, QuantisedView):
         return (
             f"its weight is stored as {stored}, which would round most of the change away; convert the base, as with "
             ".to(torch.bfloat16)"
         )
-    return adapter.merge_fault(view)
+    return product_fault(view) or adapter.merge_fault(view)
 
 
 def check_order(base: nn.Module, trees: dict[str, AdapterTree]) -> None:

@@ -23,5 +23,6 @@ What a call can hold besides:
   transformers calls its caches.
 - `packed_row.py`, `packed_attention.py`: several texts in one row, none of which attends to another.
 - `adapted.py`: a view of a module with an adapter on it, for the second adapter on the same module.
+- `reads.py`, `lazy_weight.py`: weights that a model reads instead of calling their modules are what merging would make of them.
 - `recompute.py`: layers that gradient checkpointing computes again see the frame of their forward pass.
 """

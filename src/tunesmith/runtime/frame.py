@@ -206,6 +206,8 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.frame: Frame | None = None
         self.gradients = False
+        self.running: Place | None = None
+        self.kept: dict[Any, Any] = {}
 
 
 _local = _Local()
@@ -219,6 +221,22 @@ def current_frame() -> Frame | None:
 def began_with_gradients() -> bool:
     """Whether gradients were recorded when the current frame was entered."""
     return _local.gradients
+
+
+def running_site() -> Place | None:
+    """The site whose adapters compute now, on this thread: what it reads of its module is the base's own."""
+    return _local.running
+
+
+def kept_reads() -> dict[Any, Any]:
+    """What `reads.py` keeps until the current frame is left."""
+    return _local.kept
+
+
+def set_running(site: Place | None) -> Place | None:
+    """Makes `site` this thread's running one; returns the one before."""
+    before, _local.running = _local.running, site
+    return before
 
 
 class entered:
@@ -249,5 +267,7 @@ class entered:
 
     def __exit__(self, *_: object) -> None:
         _local.frame, _local.gradients = self.previous, self.before
+        if _local.kept:
+            _local.kept.clear()
         if self.state is not None:
             self.state.leave(self.turn)

@@ -17,8 +17,9 @@ from torch import nn
 
 from ..bases.view import class_forward, computing_view
 from ..errors import TargetError
+from . import reads
 from .fold import fold
-from .frame import Frame, current_frame
+from .frame import Frame, current_frame, set_running
 from .mixed_batch import run_by_rows
 from .recompute import without_gradients
 
@@ -37,16 +38,20 @@ class Site:
         frame = current_frame()
         if frame is None:
             return self._plain(module, args, kwargs)
-        if frame.mixture is not None:
-            return self._mixed(module, frame, args, kwargs)
-        adapters = frame.adapters.get(self)
-        if not adapters:
-            return self._plain(module, args, kwargs)
-        if frame.fired is not None:
-            frame.fired.add(self)
-        if frame.training and not torch.is_grad_enabled():
-            without_gradients(self, lambda: _train(adapters))
-        return fold(module, adapters)(*args, **kwargs)
+        outer = set_running(self)
+        try:
+            if frame.mixture is not None:
+                return self._mixed(module, frame, args, kwargs)
+            adapters = frame.adapters.get(self)
+            if not adapters:
+                return self._plain(module, args, kwargs)
+            if frame.fired is not None:
+                frame.fired.add(self)
+            if frame.training and not torch.is_grad_enabled():
+                without_gradients(self, lambda: _train(adapters))
+            return fold(module, adapters)(*args, **kwargs)
+        finally:
+            set_running(outer)
 
     def _mixed(self, module: Any, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mixture: Any = frame.mixture
@@ -65,10 +70,7 @@ class Site:
         return self.view(module)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or pickle of the module alone holds its plain forward (and needs no Tunesmith to be read).
-
-        It is rebuilt before the module's `__dict__` is, so the attribute found is the class's.
-        """
+        """Copies and pickles of a base alone hold the class's forward, which is found before their `__dict__` is filled."""
         return getattr, (self.module(), "forward")
 
 
@@ -106,6 +108,7 @@ def install(module: nn.Module) -> Site:
             raise TargetError(f"{type(module).__name__}: {reason}")
         found = Site(module)
         module.__dict__[_slot(module)] = found
+        reads.intercept(module, found)
     return found
 
 
@@ -125,6 +128,7 @@ def remove(module: nn.Module) -> None:
         module.__dict__["_old_forward"] = class_forward(module)
     if isinstance(module.__dict__.get("forward"), Site):
         del module.__dict__["forward"]
+    reads.release(module)
 
 
 _SLOTS = ("_old_forward", "forward")
