@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.trainer_pt_utils import LabelSmoother
 
 import tunesmith
 from tests import tiny
+from tests.handles import lora
 from tunesmith import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tunesmith.data.text import PadRight
+from tunesmith.train.fused_loss import HeadLoss
+from tunesmith.train.trainer import AdapterTrainerMixin
 
 CONFIGS = {
     "lora": lambda: LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.1, target_modules="all-linear"),
@@ -124,3 +128,118 @@ print("fine")
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "fine" in done.stdout, done.stderr[-2000:]
+
+
+# --- the loss is the one of the plain Trainer -----------------------------------------------------------------------------
+
+
+def losses(make_handle, inputs, classes=(transformers.Trainer, tunesmith.Trainer), items=None, **arguments):
+    """`[(loss, gradient)]` of one batch, by each Trainer class."""
+    found = []
+    for trainer_class in classes:
+        handle = make_handle().train()
+        settings = transformers.TrainingArguments(output_dir="unused", use_cpu=True, report_to=[], **arguments)
+        trainer = trainer_class(model=handle, args=settings, train_dataset=[], data_collator=PadRight(0))
+        loss = trainer.compute_loss(handle, dict(inputs), num_items_in_batch=items)
+        loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in handle.adapters.parameters()])))
+    return found
+
+
+def assert_equal_losses(found, rtol=1e-5):
+    (expected, gradient), *others = found
+    for loss, other in others:
+        torch.testing.assert_close(loss, expected, rtol=rtol, atol=0)
+        assert (other - gradient).norm() <= 10 * rtol * gradient.norm()
+
+
+def labelled(name: str = "llama") -> dict[str, torch.Tensor]:
+    inputs = tiny.inputs_for(name, rows=3, length=12)
+    return {**inputs, "labels": inputs["input_ids"].clone()}
+
+
+def of_experts(kind, dtype, **sizes):
+    """A handle whose routers' loss is added with the coefficient of the published models."""
+
+    def make():
+        torch.manual_seed(0)
+        shape = {**tiny.SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "output_router_logits": True, **sizes}
+        base = transformers.AutoModelForCausalLM.from_config(kind(**shape)).to(dtype)
+        return lora(base, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        (transformers.MixtralConfig, {"num_local_experts": 4}),
+        (transformers.Qwen2MoeConfig, {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
+        (transformers.GraniteMoeConfig, {"num_local_experts": 4, "logits_scaling": 8.0}),
+    ],
+)
+def test_the_loss_of_routers_is_kept(kind, sizes, dtype):
+    make = of_experts(kind, dtype, router_aux_loss_coef=0.001, **sizes)
+    assert_equal_losses(losses(make, labelled()))
+    without = make()
+    without.base_model.config.output_router_logits = False
+    assert without(**labelled()).loss != make()(**labelled()).loss
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"label_smoothing_factor": 0.1}, {"average_tokens_across_devices": False}, {"bf16": True}]
+)
+def test_the_fused_loss_is_the_plain_trainers(arguments, monkeypatch):
+    taken, fused = [], HeadLoss.__call__
+    monkeypatch.setattr(HeadLoss, "__call__", lambda *given: taken.append(1) or fused(*given))
+    assert_equal_losses(
+        losses(lambda: lora(tiny.make("llama")), labelled(), **arguments), 2e-2 if "bf16" in arguments else 1e-5
+    )
+    assert taken, "the loss was left to the model"
+
+
+def test_items_of_the_whole_step_divide_the_loss():
+    items = torch.tensor(70)
+    assert_equal_losses(losses(lambda: lora(tiny.make("llama")), labelled(), items=items))
+
+
+class WithPenalty(transformers.Trainer):
+    """Another library's Trainer, with a loss of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) * 3
+
+
+class OverIt(AdapterTrainerMixin, WithPenalty):
+    pass
+
+
+class OwnSmoother(LabelSmoother):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) + 1
+
+
+class SmoothsPlainly(transformers.Trainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_smoother = OwnSmoother(epsilon=0.2)
+
+
+class Smooths(AdapterTrainerMixin, SmoothsPlainly):
+    pass
+
+
+@pytest.mark.parametrize("classes", [(WithPenalty, OverIt), (SmoothsPlainly, Smooths)])
+def test_a_trainer_with_a_loss_of_its_own_keeps_it(classes):
+    (expected, _), (found, _) = losses(lambda: lora(tiny.make("llama")), labelled(), classes)
+    assert torch.equal(found, expected)
+
+
+def test_a_loss_function_of_the_trainer_is_called():
+    handle = lora(tiny.make("llama")).train()
+    settings = transformers.TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
+    mine = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()  # noqa: E731
+    trainer = tunesmith.Trainer(model=handle, args=settings, train_dataset=[], compute_loss_func=mine)
+    batch = labelled()
+    torch.testing.assert_close(trainer.compute_loss(handle, dict(batch)), handle(**batch).logits.square().mean())
