@@ -52,6 +52,8 @@ def make(name: str, hostile: bool = False) -> Any:
     """The tiny model of that class; its logits are large enough that caps, scales and z-losses show."""
     torch.manual_seed(0)
     base = getattr(tf, name)(config_of(name, hostile)).eval()
+    if base.config.is_encoder_decoder:
+        base = base.double()  # without scales in its attention, T5 loses digits
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

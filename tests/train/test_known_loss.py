@@ -17,6 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from tests import tiny
 from tests.handles import lora
 from tests.train import known_models
+from tools import fused_loss_page
 from tunesmith import PromptTuningConfig, get_peft_model, tested
 from tunesmith.model import PeftModelForCausalLM
 from tunesmith.train import known_loss, shared_virtual_tokens
@@ -58,6 +59,7 @@ def test_settings_that_change_a_loss_are_noticed(name):
     """Every setting whose name has to do with logits or losses is changed: equal, or left to the model."""
     handle, batch = handle_of(name, hostile=True).eval(), known_models.batch()
     changed = architecture_changes(handle.base_model.config)
+    assert changed == any(name in names for names in fused_loss_page.CONDITIONS.values())
     if FusedLoss(handle)(batch) is not None:
         assert not changed
         assert_same(handle, batch)
@@ -67,6 +69,10 @@ def test_settings_that_change_a_loss_are_noticed(name):
 
 def architecture_changes(config) -> bool:
     return getattr(config, "final_logit_softcapping", None) is not None or getattr(config, "output_router_logits", False)
+
+
+def test_the_page_is_current():
+    assert fused_loss_page.PAGE.read_text(encoding="utf-8") == fused_loss_page.page(), "run python tools/fused_loss_page.py"
 
 
 # What the forward of a known class may do from its output head on; `logits` stands for its name of them.
