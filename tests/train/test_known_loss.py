@@ -11,13 +11,13 @@ import textwrap
 import pytest
 import torch
 import transformers as tf
+from tools import fused_loss_page
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tests import tiny
 from tests.handles import lora
 from tests.train import known_models
-from tools import fused_loss_page
 from tunesmith import PromptTuningConfig, get_peft_model, tested
 from tunesmith.model import PeftModelForCausalLM
 from tunesmith.train import known_loss, shared_virtual_tokens
@@ -59,7 +59,7 @@ def test_settings_that_change_a_loss_are_noticed(name):
     """Every setting whose name has to do with logits or losses is changed: equal, or left to the model."""
     handle, batch = handle_of(name, hostile=True).eval(), known_models.batch()
     changed = architecture_changes(handle.base_model.config)
-    assert changed == any(name in names for names in fused_loss_page.CONDITIONS.values())
+    assert not changed or any(name in names for names in fused_loss_page.CONDITIONS.values())
     if FusedLoss(handle)(batch) is not None:
         assert not changed
         assert_same(handle, batch)
