@@ -118,7 +118,7 @@ def test_lora_on_one_of_two_tied_modules_merges_into_that_one_alone(target, tmp_
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=[target], init_lora_weights=False)
     handle = get_peft_model(tied_llama(), config).eval()
     expected = out(handle, inputs)
-    assert (expected - out(handle.base_model, inputs)).abs().max() > 1e-3
+    assert (expected - out(handle.bare_base, inputs)).abs().max() > 1e-3
     merged = handle.merge_and_unload().eval()
     merged.save_pretrained(tmp_path)
     torch.testing.assert_close(out(type(merged).from_pretrained(tmp_path).eval(), inputs), expected, rtol=1e-5, atol=1e-5)
@@ -171,7 +171,7 @@ def test_resizing_under_trained_embeddings_is_refused_and_otherwise_reaches_the_
     free = get_peft_model(tiny.make("llama"), LoraConfig(task_type="CAUSAL_LM"))
     free.resize_token_embeddings(tiny.VOCAB + NEW)
     assert out(free.eval(), new_token_inputs()).shape[-1] == tiny.VOCAB + NEW
-    assert not any(p.requires_grad for p in free.base_model.parameters())
+    assert not any(p.requires_grad for p in free.bare_base.parameters())
 
 
 def test_tying_the_copies_is_not_built_and_says_so():

@@ -24,6 +24,7 @@ from .handle.base_methods import BaseMethods
 from .handle.combining import Combining
 from .handle.merging import Merging
 from .handle.mirror import handle_class
+from .handle.proxy import is_proxy
 from .handle.shared_base import adopt, handles_of
 from .handle.status import Reporting
 from .storage.folder import AdapterFolder
@@ -64,6 +65,11 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
             return nn.Module.__new__(cls)
         if not isinstance(model, nn.Module):
             raise UsageError(f"{cls.__name__} needs a model as its first argument, got {type(model).__name__}")
+        if is_proxy(model):
+            raise UsageError(
+                "this is a part of another handle, so adapters on it would act in some calls only; attach to the base itself, "
+                "handle.bare_base, or add to that handle by add_adapter(name, config)"
+            )
         if isinstance(model, PeftModel):
             raise UsageError("this model already has adapters; use model.add_adapter(name, config) to add another")
         return cast(PeftModel, nn.Module.__new__(handle_class(cls, type(model))))
@@ -86,11 +92,6 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         self._join_base()
         self.train(model.training)
 
-    def get_base_model(self) -> nn.Module:
-        """The base itself, as it was given."""
-        base: nn.Module = self.base_model
-        return base
-
     def update_and_allocate(self, global_step: int) -> None:
         """Run AdaLoRA's schedule for this step, for scripts that number the steps themselves; otherwise they are counted.
 
@@ -104,7 +105,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         Raises:
             UsageError: an adapter sits on the embeddings or the output head, which would be replaced.
         """
-        base = self.base_model
+        base = self.bare_base
         replaced: set[Any] = {base.get_input_embeddings(), base.get_output_embeddings()}
         trees = [handle.tree(name) for handle in self._shared_base.handles for name in handle.peft_config]
         adapted = {path for tree in trees for path, _ in tree.items()}
@@ -148,14 +149,14 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         config.inference_mode = not is_trainable
         if name in self.peft_config:
             load.check_alike(self.tree(name), self.peft_config[name], plan, config, folder)
-            load.into(self.tree(name), config, folder, self.base_model)
+            load.into(self.tree(name), config, folder, self.bare_base)
             return
         how = {"full_precision": autocast_adapter_dtype, "materialized": load.is_materialized(config, folder)}
         try:
-            tree = build(self.base_model, config, plan, initialise=False, **how)
+            tree = build(self.bare_base, config, plan, initialise=False, **how)
         except (RuntimeError, MemoryError) as error:  # absurd sizes in the file
             raise AdapterFileError(f'"{folder.name}" describes an adapter that cannot be built here: {error}') from error
-        load.into(tree, config, folder, self.base_model)
+        load.into(tree, config, folder, self.bare_base)
         self.take_adapter(name, config, tree)
 
     @classmethod
@@ -226,19 +227,19 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base_model" not in self.__dict__.get("_modules", {}):
+            if "bare_base" not in self.__dict__ or name.startswith("__"):
                 raise
         return self._from_base(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _empty_handle, (self.task_class, self.base_class), self.__dict__
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_proxies", "_paths")}
+        return _empty_handle, (self.task_class, self.base_class), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled handle installs its sites on its own base."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
         schedules.observe_steps(self, self.peft_config.values())
-        self._find_checkpointing_modules()
         adopt(self, self._shared_base)
         self._hold_stored()
         self._by_site(tuple(self.peft_config))

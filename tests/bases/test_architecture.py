@@ -132,8 +132,6 @@ def test_gradient_checkpointing_under_either_name(kind, name):
 
 def test_recomputing_of_the_installed_release():
     model = tiny.make("llama")
-    able = architecture.checkpointing_modules(model)
-    assert able and not any(map(architecture.recomputes, able))
+    assert not any(map(architecture.recomputes, model.modules()))
     architecture.enable_recomputing(model)
-    assert all(map(architecture.recomputes, able))
-    assert any(architecture.CHECKPOINTING_FUNCTION in vars(module) for module in able)
+    assert any(map(architecture.recomputes, model.modules()))

@@ -284,6 +284,6 @@ def test_a_copied_handle_with_merged_adapters_can_be_unmerged(llama, llama_input
     handle.merge_adapter()
     copied = copy.deepcopy(handle)
     copied.unmerge_adapter()
-    assert torch.equal(out(copied.base_model, llama_inputs), plain)
-    assert copied.base_model.lm_head.weight is copied.base_model.model.embed_tokens.weight
+    assert torch.equal(out(copied.bare_base, llama_inputs), plain)
+    assert copied.bare_base.lm_head.weight is copied.bare_base.model.embed_tokens.weight
     assert not torch.equal(out(base, llama_inputs), plain)

@@ -140,7 +140,7 @@ def test_unknown_architectures_are_told_to_name_their_blocks():
         adapted(Own(), None)
     handle = adapted(Own(), None, target_modules=["block"], bottleneck_size=3)
     assert handle.tree("default").node("block")._adapter.down.weight.shape == (3, 6)
-    assert (handle(x=torch.ones(1, 6))["logits"] - handle.base_model(x=torch.ones(1, 6))["logits"]).abs().max() > 1e-3
+    assert (handle(x=torch.ones(1, 6))["logits"] - handle.bare_base(x=torch.ones(1, 6))["logits"]).abs().max() > 1e-3
 
 
 def test_a_module_of_unknown_width_is_refused_by_name():
@@ -225,7 +225,7 @@ def test_generation_with_a_cache_equals_generation_without(name):
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     cached, plain = (handle.generate(input_ids=ids, use_cache=use, **options) for use in (True, False))
-    bare = handle.base_model.generate(input_ids=ids, **options)
+    bare = handle.bare_base.generate(input_ids=ids, **options)
     assert torch.equal(cached.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), rtol=1e-5, atol=1e-5)
     assert (cached.logits[0] - bare.logits[0]).abs().max() > 1e-3

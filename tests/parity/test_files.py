@@ -255,7 +255,7 @@ def test_further_adapters_get_folders_of_their_names(tmp_path):
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
     handle.set_adapter("second")
-    theirs = read_by_peft(handle.base_model, tmp_path / "second")
+    theirs = read_by_peft(handle.bare_base, tmp_path / "second")
     inputs = tiny.inputs_for("llama")
     torch.testing.assert_close(output(handle, inputs), output(theirs, inputs), atol=1e-5, rtol=0)
 

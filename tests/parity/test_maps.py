@@ -187,7 +187,7 @@ def check_gradients(
         losses.append(loss.detach())
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
     trained = own_names(theirs)
-    named = named_tensors(ours.tree("default"), ours.peft_config["default"], ours.base_model)
+    named = named_tensors(ours.tree("default"), ours.peft_config["default"], ours.bare_base)
     mine = {name: tensor for name, _, tensor in named if tensor.requires_grad}
     assert mine.keys() == trained.keys()
     for key, tensor in mine.items():
@@ -199,7 +199,7 @@ def check_gradients(
             continue
         torch.testing.assert_close(tensor.grad, expected, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     assert any(tensor.grad is not None and tensor.grad.abs().max() > 1e-4 for tensor in mine.values())
-    assert all(p.grad is None for p in ours.base_model.parameters())
+    assert all(p.grad is None for p in ours.bare_base.parameters())
 
 
 @pytest.mark.each_value_once

@@ -207,7 +207,7 @@ def test_virtual_tokens_stand_before_texts_that_are_given_as_embeddings_and_with
     handle, batch = virtual_handle("llama", "prompt tuning"), PackedCollator(first_tokens=True)(examples())
     expected = handle(**batch)
     ids, _ = batch.pop("input_ids"), batch.pop("position_ids")
-    found = handle(**batch, inputs_embeds=handle.base_model.get_input_embeddings()(ids))
+    found = handle(**batch, inputs_embeds=handle.bare_base.get_input_embeddings()(ids))
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
 
 
@@ -298,7 +298,7 @@ def test_disabled_adapters_leave_texts_apart():
     with torch.no_grad(), handle.disable_adapter():
         found = handle(**PackedCollator()(texts)).logits.split(LENGTHS, dim=1)
         for text, logits in zip(texts, found):
-            assert_close(logits, handle.base_model(input_ids=torch.tensor([text["input_ids"]])).logits)
+            assert_close(logits, handle.bare_base(input_ids=torch.tensor([text["input_ids"]])).logits)
 
 
 def test_eager_bases_take_packed_rows():
@@ -353,7 +353,7 @@ def test_a_private_copy_of_the_head_is_packed():
 
 def test_can_pack_answers_for_the_effective_adapters():
     handle = handles.lora(base_of("llama"), target_modules=["down_proj"], modules_to_save=["self_attn"])
-    assert can_pack(handle.base_model) and not can_pack(handle)
+    assert can_pack(handle.bare_base) and not can_pack(handle)
     handle.disable_adapters()
     assert can_pack(handle)
 

@@ -55,7 +55,7 @@ def _counted(model):
     """Wrap the checkpointing functions of `model` to count their calls."""
     calls = []
     for module in model.modules():
-        inner = module.__dict__.get("_gradient_checkpointing_func")
+        inner = getattr(module, "_gradient_checkpointing_func", None)
         if inner is not None:
 
             def counting(*args, inner=inner, **kwargs):
@@ -74,7 +74,7 @@ def _counted(model):
 def test_loss_and_every_gradient_equal_those_without(method, name, where, reentrant):
     loss, expected = _step(_handle(method, name), name)
     handle = _handle(method, name)
-    target = handle if where == "handle" else handle.base_model
+    target = handle if where == "handle" else handle.bare_base
     tiny.enable_recomputing(target, {"use_reentrant": reentrant})
     calls = _counted(handle.base_model)
     found_loss, found = _step(handle, name)
@@ -89,7 +89,7 @@ def test_checkpointing_without_the_hook_on_embeddings(reentrant):
     loss, expected = _step(_handle("lora", "llama"), "llama")
     handle = _handle("lora", "llama")
     function = functools.partial(checkpoint, use_reentrant=reentrant)
-    handle.base_model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    handle.bare_base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     found_loss, found = _step(handle, "llama")
     torch.testing.assert_close(found_loss, loss, **EXACT)
     assert_same_gradients(found, expected, **EXACT)
@@ -98,7 +98,7 @@ def test_checkpointing_without_the_hook_on_embeddings(reentrant):
 def test_marking_an_input_for_reentrant_checkpointing_leaves_the_users_tensor_alone():
     handle = _handle("lora", "llama")
     function = functools.partial(checkpoint, use_reentrant=True)
-    handle.base_model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    handle.bare_base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     embeds = torch.randn(2, 5, 32).double()
     handle(inputs_embeds=embeds).logits.sum().backward()
     assert not embeds.requires_grad and embeds.grad is None
@@ -110,7 +110,7 @@ def test_the_deprecated_name_works_and_can_be_switched_off():
     handle = _handle("lora", "llama")
     assert handle.supports_gradient_checkpointing and not handle.is_gradient_checkpointing
     handle.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    assert handle.is_gradient_checkpointing and handle.base_model.is_gradient_checkpointing
+    assert handle.is_gradient_checkpointing and not handle.bare_base.is_gradient_checkpointing
     found_loss, found = _step(handle, "llama")
     torch.testing.assert_close(found_loss, loss, **EXACT)
     assert_same_gradients(found, expected, **EXACT)

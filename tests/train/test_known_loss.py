@@ -39,7 +39,7 @@ def gradient(handle, loss: torch.Tensor) -> torch.Tensor:
 def assert_same(handle, batch, **options) -> None:
     own = handle(**batch, **options).loss
     fused = FusedLoss(handle)(batch, items=options.get("num_items_in_batch"))
-    assert fused is not None, known_loss.fault(handle, handle.base_model, handle.effective_frame, batch)
+    assert fused is not None, known_loss.fault(handle, handle.bare_base, handle.effective_frame, batch)
     torch.testing.assert_close(fused, own, rtol=1e-5, atol=0)
     expected = gradient(handle, own)
     found = gradient(handle, fused)
@@ -58,7 +58,7 @@ def test_value_and_gradient_are_the_models_own(name):
 def test_settings_that_change_a_loss_are_noticed(name):
     """Every setting whose name has to do with logits or losses is changed: equal, or left to the model."""
     handle, batch = handle_of(name, hostile=True).eval(), known_models.batch()
-    changed = architecture_changes(handle.base_model.config)
+    changed = architecture_changes(handle.bare_base.config)
     assert not changed or any(name in names for names in fused_loss_page.CONDITIONS.values())
     if FusedLoss(handle)(batch) is not None:
         assert not changed
@@ -180,7 +180,7 @@ def release_of_tomorrow(monkeypatch):
 def with_base(change):
     def make(monkeypatch):
         handle = lora(llama())
-        change(handle.base_model)
+        change(handle.bare_base)
         return handle
 
     return make
@@ -221,6 +221,8 @@ LEFT = {
     "hook on the head": with_base(lambda base: base.lm_head.register_forward_pre_hook(lambda *_: None)),
     "hook on the handle": with_handle(lambda handle: handle.register_forward_hook(lambda *_: None)),
     "hook on the gradients of the head": with_base(lambda base: base.lm_head.register_full_backward_hook(lambda *_: None)),
+    "hook set through the handle": with_handle(lambda handle: handle.lm_head.register_forward_hook(lambda *_: None)),
+    "loss set through the handle": with_handle(lambda handle: setattr(handle.get_base_model(), "loss_function", own_loss)),
     "trained head": with_base(lambda base: base.lm_head.requires_grad_(True)),
     "head of another size": with_base(lambda base: setattr(base, "lm_head", nn.Linear(32, 100).requires_grad_(False))),
     "adapter on the head": lambda monkeypatch: lora(llama(), target_modules=["lm_head", "q_proj"]),

@@ -183,7 +183,7 @@ def test_the_loss_of_routers_is_kept(kind, sizes, dtype):
     make = of_experts(kind, dtype, router_aux_loss_coef=0.001, **sizes)
     assert_equal_losses(losses(make, labelled()))
     without = make()
-    without.base_model.config.output_router_logits = False
+    without.bare_base.config.output_router_logits = False
     assert without(**labelled()).loss != make()(**labelled()).loss
 
 

@@ -19,7 +19,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 _ROPES_BY_LENGTH = ("dynamic", "longrope")  # the longest text of a call decides the rotation for all of them
 _TABLE, _ATTENTION = "ALL_ATTENTION_FUNCTIONS", "_attn_implementation"
-CHECKPOINTING_FUNCTION = "_gradient_checkpointing_func"  # attribute of a module that recomputes its layers
+RECOMPUTES = "gradient_checkpointing"  # attribute of a module that can compute its layers again in the backward pass
 
 
 # --- what kind of model ---------------------------------------------------------------------------------------------
@@ -304,14 +304,9 @@ def caches_by_default(config: Any) -> bool:
 # --- gradient checkpointing -----------------------------------------------------------------------------------------
 
 
-def checkpointing_modules(model: nn.Module) -> list[Any]:
-    """The modules that support gradient checkpointing, which recomputes their layers in the backward pass."""
-    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-
-
 def recomputes(module: Any) -> bool:
-    """Whether gradient checkpointing is enabled on such a module."""
-    return bool(getattr(module, "gradient_checkpointing", False))
+    """Whether gradient checkpointing is enabled on a module."""
+    return bool(getattr(module, RECOMPUTES, False))
 
 
 def enable_recomputing(model: Any, settings: dict[str, Any] | None = None) -> None:

@@ -48,7 +48,7 @@ def tensors(handle: HandleState, name: str, gathered: dict[str, Tensor] | None) 
     """`{name in file: tensor}`, from the gathered values of a sharded handle if they are given."""
     found = {}
     config = handle.peft_config[name]
-    for in_file, in_tree, tensor in named_tensors(handle.tree(name), config, handle.base_model):
+    for in_file, in_tree, tensor in named_tensors(handle.tree(name), config, handle.bare_base):
         value = _whole(f"adapters.{name}.{in_tree}", tensor, gathered)
         found[in_file] = adapter_type(config).saved(in_file, value, config)
     prompt = handle.tree(name).prompt

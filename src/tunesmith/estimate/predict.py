@@ -192,7 +192,7 @@ class Steps:
 
 def _collated(handle: PeftModel, packing: bool | None, batch: Sequence[Example]) -> dict[str, Any]:
     """A batch as a job makes it; rows of encoder-decoders and of speech models have a source and a target."""
-    config: Any = handle.base_model.config
+    config: Any = handle.bare_base.config
     if not architecture.is_encoder_decoder(config):
         collator = batching(handle, packing, 0)[1]
         assert isinstance(collator, (PackedCollator, PadRight))
@@ -202,7 +202,7 @@ def _collated(handle: PeftModel, packing: bool | None, batch: Sequence[Example])
     labels = PadRight(IGNORED)([{"input_ids": row["labels"]} for row in batch])["input_ids"]
     if architecture.is_speech_model(config):
         sound = torch.empty(len(batch), *architecture.spectrogram_shape(config), device="meta")
-        return {"input_features": sound.to(handle.base_model.dtype), "labels": labels}
+        return {"input_features": sound.to(handle.bare_base.dtype), "labels": labels}
     return {**inputs, "labels": labels}
 
 

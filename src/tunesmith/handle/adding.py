@@ -32,7 +32,7 @@ class Adding(Switching):
         check_config(peft_config)
         plan, config = self.plan_adapter(peft_config)
         tree = build(
-            self.base_model,
+            self.bare_base,
             config,
             plan,
             full_precision=autocast_adapter_dtype,
@@ -44,25 +44,25 @@ class Adding(Switching):
     def plan_adapter(self, config: PeftConfig) -> tuple[Plan, PeftConfig]:
         """Everything that can be wrong with `config` on this base is found here; the config returned is a filled-in copy."""
         config = type(config)(**vars(config))
-        check_task(self.base_model, config)
+        check_task(self.bare_base, config)
         if isinstance(config, PromptConfig):
             kind = adapter_type(config)
             if not kind.in_cache:
-                virtual_tokens.fill_in(config, self.base_model)
-            kind.prepare(config, self.base_model)
+                virtual_tokens.fill_in(config, self.bare_base)
+            kind.prepare(config, self.bare_base)
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = public_name(getattr(self.base_model, "name_or_path", None))
+            config.base_model_name_or_path = public_name(getattr(self.bare_base, "name_or_path", None))
         if self.merged_adapters and getattr(config, "init_from_weight", False):
             raise UsageError(
                 "such an adapter is initialized from the base's weights, which hold merged adapters now; "
                 "call unmerge_adapter() first"
             )
-        return match(self.base_model, config)
+        return match(self.bare_base, config)
 
     def take_adapter(self, name: str, config: PeftConfig, tree: AdapterTree) -> None:
         """Add an adapter that has been built to this handle."""
         for path, _ in tree.items():
-            site.install(self.base_model.get_submodule(path))
+            site.install(self.bare_base.get_submodule(path))
         tree.train(self.training)
         self.adapters[name] = tree
         self.peft_config[name] = config

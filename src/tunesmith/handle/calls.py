@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases.architecture import CHECKPOINTING_FUNCTION
 from ..errors import UsageError
 from ..runtime import call_inputs
 from ..runtime.frame import BOUNDARIES, Frame, entered
-from ..runtime.recompute import CarriesFrame
 from . import preflight, schedules
 from .frames import Frames
 
@@ -49,16 +47,11 @@ class Calls(Frames):
         return bool(frame.names) and (frame.names, self._trains) not in self._checked
 
     def entered(self, frame: Frame | None = None) -> entered:
-        """Prepare the base for a call of this handle; returns the context manager of a frame, by default the handle's own.
+        """The context manager of a frame of this handle, by default the one of its effective adapters.
 
         Raises:
             UsageError: the active adapters cannot act together, or their modules are no longer on the base.
         """
-        base = self.base_model
-        if base.training != self.training:
-            base.train(self.training)
-        if self.training:
-            self._carry_frames()
         frame = self.effective_frame if frame is None else frame
         if self._conflict is not None and frame.mixture is None and frame.names == self.effective_frame.names:
             raise UsageError(self._conflict)
@@ -69,29 +62,22 @@ class Calls(Frames):
             )
         return entered(frame)
 
-    def _carry_frames(self) -> None:
-        """Let layers that gradient checkpointing recomputes see the frame of their forward pass."""
-        for module in self.checkpointing_modules:
-            function = getattr(module, CHECKPOINTING_FUNCTION, None)
-            if function is not None and not isinstance(function, CarriesFrame):
-                setattr(module, CHECKPOINTING_FUNCTION, CarriesFrame(function))
-
     def prepare_inputs(self, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the base's forward for these inputs of the handle; must be called inside the frame."""
         inputs, task_ids = self._without_task_ids(inputs)
-        return call_inputs.prepare(self.base_model, self.input_spec, frame, inputs, task_ids)
+        return call_inputs.prepare(self.bare_base, self.input_spec, frame, inputs, task_ids)
 
     def pack_inputs(self, frame: Frame, inputs: dict[str, Any], multiple_of: int = 1) -> tuple[Frame, dict[str, Any]]:
         """The frame and the base's inputs of a call whose texts are packed into one row; see `call_inputs.pack`."""
         inputs, task_ids = self._without_task_ids(inputs)
         with self.entered(frame):
-            return call_inputs.pack(self.base_model, self.input_spec, frame, inputs, task_ids, multiple_of)
+            return call_inputs.pack(self.bare_base, self.input_spec, frame, inputs, task_ids, multiple_of)
 
     def _run(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.entered(frame):
             if not frame.prompts:
-                return self.base_model(*args, **self._without_task_ids(kwargs)[0])
-            return self.base_model(**self.prepare_inputs(frame, {**kwargs, **dict(zip(self._accepts, args))}))
+                return self.bare_base(*args, **self._without_task_ids(kwargs)[0])
+            return self.bare_base(**self.prepare_inputs(frame, {**kwargs, **dict(zip(self._accepts, args))}))
 
     def _without_task_ids(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The inputs for the base, and `task_ids` if an adapter of this handle uses them."""

@@ -22,7 +22,7 @@ def described(handle: HandleState) -> str:
       - brief   PROMPT_TUNING num_virtual_tokens=4, CAUSAL_LM, 2,560 parameters, not active
           inputs  4 virtual tokens
     """
-    base = handle.base_model
+    base = handle.bare_base
     size = sum(p.numel() for p in base.parameters())
     lines = [f"{type(handle).__name__} on {type(base).__name__} ({size:,} parameters, frozen)"]
     width = max((len(name) for name in handle.peft_config), default=0)
@@ -58,7 +58,7 @@ def _settings(config: PeftConfig) -> Iterable[str]:
 def _places(handle: HandleState, name: str) -> list[str]:
     """One line per pattern of paths: `model.layers.{0-5}.self_attn.{q_proj,v_proj}  12 x Linear`."""
     config: Any = handle.peft_config[name]
-    tree, base = handle.tree(name), handle.base_model
+    tree, base = handle.tree(name), handle.bare_base
     lines = [] if tree.prompt is None else [f"inputs  {config.num_virtual_tokens} virtual tokens"]
     kinds = {"_biases": "bias of ", "_copy": "copy of ", "_adapter": ""}
     for kind, word in kinds.items():

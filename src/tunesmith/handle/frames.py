@@ -19,6 +19,7 @@ from . import schedules
 from .state import HandleState
 
 BySite = dict[Place, tuple[Adapter | Around | Replacement, ...]]
+Prompts = tuple[tuple[PromptAdapter, int], ...]
 SINGLE_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # a module of a list of experts
 
 
@@ -33,7 +34,7 @@ class Frames(HandleState):
 
     effective_frame: Frame
     _checked: set[tuple[tuple[str, ...], bool]]
-    _frames: dict[tuple[str, ...], Frame]
+    _frames: dict[tuple[tuple[str, ...], bool], Frame]
     _single_experts: dict[str, list[str]]  # per adapter, the paths that keep it out of mixed batches
     _conflict: str | None
 
@@ -51,11 +52,15 @@ class Frames(HandleState):
 
     def _frame_of(self, names: tuple[str, ...]) -> Frame:
         """The frame in which these adapters are in effect together."""
-        if names not in self._frames:
+        key = names, self.training
+        if key not in self._frames:
             prompts = tuple(prompt for name in names if (prompt := self._prompt(name)) is not None)
             penalties = schedules.penalties(self, names)
-            self._frames[names] = Frame(self._by_site(names), prompts, penalties=penalties, names=names)
-        return self._frames[names]
+            self._frames[key] = self._frame(self._by_site(names), prompts, penalties=penalties, names=names)
+        return self._frames[key]
+
+    def _frame(self, adapters: BySite, prompts: Prompts, **more: Any) -> Frame:
+        return Frame(adapters, prompts, owner=self._owner, state=self._own, training=self.training, **more)
 
     def _prompt(self, name: str) -> tuple[PromptAdapter, int] | None:
         """An adapter's virtual tokens and their number, if it has any."""
@@ -104,7 +109,7 @@ class Frames(HandleState):
         prompts = tuple(prompt for frame in frames for prompt in frame.prompts)
         penalties = tuple(penalty for frame in frames for penalty in frame.penalties)
         effective = tuple(sorted(rows_of.keys() - {BASE_ROW}))
-        return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=effective)
+        return self._frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=effective)
 
     def _check_no_single_experts(self, name: str) -> None:
         """Modules of a list of experts get tokens of any rows in any order, so their inputs cannot be split by rows."""
@@ -124,10 +129,10 @@ class Frames(HandleState):
                 self._add(found, path, adapter)
             prompt = self.tree(name).prompt
             if prompt is not None and prompt.in_cache:
-                for path, around in prefix.places(prompt, self.base_model):
+                for path, around in prefix.places(prompt, self.bare_base):
                     self._add(found, path, around)
         return found
 
     def _add(self, found: BySite, path: str, adapter: Adapter | Around) -> None:
-        at = site.install(self.base_model.get_submodule(path))
+        at = site.install(self.bare_base.get_submodule(path))
         found[at] = (*found.get(at, ()), adapter)

@@ -11,12 +11,11 @@ from torch import nn
 
 from ..attach.conflicts import conflict
 from ..attach.tree import AdapterTree
-from ..bases import architecture, quantised
+from ..bases import quantised
 from ..errors import UsageError
 from ..merge.dense import changed, into_dense
 from ..merge.weights import Originals, check, check_order, into_weights, plain_copy, restore
 from ..runtime import site
-from ..runtime.recompute import CarriesFrame
 from .shared_base import SharedBase, join, leave
 from .switching import Switching
 
@@ -46,7 +45,7 @@ class Merging(Switching):
             raise UsageError("adapters are disabled, and merging would put them into effect; call enable_adapters() first")
         names = [name for name in self._named(adapter_names or self._active) if name not in self.merged_adapters]
         self._check_mergeable(names, after=tuple(self.merged_adapters))
-        rounded = [] if requantize else changed(self.base_model, [self.tree(name) for name in names])
+        rounded = [] if requantize else changed(self.bare_base, [self.tree(name) for name in names])
         if rounded:
             raise UsageError(
                 f"{len(rounded)} of the adapted modules are quantised ({rounded[0]}, ...), and merging would round them again; "
@@ -55,10 +54,10 @@ class Merging(Switching):
         done: dict[str, Originals] = {}
         try:
             for name in names:
-                done[name] = into_weights(self.base_model, [self.tree(name)], safe_merge, keep=True)
+                done[name] = into_weights(self.bare_base, [self.tree(name)], safe_merge, keep=True)
         except Exception:
             for originals in reversed(done.values()):
-                restore(self.base_model, originals)
+                restore(self.bare_base, originals)
             raise
         self.merged_adapters.update(done)
         self._settle()
@@ -66,7 +65,7 @@ class Merging(Switching):
     def unmerge_adapter(self) -> None:
         """Put back the tensors that merging replaced, bit for bit."""
         for name in reversed(list(self.merged_adapters)):
-            restore(self.base_model, self.merged_adapters.pop(name))
+            restore(self.bare_base, self.merged_adapters.pop(name))
         self._settle()
 
     def merge_and_unload(
@@ -96,13 +95,13 @@ class Merging(Switching):
         trees = [self.tree(name) for name in names]
         if copy:
             with self.disable_adapter():  # unmerged while the weights are copied
-                base = plain_copy(self.base_model)
+                base = plain_copy(self.bare_base)
             quantised.release(base)
             _into(base, trees, safe_merge, dtype, requantize)
             self._shared_base.thaw(base)
             return base
         self.unmerge_adapter()
-        _into(self.base_model, trees, safe_merge, dtype, requantize)
+        _into(self.bare_base, trees, safe_merge, dtype, requantize)
         return self._leave_base()
 
     def unload(self) -> nn.Module:
@@ -149,38 +148,35 @@ class Merging(Switching):
         if fixed:
             raise UsageError(f"not weight changes, so they cannot be merged: {', '.join(fixed)}; use the handle unmerged")
         for name in names:
-            check(self.base_model, self.tree(name))
+            check(self.bare_base, self.tree(name))
         together = {name: self.tree(name) for name in (*after, *names)}
         reason = conflict(together)
         if reason:
             raise UsageError(reason)
-        check_order(self.base_model, together)
+        check_order(self.bare_base, together)
 
     def _join_base(self) -> None:
         """Join the base's handles, and freeze its parameters."""
         self._shared_base = join(self)
         self._hold_stored()
-        for parameter in self.base_model.parameters():
+        for parameter in self.bare_base.parameters():
             parameter.requires_grad_(False)
 
     def _hold_stored(self) -> None:
         """Quantised modules compute through their views, so that nothing rewrites what they store."""
-        quantised.hold(self.base_model)
-        for _, view in quantised.quantised_views(self.base_model):
+        quantised.hold(self.bare_base)
+        for _, view in quantised.quantised_views(self.bare_base):
             if site.fault(view.module) is None:
                 site.install(view.module)
 
     def _leave_base(self) -> nn.Module:
         """Leave the base; the last handle to do so removes everything that was installed on it."""
-        base = self.base_model
+        base = self.bare_base
         self._active = ()
         self._settle()
         if leave(self, self._shared_base):
             for module in base.modules():
                 site.remove(module)
-                function = vars(module).get(architecture.CHECKPOINTING_FUNCTION)
-                if isinstance(function, CarriesFrame):
-                    setattr(module, architecture.CHECKPOINTING_FUNCTION, function.checkpoint)
             quantised.release(base)
             self._shared_base.thaw(base)
         return cast(nn.Module, base)

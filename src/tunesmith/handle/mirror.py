@@ -26,10 +26,10 @@ class Mirrored:
         self.class_value = class_value
 
     def __get__(self, handle: Any, owner: type) -> Any:
-        return self.class_value if handle is None else getattr(handle.base_model, self.name)
+        return self.class_value if handle is None else getattr(handle._root(), self.name)
 
     def __set__(self, handle: Any, value: Any) -> None:
-        setattr(handle.base_model, self.name, value)
+        setattr(handle._root(), self.name, value)
 
 
 def handle_class(task_class: Any, base_class: Any) -> Any:

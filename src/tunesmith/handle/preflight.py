@@ -40,13 +40,13 @@ def checked(handle: Frames, frame: Frame, run: Callable[[Frame], Any]) -> Any:
     ran: set[str] = set()
     frame = frame.recording(fired)
     parents = {path.rpartition(".")[0] for path in paths}
-    hooks = [_record_run(handle.base_model.get_submodule(parent), parent, frame, ran) for parent in parents]
+    hooks = [_record_run(handle.bare_base.get_submodule(parent), parent, frame, ran) for parent in parents]
     try:
         result = run(frame)
     finally:
         for hook in hooks:
             hook.remove()
-    fired_paths = {path for path in paths if site.site_of(handle.base_model.get_submodule(path)) in fired}
+    fired_paths = {path for path in paths if site.site_of(handle.bare_base.get_submodule(path)) in fired}
     missed = sorted(paths - fired_paths - _served_by_others(handle, fired_paths))
     bypassed = [path for path in missed if path.rpartition(".")[0] in ran]
     if bypassed or (trains and missed and len(missed) == len(paths)):
@@ -79,7 +79,7 @@ def _record_run(module: nn.Module, path: str, frame: Frame, ran: set[str]) -> An
 def _check_installed(handle: Frames, paths: set[str]) -> None:
     gone = []
     for path in sorted(paths):
-        module = handle.base_model.get_submodule(path)
+        module = handle.bare_base.get_submodule(path)
         if site.site_of(module) is None or site.fault(module):
             gone.append(path)
     if gone:
@@ -93,7 +93,7 @@ def _check_sharding(handle: Frames) -> None:
     """Under FSDP2 adapters must be sharded with the base: otherwise each rank silently keeps its own gradients."""
     if isinstance(handle, FSDPModule):
         return  # it shards everything below it, and has already gathered what it calls itself
-    base_sharded = any(isinstance(p, DTensor) for p in handle.base_model.parameters())
+    base_sharded = any(isinstance(p, DTensor) for p in handle.bare_base.parameters())
     plain = [name for name, p in handle.adapters.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if base_sharded and plain and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise UsageError(

@@ -168,7 +168,7 @@ def _report(folder: Path, settings: Settings, result: Result, tokenizer: Any, te
 
     trainable, total = result.handle.get_nb_trainable_parameters()
     peak = max((record.get("peak_memory_mb", 0.0) for record in read_metrics(folder / METRICS_FILE)), default=0.0)
-    base = result.handle.base_model
+    base = result.handle.bare_base
     facts = {
         "base": f"{settings.base}, {total - trainable:,} parameters in {str(base.dtype).removeprefix('torch.')}",
         "method": f"{settings.method}, {trainable:,} trained parameters",

@@ -56,6 +56,8 @@ def decoded_linear(x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
 
 
 class _DecodedLinear(torch.autograd.Function):
+    calls_no_modules = True
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
         ctx.weight = weight

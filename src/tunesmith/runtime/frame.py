@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, PromptAdapter
+from .own_state import OwnState
 
 BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
 BOUNDARIES = "cu_seq_lens_q"
@@ -43,6 +44,9 @@ class Frame:
         penalties: terms added to the loss in training.
         names: the effective adapters.
         segments: the boundaries of the texts of a packed row.
+        owner: identifies the handle.
+        state: what the handle sets on the base's modules while it runs.
+        training: the handle's mode.
     """
 
     adapters: dict[Place, tuple[Adapter | Around | Replacement, ...]]
@@ -52,6 +56,9 @@ class Frame:
     penalties: tuple[Callable[[], Tensor], ...] = ()
     names: tuple[str, ...] = ()
     segments: Segments | None = None
+    owner: object = None
+    state: OwnState | None = None
+    training: bool = False
 
     def recording(self, fired: set[Place]) -> Frame:
         """This frame, recording the sites that it reaches in `fired`."""
@@ -181,7 +188,9 @@ class Replacement:
 
 
 class _Local(threading.local):
-    frame: Frame | None = None
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+        self.gradients = False
 
 
 _local = _Local()
@@ -192,20 +201,38 @@ def current_frame() -> Frame | None:
     return _local.frame
 
 
+def began_with_gradients() -> bool:
+    """Whether gradients were recorded when the current frame was entered."""
+    return _local.gradients
+
+
 class entered:
     """Context manager: makes `frame` this thread's current frame, and restores the previous one afterwards.
 
+    While it is held, the modules of the base are in the state that the frame's handle has set for them.
     Never hold one across a `yield`: the caller of a suspended generator would run in that frame.
+
+    Args:
+        state: whether modules will be called.
+        gradients: whether gradients are recorded; by default torch says so.
     """
 
-    def __init__(self, frame: Frame | None) -> None:
+    def __init__(self, frame: Frame | None, state: bool = True, gradients: bool | None = None) -> None:
         self.frame = frame
-        self.previous: Frame | None = None
+        self.state = frame.state if frame is not None and state else None
+        self.gradients = gradients
+        self.turn: Any = None
 
     def __enter__(self) -> Frame | None:
-        self.previous = _local.frame
+        self.previous, self.before = _local.frame, _local.gradients
+        if self.state is not None:
+            assert self.frame is not None
+            self.turn = self.state.enter(self.frame.training)
         _local.frame = self.frame
+        _local.gradients = torch.is_grad_enabled() if self.gradients is None else self.gradients
         return self.frame
 
     def __exit__(self, *_: object) -> None:
-        _local.frame = self.previous
+        _local.frame, _local.gradients = self.previous, self.before
+        if self.state is not None:
+            self.state.leave(self.turn)

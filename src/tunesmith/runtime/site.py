@@ -12,6 +12,7 @@ import types
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..bases.view import class_forward, computing_view
@@ -19,6 +20,7 @@ from ..errors import TargetError
 from .fold import fold
 from .frame import Frame, current_frame
 from .mixed_batch import run_by_rows
+from .recompute import without_gradients
 
 
 class Site:
@@ -42,6 +44,8 @@ class Site:
             return self._plain(module, args, kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
+        if frame.training and not torch.is_grad_enabled():
+            without_gradients(self, lambda: _train(adapters))
         return fold(module, adapters)(*args, **kwargs)
 
     def _mixed(self, module: Any, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -51,6 +55,8 @@ class Site:
             return self._plain(module, args, kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
+        if frame.training and not torch.is_grad_enabled():
+            without_gradients(self, lambda: any(map(_train, adapters)))
         return run_by_rows(module, mixture, adapters, args, kwargs)
 
     def _plain(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,6 +70,11 @@ class Site:
         It is rebuilt before the module's `__dict__` is, so the attribute found is the class's.
         """
         return getattr, (self.module(), "forward")
+
+
+def _train(adapters: tuple[Any, ...]) -> bool:
+    parameters = (p for adapter in adapters if isinstance(adapter, nn.Module) for p in adapter.parameters())
+    return any(p.requires_grad for p in parameters)
 
 
 def site_of(module: nn.Module) -> Site | None:

@@ -52,7 +52,8 @@ class FusedLoss:
         """
         handle, base = self.handle, self.fused.base
         frame = handle.effective_frame
-        reason = known_loss.fault(handle, base, frame, inputs)
+        with handle.entered():  # what the handle sets on its base's modules is there while it runs
+            reason = known_loss.fault(handle, base, frame, inputs)
         if reason is None:
             return self.fused(frame, inputs, items, smoothing, shared_virtual_tokens.applies(handle, frame, inputs))
         if reason not in self._told:
@@ -72,7 +73,7 @@ class HeadLoss:
     def __init__(self, handle: PeftModel, tile: int | None = None) -> None:
         self.handle = handle
         self.tile = tile
-        self.base: Any = handle.base_model
+        self.base: Any = handle.bare_base
         self.encoder_decoder = architecture.is_encoder_decoder(architecture.config_of(self.base))
         kernels = ((module, one_kernel(module)) for module in self.base.modules() if not site.fault(module))
         self._activations = [(module, OneKernel(kernel)) for module, kernel in kernels if kernel is not None]

@@ -64,11 +64,11 @@ class AdapterTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         settings, handle = self.args, self._handle()
-        if handle is not None and next(quantised_views(handle.base_model), None):
+        if handle is not None and next(quantised_views(handle.bare_base), None):
             if settings.device.type == "cpu":
                 leave_no_gaps()
         elif handle is not None and not (settings.bf16 or settings.fp16):
-            advice = slower_than_need_be(handle.base_model, settings.device)
+            advice = slower_than_need_be(handle.bare_base, settings.device)
             if advice:
                 logger.warning(advice)
         return super().train(*args, **kwargs)  # type: ignore[misc]

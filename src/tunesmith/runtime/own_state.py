@@ -1,0 +1,170 @@
+"""What a handle sets on the modules of its base: its mode, and attributes that clients write. There while it runs, undone after.
+
+A base is shared and stays as it is, but its code reads `self.training`, `self.gradient_checkpointing` or a dropout's `p` from
+its modules. So each handle keeps values of its own, which are on the modules only between `enter` and `leave`: during a call
+and while a layer is recomputed. Calls of several threads share what is equal; a call that needs other values waits.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import UsageError
+
+PATIENCE = 60.0  # seconds that a call waits for another thread's to end
+
+# A module's hooks: the base's own and the handle's run both. (The last ones say how some of them are called.)
+HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
+    "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
+
+_ABSENT = object()
+_Undo = list[tuple[dict[str, Any], str, Any]]  # of a module's `__dict__`, in the order of the changes
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a forward pass in training mode changes the module's buffers, as a batch norm's does."""
+    return isinstance(module, _NormBase) and module.track_running_stats
+
+
+class OwnState:
+    """One handle's values for the modules of its base.
+
+    Modules that keep statistics of what they see (batch norms) run in evaluation mode whatever the handle's mode is: they
+    belong to the base. What shall train is named in `modules_to_save`, which makes a private copy of it.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self._values: dict[nn.Module, dict[str, Any]] = {}
+        self._turns = _turns_of(base)
+        modules = [module for module in base.modules() if "training" in vars(module)]
+        self.statistics = [module for module in modules if keeps_statistics(module)]
+        self._fixed = [vars(module) for module in self.statistics]
+        self._free = [vars(module) for module in modules if not keeps_statistics(module)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnState, (self._base,), {"_values": self._values}
+
+    def of(self, module: nn.Module) -> dict[str, Any]:
+        """The handle's values for attributes of this module; may be changed."""
+        return self._values.setdefault(module, {})
+
+    def get(self, module: nn.Module, name: str, default: Any = None) -> Any:
+        """The handle's value for an attribute, if it has one."""
+        values = self._values.get(module)
+        return default if values is None else values.get(name, default)
+
+    def forget(self, name: str) -> None:
+        """Drop the handle's values for this attribute on all modules."""
+        for values in self._values.values():
+            values.pop(name, None)
+
+    def enter(self, training: bool) -> Any:
+        """Put the values on the modules; what is returned must be given to `leave`.
+
+        Raises:
+            UsageError: another thread keeps this base in a different state for too long.
+        """
+        if torch.compiler.is_compiling():
+            return self._apply(training)
+        return self._turns.take((training, self if any(self._values.values()) else None), lambda: self._apply(training))
+
+    def leave(self, entered: Any) -> None:
+        """Undo `enter`, once no other call needs the same state."""
+        if torch.compiler.is_compiling():
+            _undo(entered)
+        else:
+            self._turns.give(entered)
+
+    def _apply(self, training: bool) -> _Undo:
+        undo: _Undo = []
+        for values, mode in ((self._free, training), (self._fixed, False)):
+            for module in values:
+                if module["training"] is not mode:
+                    undo.append((module, "training", not mode))
+                    module["training"] = mode
+        for module, name, value in self._own():
+            present = module.get(name, _ABSENT)
+            undo.append((module, name, present))
+            module[name] = OrderedDict([*present.items(), *value.items()]) if name in HOOKS else value
+        return undo
+
+    def _own(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        for module, values in self._values.items():
+            for name, value in values.items():
+                if name != "training" or not keeps_statistics(module):
+                    yield vars(module), name, value
+
+
+def _undo(changes: _Undo) -> None:
+    for module, name, value in reversed(changes):
+        if value is _ABSENT:
+            module.pop(name, None)
+        else:
+            module[name] = value
+
+
+class _Turn:
+    """A state that is on the base now, with the number of calls that need it, by thread."""
+
+    def __init__(self, key: Any, undo: _Undo) -> None:
+        self.key = key
+        self.undo = undo
+        self.calls: dict[int, int] = {}
+
+
+class _Turns:
+    """Which state a base is in. Calls inside calls may change it; calls of several threads share it, or take turns."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._stack: list[_Turn] = []
+
+    def take(self, key: Any, apply: Callable[[], _Undo]) -> _Turn:
+        me = threading.get_ident()
+        with self._changed:
+            while self._stack and self._stack[-1].key != key and self._others(me):
+                inside = any(me in turn.calls for turn in self._stack)
+                if inside or not self._changed.wait(PATIENCE):
+                    raise UsageError(
+                        "another thread is running this base in a different state (training or evaluating, or with other "
+                        "attributes), which modules cannot be in at the same time; run these calls one after another, or "
+                        "give each thread a copy of the base"
+                    )
+            if not self._stack or self._stack[-1].key != key:
+                self._stack.append(_Turn(key, apply()))
+            turn = self._stack[-1]
+            turn.calls[me] = turn.calls.get(me, 0) + 1
+            return turn
+
+    def give(self, turn: _Turn) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            turn.calls[me] -= 1
+            if not turn.calls[me]:
+                del turn.calls[me]
+            while self._stack and not self._stack[-1].calls:
+                _undo(self._stack.pop().undo)
+            self._changed.notify_all()
+
+    def _others(self, me: int) -> bool:
+        return any(thread != me for turn in self._stack for thread in turn.calls)
+
+
+_by_base: weakref.WeakKeyDictionary[nn.Module, _Turns] = weakref.WeakKeyDictionary()
+
+
+def _turns_of(base: nn.Module) -> _Turns:
+    if base not in _by_base:
+        _by_base[base] = _Turns()
+    return _by_base[base]
