@@ -33,7 +33,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "tunesmith"
 
 # From top to bottom. Rooms of one layer may import each other as long as that makes no cycle.
 LAYERS = (
-    ("cli",),
+    ("cli", "compat"),
     ("jobs",),
     ("estimate",),
     ("train",),
@@ -50,7 +50,7 @@ LAYERS = (
     ("adapter",),
     ("data", "config", "bases"),
     ("storage",),
-    ("labels", "errors", "checks", "paths", "default_targets", "assets", "inits", "kernels", "tested"),
+    ("labels", "errors", "checks", "paths", "default_targets", "assets", "inits", "kernels", "tested", "seen_as"),
 )
 
 # The one import that runs upwards, a dynamic one: each method's file registers itself.

@@ -21,6 +21,7 @@ from typing_extensions import dataclass_transform
 from .checks import is_off, means_off, not_an_expression, not_positive, unknown_key, wrong_types
 from .default_targets import DEFAULT_TARGETS
 from .errors import ConfigError, did_you_mean
+from .seen_as import SeenAs
 from .storage.folder import CONFIG_FILE, AdapterFolder, write_folder, write_text
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    __class__ = SeenAs("PeftConfig")  # type: ignore[assignment]
+
     method: ClassVar[str | None] = None
     is_prompt_learning: ClassVar[bool] = False
     usual_learning_rate: ClassVar[float] = 2e-3  # what a training job takes when the user names none
@@ -107,6 +110,10 @@ class PeftConfig:
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     # Fields that the ecosystem's configuration of this method does not have: written only where they are used.
     ours_alone: ClassVar[tuple[str, ...]] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the type itself: pickle wants the class of what it calls by default to be `__class__`."""
+        return object.__new__, (type(self),), self.__dict__
 
     def __post_init__(self) -> None:
         if self.method is not None:
