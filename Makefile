@@ -24,7 +24,7 @@ test-all: check
 	$(BIN)/python -m pytest -m timing
 
 # The oldest and the newest set of packages that are tested, each in a virtual environment of its own.
-INTERNALS := tests/parity $(addprefix tests/,runtime handle methods bases attach merge checkpoint train test_owners.py test_tested.py)
+INTERNALS := tests/parity $(addprefix tests/,reach runtime handle methods bases attach merge checkpoint train test_owners.py test_tested.py)
 SAMPLE ?= oldest
 
 test-matrix: .venv-oldest/stamp .venv-newest/stamp

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
 from tests.handles import MAKERS as HANDLES
-from tests.handles import assert_same_gradients, gradients, lora, prefixed
+from tests.handles import assert_same_gradients, gradients, lora, out, prefixed
 from tunesmith.runtime.frame import current_frame
 
 MODELS = {
@@ -25,16 +25,26 @@ EXACT = {"rtol": 1e-9, "atol": 1e-14}  # float64, sums of some thousand terms
 CASES = [(method, name) for method, names in MODELS.items() for name in names]
 
 
-def _handle(method, name):
-    """Without dropout, and in float64: checkpointing makes attention choose other kernels and adds in another order."""
+def _base(name):
+    """Without dropout, which the runs that are compared would draw differently."""
     base = tiny.make(name)
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    key = "task_type" if method == "lora" else "task"
-    return MAKERS[method](base, **{key: tiny.task_of(name)}).double().train()
+    return base
+
+
+def _on(base, method, name):
+    """In float64: checkpointing makes attention choose other kernels and adds in another order."""
+    handle = MAKERS[method](base, **{"task_type" if method == "lora" else "task": tiny.task_of(name)}).train()
+    handle.adapters.double()
+    return handle
+
+
+def _handle(method, name):
+    return _on(_base(name).double(), method, name)
 
 
 def _step(handle, name):
@@ -81,6 +91,23 @@ def test_loss_and_every_gradient_equal_those_without(method, name, where, reentr
     assert calls, "nothing was checkpointed"
     torch.testing.assert_close(found_loss, loss, **EXACT)
     assert_same_gradients(found, expected, **EXACT)
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("when", ["before the handle", "after it", "through its view"])
+@pytest.mark.parametrize("method,name", CASES)
+def test_checkpointing_of_the_bare_base_carries_the_adapters_and_leaves_it_bare(method, name, when, reentrant):
+    expected = _step(_handle(method, name), name)[1]
+    base, inputs = _base(name).double(), tiny.inputs_for(name)
+    plain = out(base, inputs)
+    if when == "before the handle":
+        tiny.enable_recomputing(base, {"use_reentrant": reentrant})
+    handle = _on(base, method, name)
+    if when != "before the handle":
+        tiny.enable_recomputing(base if when == "after it" else handle.get_base_model(), {"use_reentrant": reentrant})
+    assert_same_gradients(_step(handle, name)[1], expected, **EXACT)
+    assert torch.equal(out(base.eval(), inputs), plain)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..runtime import call_inputs
+from ..runtime import cache, call_inputs
 from ..runtime.frame import BOUNDARIES, Frame, entered
 from . import preflight, schedules
 from .frames import Frames
@@ -31,7 +31,7 @@ class Calls(Frames):
 
     def forward_within(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         """As `forward`, in a frame that need not be the handle's own."""
-        if kwargs.get(BOUNDARIES) is not None:
+        if kwargs.get(BOUNDARIES) is not None and cache.given(kwargs) is None:  # with a cache the base's own batching packs
             kwargs.update(zip(self._accepts, args))
             args, (frame, kwargs) = (), self.pack_inputs(frame, kwargs)
         if self.is_due(frame):

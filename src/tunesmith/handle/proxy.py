@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import UsageError
 from ..runtime.frame import current_frame, entered
 from ..runtime.own_state import HOOKS, OwnState
+from ..runtime.site import site_of
 
 # Methods about a module's own tensors and files, which run on the module itself.
 OF_THE_MODULE = (
@@ -38,6 +39,9 @@ OF_THE_HANDLE = (
     "enable_adapter_layers", "get_model_status", "get_layer_status", "merge_adapter", "merge_and_unload", "peft_config",
     "prepare_model_for_gradient_checkpointing", "set_adapter", "targeted_module_names", "unload", "unmerge_adapter",
 )  # fmt: skip
+
+
+_NONE = object()
 
 
 class Shows(Protocol):
@@ -76,18 +80,18 @@ class Own:
         if proxy is None:
             return self
         handle, module = handle_of(proxy), module_of(proxy)
-        values = handle._own.of(module)
         if self.name in HOOKS:
-            return values.setdefault(self.name, OrderedDict())
-        if self.name in values:
-            return values[self.name]
+            return handle._own.hooks(module, self.name)
+        value = handle._own.get(module, self.name, _NONE)
+        if value is not _NONE:
+            return value
         return handle.training if self.name == "training" else shown(handle, getattr(module, self.name))
 
     def __set__(self, proxy: Any, value: Any) -> None:
-        handle_of(proxy)._own.of(module_of(proxy))[self.name] = value
+        handle_of(proxy)._own.set(module_of(proxy), self.name, value)
 
     def __delete__(self, proxy: Any) -> None:
-        handle_of(proxy)._own.of(module_of(proxy)).pop(self.name, None)
+        handle_of(proxy)._own.delete(module_of(proxy), self.name)
 
 
 class Forward:
@@ -99,6 +103,20 @@ class Forward:
 
     def __set__(self, proxy: Any, value: Any) -> None:
         raise _fixed(proxy, "forward")
+
+
+class OwnForward(Forward):
+    """`root.forward`: what a client puts there takes the place of the base's forward while the handle runs."""
+
+    def __get__(self, proxy: Any, owner: Any = None) -> Any:
+        own = None if proxy is None else handle_of(proxy)._own.get(module_of(proxy), "forward")
+        return super().__get__(proxy, owner) if own is None else own
+
+    def __set__(self, proxy: Any, value: Any) -> None:
+        handle_of(proxy)._own.set(module_of(proxy), "forward", value)
+
+    def __delete__(self, proxy: Any) -> None:
+        handle_of(proxy)._own.delete(module_of(proxy), "forward")
 
 
 @functools.cache
@@ -172,7 +190,7 @@ class Proxy:
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name not in handle_of(self)._own.of(module_of(self)):
+        if handle_of(self)._own.get(module_of(self), name, _NONE) is _NONE:
             raise _fixed(self, name)
         object.__delattr__(self, name)
 
@@ -208,10 +226,15 @@ class Root(Proxy):
 
     __slots__ = ()
 
+    forward = OwnForward()
+
     def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        handle, frame = handle_of(self), current_frame()
-        whole = frame is None or frame.owner is not handle._owner
-        return getattr(handle if whole else module_of(self), name)(*args, **kwargs)
+        handle, module, frame = handle_of(self), module_of(self), current_frame()
+        if frame is None or frame.owner is not handle._owner:
+            return getattr(handle, name)(*args, **kwargs)
+        if name == "forward" and handle._own.get(module, "forward") is not None:  # which calls the one that it replaced
+            return (site_of(module) or types.MethodType(type(module).forward, module))(*args, **kwargs)
+        return getattr(module, name)(*args, **kwargs)
 
     @property
     def generate(self) -> Any:

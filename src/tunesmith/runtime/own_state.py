@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UsageError
 
@@ -46,23 +47,37 @@ class OwnState:
     def __init__(self, base: nn.Module) -> None:
         self._base = base
         self._values: dict[nn.Module, dict[str, Any]] = {}
+        self._kept: dict[nn.Module, dict[str, Any]] = {}  # what no forward reads, and torch.compile cannot trace
         self._turns = _turns_of(base)
         modules = [module for module in base.modules() if "training" in vars(module)]
         self.statistics = [module for module in modules if keeps_statistics(module)]
-        self._fixed = [vars(module) for module in self.statistics]
-        self._free = [vars(module) for module in modules if not keeps_statistics(module)]
+        self._others = [module for module in modules if not keeps_statistics(module)]
+        self._fixed, self._free = list(map(vars, self.statistics)), list(map(vars, self._others))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OwnState, (self._base,), {"_values": self._values}
-
-    def of(self, module: nn.Module) -> dict[str, Any]:
-        """The handle's values for attributes of this module; may be changed."""
-        return self._values.setdefault(module, {})
+        return OwnState, (self._base,), {"_values": self._values, "_kept": self._kept}
 
     def get(self, module: nn.Module, name: str, default: Any = None) -> Any:
         """The handle's value for an attribute, if it has one."""
-        values = self._values.get(module)
-        return default if values is None else values.get(name, default)
+        for store in (self._values, self._kept):
+            if name in store.get(module, {}):
+                return store[module][name]
+        return default
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        self.delete(module, name)
+        held = value if isinstance(value, list) else [value]
+        store = self._kept if held and all(isinstance(item, RemovableHandle) for item in held) else self._values
+        store.setdefault(module, {})[name] = value
+
+    def delete(self, module: nn.Module, name: str) -> None:
+        for store in (self._values, self._kept):
+            store.get(module, {}).pop(name, None)
+
+    def hooks(self, module: nn.Module, name: str) -> OrderedDict[Any, Any]:
+        """The handle's hooks on a module, of one of the kinds in `HOOKS`; may be changed."""
+        found: OrderedDict[Any, Any] = self._values.setdefault(module, {}).setdefault(name, OrderedDict())
+        return found
 
     def forget(self, name: str) -> None:
         """Drop the handle's values for this attribute on all modules."""
@@ -76,13 +91,17 @@ class OwnState:
             UsageError: another thread keeps this base in a different state for too long.
         """
         if torch.compiler.is_compiling():
-            return self._apply(training)
-        return self._turns.take((training, self if any(self._values.values()) else None), lambda: self._apply(training))
+            return self._traced(training)
+        return self._turns.take((training, self if any(True for _ in self._own()) else None), lambda: self._apply(training))
 
     def leave(self, entered: Any) -> None:
         """Undo `enter`, once no other call needs the same state."""
         if torch.compiler.is_compiling():
-            _undo(entered)
+            for module, name, value in reversed(entered):
+                if value is _ABSENT:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, value)
         else:
             self._turns.give(entered)
 
@@ -94,16 +113,31 @@ class OwnState:
                     undo.append((module, "training", not mode))
                     module["training"] = mode
         for module, name, value in self._own():
-            present = module.get(name, _ABSENT)
-            undo.append((module, name, present))
-            module[name] = OrderedDict([*present.items(), *value.items()]) if name in HOOKS else value
+            attributes = vars(module)
+            present = attributes.get(name, _ABSENT)
+            undo.append((attributes, name, present))
+            attributes[name] = OrderedDict([*present.items(), *value.items()]) if name in HOOKS else value
         return undo
 
-    def _own(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    def _traced(self, training: bool) -> list[tuple[nn.Module, str, Any]]:
+        """As `_apply`, in terms that `torch.compile` can trace."""
+        undo: list[tuple[nn.Module, str, Any]] = []
+        for modules, mode in ((self._others, training), (self.statistics, False)):
+            for module in modules:
+                if module.training is not mode:
+                    undo.append((module, "training", not mode))
+                    module.training = mode
+        for module, name, value in self._own():
+            present = getattr(module, name, _ABSENT)
+            undo.append((module, name, present))
+            setattr(module, name, OrderedDict([*present.items(), *value.items()]) if name in HOOKS else value)
+        return undo
+
+    def _own(self) -> Iterator[tuple[nn.Module, str, Any]]:
         for module, values in self._values.items():
             for name, value in values.items():
-                if name != "training" or not keeps_statistics(module):
-                    yield vars(module), name, value
+                if not (name == "training" and keeps_statistics(module)) and not (name in HOOKS and not value):
+                    yield module, name, value
 
 
 def _undo(changes: _Undo) -> None:
