@@ -35,10 +35,15 @@ class SeenAs:
 
 
 @functools.cache
-def _prepared(theirs: type, ours: type) -> type:
-    peft = sys.modules["peft"]
+def _prepare(peft: Any) -> None:
     for prepare in PREPARE:
         prepare(peft)
+
+
+@functools.cache
+def _prepared(theirs: type, ours: type) -> type:
+    peft = sys.modules["peft"]
+    _prepare(peft)
     named = getattr(peft, ours.__name__, None)
     return _both(ours, named if isinstance(named, type) and issubclass(named, theirs) else theirs)
 

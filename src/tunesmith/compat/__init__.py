@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..seen_as import PREPARE
-from .peft_entry import accept_our_configurations
+from .peft_entry import accept_ours
 
-PREPARE.append(accept_our_configurations)
+PREPARE.append(accept_ours)
