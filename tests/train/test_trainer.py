@@ -68,21 +68,24 @@ def test_trains_evaluates_and_checkpoints_hold_the_adapter_only(trainer_class, c
     assert torch.equal(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
 
 
+@pytest.mark.parametrize("kind", [transformers.Trainer, tunesmith.Trainer])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, tmp_path):
-    whole = make_trainer(tunesmith.Trainer, tmp_path / "whole", CONFIGS[config]())
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, kind, tmp_path):
+    """(The plain one knows handles by `isinstance`, where peft is installed.)"""
+    whole = make_trainer(kind, tmp_path / "whole", CONFIGS[config]())
     whole.train()
-    make_trainer(tunesmith.Trainer, tmp_path / "cut", CONFIGS[config]()).train()
+    make_trainer(kind, tmp_path / "cut", CONFIGS[config]()).train()
     torch.manual_seed(99)  # the resumed run starts from other values, all of which must come from the checkpoint
-    resumed = make_trainer(tunesmith.Trainer, tmp_path / "cut", CONFIGS[config]())
+    resumed = make_trainer(kind, tmp_path / "cut", CONFIGS[config]())
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     expected = whole.model.adapters.state_dict()
     assert all(torch.equal(expected[name], value) for name, value in resumed.model.adapters.state_dict().items())
 
 
-def test_best_adapter_is_reloaded_at_the_end(tmp_path):
+@pytest.mark.parametrize("kind", [transformers.Trainer, tunesmith.Trainer])
+def test_best_adapter_is_reloaded_at_the_end(kind, tmp_path):
     best_at_end = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    trainer = make_trainer(tunesmith.Trainer, tmp_path, CONFIGS["lora"](), learning_rate=1.0, **best_at_end)
+    trainer = make_trainer(kind, tmp_path, CONFIGS["lora"](), learning_rate=1.0, **best_at_end)
     trainer.train()
     losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
     best = min(losses, key=losses.get)
@@ -100,6 +103,34 @@ def test_a_second_adapter_is_saved_and_resumed_too(tmp_path):
     again = make_trainer(tunesmith.Trainer, tmp_path, CONFIGS["lora"](), max_steps=4)
     again.model.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", r=2))
     again.train(resume_from_checkpoint=True)
+
+
+class Net(torch.nn.Module):
+    """No PreTrainedModel, no configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.b(torch.tanh(self.a(x)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("kind", [transformers.Trainer, tunesmith.Trainer])
+def test_checkpoints_of_ones_own_module_hold_the_adapter_alone_and_are_resumed(kind, tmp_path):
+    data = [{"x": torch.randn(8), "labels": torch.tensor(i % 2)} for i in range(8)]
+
+    def trainer(steps):
+        settings = {"use_cpu": True, "report_to": [], "save_steps": 2, "disable_tqdm": True, "label_names": ["labels"]}
+        arguments = transformers.TrainingArguments(str(tmp_path), max_steps=steps, **settings)
+        return kind(model=lora(Net(), target_modules=["a"]), args=arguments, train_dataset=data)
+
+    trainer(2).train()
+    names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    trainer(4).train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-4" / "adapter_config.json").is_file()
 
 
 def test_resuming_from_a_folder_without_the_adapter_is_an_error(tmp_path):

@@ -1,7 +1,7 @@
 """transformers' Trainer for handles: checkpoints hold adapters, and adapters are what is resumed and reloaded.
 
-The plain `transformers.Trainer` trains, evaluates and saves a handle correctly, too; where `peft` is not installed it wants full
-weights to resume or to reload the best checkpoint, so those need this one.
+The plain `transformers.Trainer` trains, evaluates and saves a handle correctly, too; where `peft` is not installed it wants
+full weights to resume or to reload the best checkpoint, so those need this one.
 """
 
 from __future__ import annotations
