@@ -101,7 +101,7 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    __class__ = SeenAs("PeftConfig")  # type: ignore[assignment]
+    __class__ = SeenAs("PeftConfig")
 
     method: ClassVar[str | None] = None
     is_prompt_learning: ClassVar[bool] = False
