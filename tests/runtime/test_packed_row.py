@@ -447,13 +447,13 @@ def test_virtual_tokens_run_once_for_all_texts_with_the_same_loss_and_gradients(
     expected = gradients(handle, own)
     shared, run = [], shared_virtual_tokens.run
     monkeypatch.setattr(shared_virtual_tokens, "run", lambda *given: shared.append(1) or run(*given))
-    for worth, runs in ((1000, 0), (-1000, 2)):
+    for worth, runs in ((1000, 0), (-1000, 1)):
         monkeypatch.setattr(shared_virtual_tokens, "WORTH", worth)
         fused = FusedLoss(handle)(batch)
         if fused is None:
-            assert kind in ("cohere", "cohere2", "gemma2"), "the loss was left to the model"
+            assert kind in ("cohere", "cohere2", "gemma2", "granite"), "the loss was left to the model"
             continue
-        assert len(shared) == runs, "once to compare, and once to train"
+        assert len(shared) == runs
         assert_close(fused, own)
         for name, gradient in gradients(handle, fused).items():
             assert_close(gradient, expected[name])

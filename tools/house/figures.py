@@ -100,7 +100,7 @@ def long_files(house: House, limit: int) -> list[tuple[str, int]]:
 # --- private names ----------------------------------------------------------------------------------------------------
 
 # Names that every torch module has.
-OF_MODULES = {"_apply", "_buffers", "_modules", "_named_members", "_parameters"}
+OF_MODULES = {"_apply", "_buffers", "_modules", "_named_members", "_parameters", "_replicate_for_data_parallel"}
 
 
 def private_uses(house: House, owners: Collection[str], users: Collection[str]) -> list[Fault]:

@@ -22,8 +22,6 @@ from .stored_tensors import shape_of
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
-# Config fields that cap or scale the logits.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _ROPES_BY_LENGTH = ("dynamic", "longrope")  # the longest text of a call decides the rotation for all of them
 _TABLE, _ATTENTION = "ALL_ATTENTION_FUNCTIONS", "_attn_implementation"
 RECOMPUTES = "gradient_checkpointing"  # attribute of a module that can compute its layers again in the backward pass
@@ -288,9 +286,23 @@ def embedding_width(model: Any) -> int:
     return width
 
 
-def changes_logits(config: Any) -> bool:
-    """Whether logits are capped or scaled after the output head."""
-    return any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_CHANGES)
+def caps_logits(config: Any) -> bool:
+    """Whether logits are capped after the output head, as in Gemma 2."""
+    return getattr(config, "final_logit_softcapping", None) is not None
+
+
+def adds_router_loss(config: Any) -> bool:
+    """Whether a mixture of experts adds its routers' load-balancing loss to the loss of its labels."""
+    return bool(getattr(config, "output_router_logits", False))
+
+
+def has_plain_loss(model: Any) -> bool:
+    """Whether the loss function of a language model is transformers' own: the cross-entropy of its logits, nothing added."""
+    from transformers.loss import loss_utils
+
+    own = {(function, loss_utils.__name__) for function in ("ForCausalLMLoss", "fixed_cross_entropy")}
+    used = (model.loss_function, loss_utils.fixed_cross_entropy)
+    return {(getattr(f, "__name__", ""), getattr(f, "__globals__", {}).get("__name__")) for f in used} == own
 
 
 def ties_embeddings(config: Any) -> bool:
@@ -311,11 +323,6 @@ def reads_last_token(model: nn.Module) -> bool:
 def pools_first_token(model: nn.Module) -> bool:
     """Whether the first position is pooled, in addition to the outputs for each token."""
     return getattr(model, "pooler", None) is not None
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether an encoder-decoder has a public method that makes decoder inputs from labels."""
-    return hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
 # --- layers and attentions ------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing_extensions import Self, dataclass_transform
 
 from ..checks import is_off, is_switch, means_off, task_name, unknown_key, whose_file, wrong_types
 from ..errors import ConfigError, did_you_mean
+from ..seen_as import SeenAs
 from ..storage.folder import CONFIG_FILE, AdapterFolder, write_folder, write_text
 from .by_method import config_type
 
@@ -99,6 +100,8 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    __class__ = SeenAs("PeftConfig")
+
     method: ClassVar[str | None] = None
     is_prompt_learning: ClassVar[bool] = False
     usual_learning_rate: ClassVar[float] = 2e-3  # what a training job takes when the user names none
@@ -108,6 +111,10 @@ class PeftConfig:
     ours_alone: ClassVar[tuple[str, ...]] = ()
     # What a file held beside the fields: without effect here, and written again.
     unknown: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the type itself: pickle wants the class of what it calls by default to be `__class__`."""
+        return object.__new__, (type(self),), self.__dict__
 
     def __post_init__(self) -> None:
         if self.method is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..seen_as import SeenAs
 from .base_methods import BaseMethods
 
 
@@ -42,6 +43,7 @@ def _made(task_class: Any, base_class: Any) -> Any:
     from transformers import PreTrainedModel
 
     namespace: dict[str, Any] = {
+        "__class__": SeenAs("PeftModel"),
         "__module__": task_class.__module__,
         "__qualname__": task_class.__qualname__,
         "__doc__": task_class.__doc__,

@@ -53,7 +53,7 @@ def _observed(
     base: nn.Module, adapters: list[tuple[str, Adapter]], frame: Frame, run: Callable[[Frame], Any], trains: bool
 ) -> Any:
     fired: set[Place] = set()
-    once, looked_up = _held(base, {path for path, _ in adapters})
+    once, looked_up = _parameters_at(base, {path for path, _ in adapters})
     used = Used(once | looked_up)
     with used:
         result = run(frame.recording(fired))
@@ -85,7 +85,7 @@ def _observed(
     return result
 
 
-def _held(base: nn.Module, paths: set[str]) -> tuple[dict[Tensor, str], dict[Tensor, str]]:
+def _parameters_at(base: nn.Module, paths: set[str]) -> tuple[dict[Tensor, str], dict[Tensor, str]]:
     """`{parameter: path}` of these modules' parameters that no other module holds, and of shared embeddings."""
     holders: dict[Tensor, list[str]] = {}
     for path, module in base.named_modules():

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..runtime.frame import current_frame
-from .proxy import OF_THE_MODULE, Proxy, handle_of, module_of
+from ..runtime.site import site_of
+from .proxy import OF_THE_MODULE, Forward, Proxy, handle_of, module_of
 
 # What clients of peft ask of `handle.base_model`, besides the base.
 OF_THE_HANDLE = (
@@ -24,15 +25,34 @@ OF_THE_HANDLE = (
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
+class OwnForward(Forward):
+    """`root.forward`: what a client puts there takes the place of the base's forward while the handle runs."""
+
+    def __get__(self, proxy: Any, owner: Any = None) -> Any:
+        own = None if proxy is None else handle_of(proxy)._own.get(module_of(proxy), "forward")
+        return super().__get__(proxy, owner) if own is None else own
+
+    def __set__(self, proxy: Any, value: Any) -> None:
+        handle_of(proxy)._own.set(module_of(proxy), "forward", value)
+
+    def __delete__(self, proxy: Any) -> None:
+        handle_of(proxy)._own.delete(module_of(proxy), "forward")
+
+
 class Root(Proxy):
     """Of a whole base: its call and `generate` are the handle's, virtual tokens included."""
 
     __slots__ = ()
 
+    forward = OwnForward()
+
     def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        handle, frame = handle_of(self), current_frame()
-        whole = frame is None or frame.owner is not handle._owner
-        return getattr(handle if whole else module_of(self), name)(*args, **kwargs)
+        handle, module, frame = handle_of(self), module_of(self), current_frame()
+        if frame is None or frame.owner is not handle._owner:
+            return getattr(handle, name)(*args, **kwargs)
+        if name == "forward" and handle._own.get(module, "forward") is not None:  # which calls the one that it replaced
+            return (site_of(module) or types.MethodType(type(module).forward, module))(*args, **kwargs)
+        return getattr(module, name)(*args, **kwargs)
 
     @property
     def generate(self) -> Any:

@@ -218,6 +218,19 @@ def current_frame() -> Frame | None:
     return _local.frame
 
 
+FRAME = "_tunesmith_frame"  # attribute of a node of autograd
+
+
+def remember_frame(node: Any) -> None:
+    """Let a new node of a `torch.autograd.Function` keep the current frame for its backward pass (`recompute.py`).
+
+    Functions that call no modules, ours for example, say so and need none.
+    """
+    frame = _local.frame
+    if frame is not None and not getattr(node._forward_cls, "calls_no_modules", False):
+        setattr(node, FRAME, frame)
+
+
 def began_with_gradients() -> bool:
     """Whether gradients were recorded when the current frame was entered."""
     return _local.gradients

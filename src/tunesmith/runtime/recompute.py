@@ -27,17 +27,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
 from ..errors import UsageError
-from .frame import Frame, Place, began_with_gradients, current_frame, entered
+from .frame import FRAME, Frame, Place, began_with_gradients, current_frame, entered, remember_frame
 
-FRAME, AGAIN = "_tunesmith_frame", "_tunesmith_again"  # attributes of a node
-CALLS_NO_MODULES = "calls_no_modules"  # on a Function of our own, whose node needs no frame
+AGAIN = "_tunesmith_again"  # attribute of a node: the sites that must run in its backward pass
 
 
 @functools.cache
 def install() -> None:
     """Let nodes, checkpoints and hooks remember the frame in which they are made."""
     setattr(BackwardCFunction, FRAME, None)
-    BackwardCFunction.__init__ = _node_made  # type: ignore[assignment, method-assign]
+    BackwardCFunction.__init__ = remember_frame  # type: ignore[assignment, method-assign]
     _wrap(BackwardCFunction, "_get_user_fn", _backward_of)
     _wrap(checkpoint._CheckpointFrame, "__init__", _checkpoint_made)
     _wrap(saved_tensors_hooks, "__init__", _hooks_made)
@@ -50,12 +49,6 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 # --- nodes ----------------------------------------------------------------------------------------------------------
-
-
-def _node_made(node: Any) -> None:
-    frame = current_frame()
-    if frame is not None and not getattr(node._forward_cls, CALLS_NO_MODULES, False):
-        setattr(node, FRAME, frame)
 
 
 def _backward_of(inner: Callable[..., Any], node: Any) -> Any:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bases import architecture
 from ..errors import UsageError
 from ..model import PeftModel
 from ..runtime import cache, packed_row
 from ..runtime.frame import BOUNDARIES, Frame, Segments
 from ..runtime.rows import prepend
 from ..runtime.virtual_tokens import check_length, virtual_counts, virtual_tokens
+from . import known_loss
 
 UNUSUAL = {"inputs_embeds", *cache.NAMES, "token_type_ids", "task_ids"}
 
@@ -29,13 +31,19 @@ WORTH = 64  # tokens that must be saved beyond that
 def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
     """Whether a training batch is of several texts that all begin with the same virtual tokens."""
     spec, mask, boundaries = handle.input_spec, inputs.get("attention_mask"), inputs.get(BOUNDARIES)
+    base = handle.bare_base
     texts = len(inputs["input_ids"]) if boundaries is None else len(boundaries) - 1
     return (
         len(frame.prompts) == 1
         and virtual_counts(frame) > 0
+        and not frame.adapters
+        and type(base).__name__ in known_loss.CAUSAL
+        and not architecture.is_bidirectional(base.config)
+        and not architecture.rope_depends_on_length(base.config)
+        and not architecture.has_cross_attention(base.config)
         and not frame.prompts[0][0].by_task
         and spec.labels_per_token
-        and cache.cache_name(handle.bare_base) is not None
+        and cache.cache_name(base) is not None
         and not UNUSUAL & inputs.keys()
         and (boundaries is not None or "position_ids" not in inputs)
         and _saved(texts, virtual_counts(frame)) >= WORTH
