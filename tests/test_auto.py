@@ -72,7 +72,7 @@ def test_a_mapping_names_the_class_of_a_base_without_a_task(tmp_path):
     mapping = {"base_model_class": "WhisperForConditionalGeneration", "parent_library": "transformers.models.whisper"}
     edit_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"), auto_mapping=mapping)
     handle = ts.AutoPeftModel.from_pretrained(tmp_path / "adapter")
-    assert type(handle.get_base_model()) is tf.WhisperForConditionalGeneration
+    assert type(handle.bare_base) is tf.WhisperForConditionalGeneration
 
 
 def test_a_tokenizer_with_more_tokens_than_the_base_makes_room_for_them(with_base):

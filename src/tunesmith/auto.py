@@ -154,6 +154,7 @@ class AutoPeftModel:
         of_adapter = {name: value for name, value in kwargs.items() if name in _OF_ADAPTER or name in _OF_BOTH}
         where = {**of_adapter, "revision": revision}
         autocast = where.pop("autocast_adapter_dtype", True)
+        key_mapping = where.pop("key_mapping", None)
         folder = AdapterFolder.find(pretrained_model_name_or_path, **where)
         config = config or read_config(folder)
         task = cls.task_type or config.task_type
@@ -166,7 +167,7 @@ class AutoPeftModel:
         base = load_base(config.base_model_name_or_path, task, mapped=mapped, revision=config.revision or "main", **of_base)
         _make_room(base, folder, pretrained_model_name_or_path, where)
         return PeftModel.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, autocast, **where
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, autocast, key_mapping=key_mapping, **where
         )
 
 

@@ -149,7 +149,8 @@ def test_training_mode_switched_and_merged_adapters():
 
 def test_the_first_step_is_checked_on_replicas():
     handle = lora(tiny.make("llama"), target_modules=["q_proj"]).train()
-    handle.bare_base.model.layers[1].self_attn.forward = lambda *args, **kwargs: (kwargs["hidden_states"], None)
+    for layer in handle.bare_base.model.layers:
+        layer.self_attn.forward = lambda *args, **kwargs: (kwargs["hidden_states"], None)
     with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.q_proj"):
         in_parallel(handle, tiny.inputs_for("llama", rows=4))
 

@@ -83,7 +83,7 @@ def match(
     if isinstance(config, TargetedConfig):
         left_out = _plan_targets(model, modules, config, plan, faults, current_names or held is not None)
         _keep_held(plan, held)
-        faults += _unmatched_pattern_keys(config, plan)
+        faults += _unmatched_pattern_keys(modules, config, plan)
         faults += _unfit(modules, config, plan)
         plan.biases = _biases(modules, config, plan)
     plan.tokens = plan_tokens(model, modules, config, faults)
@@ -244,8 +244,9 @@ def _trained_twice(config: TargetedConfig, paths: list[str], free: list[str]) ->
     return [name for name, named in by_name.items() if named and not set(named) & set(free)]
 
 
-def _unmatched_pattern_keys(config: TargetedConfig, plan: Plan) -> Iterator[str]:
-    paths = [*plan.adapted, *(f"{path}.{name}" for path, names in plan.parameters.items() for name in names)]
+def _unmatched_pattern_keys(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str]:
+    attentions = [path for path in plan.parameters if isinstance(modules[path], nn.MultiheadAttention)]
+    paths = [*plan.adapted, *attentions, *(f"{path}.{name}" for path, names in plan.parameters.items() for name in names)]
     for name, keys in config.pattern_keys().items():
         for key in keys:
             if not any(matches(path, key) for path in paths):

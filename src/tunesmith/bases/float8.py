@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..kernels.decoded_linear import Decoded, with_gradient
 from .quantised import QuantisedView
 from .stored_tensors import FLOAT8
-from .view import class_forward, register_view
+from .view import class_forward, own_parameter, register_view
 
 _SCALES = ("weight_scale_inv", "weight_scale")  # both are factors, whatever the name
 
@@ -45,7 +45,7 @@ class Float8View(QuantisedView):
         return False
 
     def storage_fault(self) -> str | None:
-        weight, scale = self.module.weight, self._scale
+        weight, scale = own_parameter(self.module, "weight"), self._scale
         if weight.dtype not in FLOAT8 or scale is None:
             return f"its weight is stored as {weight.dtype}, where 8-bit floats with scales are expected"
         out, inner = self.shape
@@ -85,7 +85,7 @@ class Float8View(QuantisedView):
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         assert self._scale is not None
-        return (self.module.weight.detach().float() * self._spread(self._scale.detach().float())).to(dtype)
+        return (own_parameter(self.module, "weight").detach().float() * self._spread(self._scale.detach().float())).to(dtype)
 
     def _spread(self, scale: Tensor) -> Tensor:
         """One scale for each weight, `(out, in)`."""
@@ -94,7 +94,7 @@ class Float8View(QuantisedView):
         return scale.repeat_interleave(m, 0)[:out].repeat_interleave(n, 1)[:, :inner]
 
     def parameter(self, weight: Tensor) -> nn.Parameter:
-        old, scale, (m, n) = self.module.weight, self._scale, self._block
+        old, scale, (m, n) = own_parameter(self.module, "weight"), self._scale, self._block
         assert scale is not None
         old.scale = scale  # it may be restored later and then needs its own scales
         out, inner = self.shape
@@ -109,7 +109,7 @@ class Float8View(QuantisedView):
         return new
 
     def adopt(self) -> None:
-        scale: nn.Parameter | None = getattr(self.module.weight, "scale", None)
+        scale: nn.Parameter | None = getattr(own_parameter(self.module, "weight"), "scale", None)
         if scale is not None:
             name = next(name for name in _SCALES if name in self.module._parameters)
             self.module._parameters[name] = scale

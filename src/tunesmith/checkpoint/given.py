@@ -162,8 +162,8 @@ def _fault(tensor: Wanted, value: Tensor | None, live: bool) -> str | None:
     if value.device.type == "meta":
         return f"{tensor.own} is on the meta device"
     flat = getattr(own, "_fsdp_flattened", False)  # FSDP 1 leaves a process its part of a tensor, in one dimension
-    is_whole = 0 not in own.shape and not (flat and own.dim() == 1)
-    if (value.numel() == 0 and 0 not in shape) or (live and (not is_whole or tuple(own.shape) != shape)):
+    is_whole = tuple(own.shape) == shape and not (flat and own.dim() == 1)
+    if (value.numel() == 0 and 0 not in shape) or (live and not is_whole):
         return f"{tensor.own} has the shape {tuple(value.shape)}, because other processes hold the rest"
     if tuple(value.shape) != shape and is_whole:
         return f"{tensor.own} has the shape {tuple(value.shape)}, expected {shape}"

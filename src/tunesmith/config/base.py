@@ -170,6 +170,9 @@ class PeftConfig:
             raise ConfigError(f"this is a {values['peft_type']} configuration, not a {cls.__name__}")
         values = target.understood(values)
         names = {f.name for f in dataclasses.fields(target) if f.init}
+        misspelt = [key for key in overrides if key not in names]
+        if misspelt:
+            raise ConfigError("; ".join(unknown_key(key, target, overrides[key]) for key in misspelt))
         fields = {key: value for key, value in values.items() if key in names}
         unknown = {
             key: value

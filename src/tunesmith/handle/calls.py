@@ -34,7 +34,7 @@ class Calls(Frames):
 
     def forward_within(self, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         """As `forward`, in a frame that need not be the handle's own."""
-        if kwargs.get(BOUNDARIES) is not None and cache.given(kwargs) is None:  # with a cache the base's own batching packs
+        if kwargs.get(BOUNDARIES) is not None and not cache.is_paged(cache.given(kwargs)):
             kwargs.update(zip(self._accepts, args))
             args, (frame, kwargs) = (), self.pack_inputs(frame, kwargs)
         if self.is_due(frame):
@@ -58,14 +58,14 @@ class Calls(Frames):
         frame = self.effective_frame if frame is None else frame
         if self._conflict is not None and frame.mixture is None and frame.names == self.effective_frame.names:
             raise UsageError(self._conflict)
-        if not torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling()
+        if not traced:
             self._check_in_place(frame)
             self._own.sync()
-        return entered(frame)
+        return entered(frame, traced=traced)
 
-    @staticmethod
-    def _check_in_place(frame: Frame) -> None:
-        if any(at.module() is None for at in frame.adapters):
+    def _check_in_place(self, frame: Frame) -> None:
+        if frame.adapters and any(children.get(name) is not child for children, name, child in self._ways):
             raise UsageError(
                 f"modules under adapters ({', '.join(frame.names)}) were replaced on the base, for example by resizing its "
                 "embeddings, so the adapters would have no effect; change the base first, then attach"

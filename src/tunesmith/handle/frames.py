@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Frames(HandleState):
     _checked: set[tuple[tuple[str, ...], bool, str]]
     _frames: dict[tuple[tuple[str, ...], bool], Frame]
     _single_experts: dict[str, list[str]]  # per adapter, the paths that keep it out of mixed batches
+    _ways: list[tuple[Mapping[str, Any], str, Any]]  # a module's children, a name, the child: each step to adapted modules
     _conflict: str | None
 
     def _settle(self) -> None:
@@ -46,9 +47,20 @@ class Frames(HandleState):
     def _forget(self) -> None:
         """Discard what is derived from adapters and base, and derive it again."""
         self._frames = {}
+        self._ways = list(self._steps())
         self._single_experts = {}
         self._checked = set()
         self._settle()
+
+    def _steps(self) -> Iterator[tuple[Mapping[str, Any], str, Any]]:
+        seen = set()
+        for path in (path for name in self.adapters for path, _ in self.tree(name).items()):
+            module = self.bare_base
+            for name in path.split(".") if path else ():
+                children, module = module._modules, module._modules[name]
+                if module not in seen:
+                    seen.add(module)
+                    yield children, name, module
 
     def _frame_of(self, names: tuple[str, ...]) -> Frame:
         """The frame in which these adapters are in effect together."""

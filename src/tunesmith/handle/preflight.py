@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..runtime.frame import Frame, Place
 from ..runtime.lazy_weight import Used
 from ..runtime.prefix import PrefixedStack
 from .frames import Frames
+from .untouched import check_frozen, same_buffers
 
 logger = logging.getLogger(__name__)
 NAMES_SHOWN = 5  # of modules that did not run
@@ -41,12 +43,18 @@ def checked(handle: Frames, frame: Frame, method: str, run: Callable[[Frame], An
     adapters = [item for name in frame.names for item in handle.tree(name).items()]
     _check_sharding(handle)
     _check_installed(handle, {path for path, _ in adapters})
-    if any(_is_compiled(module) for module in handle.bare_base.modules()):
-        result = run(frame)  # what runs inside compiled layers cannot be seen, and to record it would compile them twice
-    else:
-        result = _observed(handle.bare_base, adapters, frame, run, trains and method == "forward")
+    if trains:
+        check_frozen(handle.bare_base)
+    with same_buffers(handle.bare_base) if trains else nullcontext():
+        result = _run(handle, adapters, frame, method, run)
     handle._checked.add((frame.names, trains, method))
     return result
+
+
+def _run(handle: Frames, adapters: list[tuple[str, Adapter]], frame: Frame, method: str, run: Callable[[Frame], Any]) -> Any:
+    if any(_is_compiled(module) for module in handle.bare_base.modules()):
+        return run(frame)  # what runs inside compiled layers cannot be seen, and to record it would compile them twice
+    return _observed(handle.bare_base, adapters, frame, run, handle._trains and method == "forward")
 
 
 def _observed(

@@ -153,7 +153,9 @@ class Proxy:
     def __getattr__(self, name: str) -> Any:
         handle, module = handle_of(self), module_of(self)
         value = getattr(module, name)
-        return handle._effective_value(module, name) if isinstance(value, Tensor) else shown(handle, value)
+        if isinstance(value, Tensor):
+            return value if isinstance(value, DTensor) else handle._effective_value(module, name)  # FSDP looks for its own
+        return shown(handle, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         module = module_of(self)

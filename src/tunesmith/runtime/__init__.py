@@ -25,4 +25,5 @@ What a call can hold besides:
 - `adapted.py`: a view of a module with an adapter on it, for the second adapter on the same module.
 - `reads.py`, `lazy_weight.py`: weights that a model reads instead of calling their modules are what merging would make of them.
 - `recompute.py`: layers that gradient checkpointing computes again see the frame of their forward pass.
+- `own_state.py`: what the handle sets on modules of the base (its mode, flags, hooks), there while the frame is current.
 """

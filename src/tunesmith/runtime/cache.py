@@ -82,6 +82,11 @@ def crops_from_the_end() -> bool:
     return "tokens_to_remove" in inspect.signature(Cache.crop).parameters
 
 
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is the one of continuous batching, which keeps the texts of a row apart itself."""
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
 def empty(config: Any) -> Cache:
     """A growing cache for a model with this configuration."""
     own = DynamicCache(config=text_config(config))

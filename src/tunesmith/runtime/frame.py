@@ -261,19 +261,30 @@ class entered:
     Args:
         state: whether modules will be called.
         gradients: whether gradients are recorded; by default torch says so.
+        traced: whether `torch.compile` traces the call. (Asked here, `is_compiling()` made torch 2.13 drop what is set below.)
     """
 
-    def __init__(self, frame: Frame | None, state: bool = True, gradients: bool | None = None) -> None:
+    def __init__(self, frame: Frame | None, state: bool = True, gradients: bool | None = None, traced: bool = False) -> None:
         self.frame = frame
         self.state = frame.state if frame is not None and state else None
         self.gradients = gradients
+        self.traced = traced
+        self.previous: Frame | None = None
+        self.before = False
         self.turn: Any = None
 
     def __enter__(self) -> Frame | None:
         self.previous, self.before = _local.frame, _local.gradients
         if self.state is not None:
             assert self.frame is not None
-            self.turn = self.state.enter(self.frame.training)
+            if (
+                self.previous is not None
+                and self.previous.state is self.state
+                and self.previous.training == self.frame.training
+            ):
+                self.state = None
+            else:
+                self.turn = self.state.enter(self.frame.training, self.traced)
         _local.frame = self.frame
         _local.gradients = torch.is_grad_enabled() if self.gradients is None else self.gradients
         return self.frame
@@ -283,4 +294,4 @@ class entered:
         if _local.kept:
             _local.kept.clear()
         if self.state is not None:
-            self.state.leave(self.turn)
+            self.state.leave(self.turn, self.traced)

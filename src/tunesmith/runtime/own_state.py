@@ -11,10 +11,9 @@ import copy
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
@@ -111,28 +110,26 @@ class OwnState:
         for values in self._values.values():
             values.pop(name, None)
 
-    def enter(self, training: bool) -> Any:
+    def enter(self, training: bool, traced: bool = False) -> Any:
         """Put the values on the modules; what is returned must be given to `leave`.
 
         Raises:
             UsageError: another thread keeps this base in a different state for too long.
         """
-        if torch.compiler.is_compiling():
-            return self._traced(training)
-        return self._turns.take((training, self if any(True for _ in self._own()) else None), lambda: self._apply(training))
+        return self._traced(training) if traced else self._turns.take(self, training)
 
-    def leave(self, entered: Any) -> None:
+    def leave(self, entered: Any, traced: bool = False) -> None:
         """Undo `enter`, once no other call needs the same state."""
-        if torch.compiler.is_compiling():
-            for module, name, value in reversed(entered):
-                if value is _ABSENT:
-                    delattr(module, name)
-                else:
-                    setattr(module, name, value)
-        else:
+        if not traced:
             self._turns.give(entered)
+            return
+        for module, name, value in reversed(entered):
+            if value is _ABSENT:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
 
-    def _apply(self, training: bool) -> _Undo:
+    def apply(self, training: bool) -> _Undo:
         undo: _Undo = []
         for values in self._dicts:
             if values["training"] is not training:
@@ -149,7 +146,7 @@ class OwnState:
         return undo
 
     def _traced(self, training: bool) -> list[tuple[nn.Module, str, Any]]:
-        """As `_apply`, in terms that `torch.compile` can trace."""
+        """As `apply`, in terms that `torch.compile` can trace."""
         undo: list[tuple[nn.Module, str, Any]] = []
         for module in self._modules:
             if module.training is not training:
@@ -163,6 +160,10 @@ class OwnState:
             undo.append((module, name, present))
             setattr(module, name, OrderedDict([*present.items(), *value.items()]) if name in HOOKS else value)
         return undo
+
+    def has_values(self) -> bool:
+        """Whether anything but the mode is set."""
+        return any(True for _ in self._own())
 
     def _own(self) -> Iterator[tuple[nn.Module, str, Any]]:
         for module, values in self._values.items():
@@ -195,8 +196,8 @@ class _Turns:
         self._changed = threading.Condition()
         self._stack: list[_Turn] = []
 
-    def take(self, key: Any, apply: Callable[[], _Undo]) -> _Turn:
-        me = threading.get_ident()
+    def take(self, state: OwnState, training: bool) -> _Turn:
+        key, me = (training, state if state.has_values() else None), threading.get_ident()
         with self._changed:
             while self._stack and self._stack[-1].key != key and self._others(me):
                 inside = any(me in turn.calls for turn in self._stack)
@@ -207,7 +208,7 @@ class _Turns:
                         "give each thread a copy of the base"
                     )
             if not self._stack or self._stack[-1].key != key:
-                self._stack.append(_Turn(key, apply()))
+                self._stack.append(_Turn(key, state.apply(training)))
             turn = self._stack[-1]
             turn.calls[me] = turn.calls.get(me, 0) + 1
             return turn
