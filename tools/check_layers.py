@@ -86,6 +86,7 @@ LORA_FORWARD: dict[str, tuple[str, ...]] = {
         "_undo",
         "_Turn.__init__",
         "_Turns.take",
+        "_Turns._change",
         "_Turns.give",
     ),
     "runtime/site.py": ("Site.__call__",),

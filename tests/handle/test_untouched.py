@@ -66,13 +66,15 @@ def test_batch_norms_train_with_the_batch_and_keep_the_bases_statistics():
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
-def test_parameters_of_the_base_that_would_train_are_refused(llama, llama_inputs):
+def test_parameters_of_the_base_that_train_are_told_of(llama, llama_inputs, caplog):
     handle = lora(llama).train()
-    llama.model.norm.weight.requires_grad_(True)
-    with pytest.raises(UsageError, match=r"model\.norm\.weight"):
-        handle(**llama_inputs)
-    llama.model.norm.weight.requires_grad_(False)
     handle(**llama_inputs)
+    assert not caplog.records
+    llama.model.norm.weight.requires_grad_(True)
+    other = lora(tiny.make("llama")).train()
+    other.bare_base.model.norm.weight.requires_grad_(True)
+    other(**llama_inputs)
+    assert "model.norm.weight" in caplog.text and "modules_to_save" in caplog.text
 
 
 def test_a_handle_made_of_a_part_of_another_is_refused(llama):

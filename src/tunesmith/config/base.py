@@ -107,7 +107,7 @@ class PeftConfig:
     usual_learning_rate: ClassVar[float] = 2e-3  # what a training job takes when the user names none
     # Keys of the ecosystem's files that this version cannot act on, with the values (beyond `is_off`) that mean "off".
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    # Fields that the ecosystem's configuration of this method does not have: written only where they are used.
+    # Fields that the ecosystem's configuration of this method does not have, or has in its last releases: written where used.
     ours_alone: ClassVar[tuple[str, ...]] = ()
     # What a file held beside the fields: without effect here, and written again.
     unknown: ClassVar[Mapping[str, Any]] = MappingProxyType({})

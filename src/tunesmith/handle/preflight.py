@@ -26,7 +26,7 @@ from ..runtime.frame import Frame, Place
 from ..runtime.lazy_weight import Used
 from ..runtime.prefix import PrefixedStack
 from .frames import Frames
-from .untouched import check_frozen, same_buffers
+from .untouched import same_buffers, tell_of_trained
 
 logger = logging.getLogger(__name__)
 NAMES_SHOWN = 5  # of modules that did not run
@@ -44,7 +44,7 @@ def checked(handle: Frames, frame: Frame, method: str, run: Callable[[Frame], An
     _check_sharding(handle)
     _check_installed(handle, {path for path, _ in adapters})
     if trains:
-        check_frozen(handle.bare_base)
+        tell_of_trained(handle.bare_base)
     with same_buffers(handle.bare_base) if trains else nullcontext():
         result = _run(handle, adapters, frame, method, run)
     handle._checked.add((frame.names, trains, method))

@@ -120,6 +120,11 @@ class Proxy:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """(The hook of the module's class is not called; transformers' would change class data.)"""
 
+    @staticmethod
+    def _names_beside(module_class: type) -> dict[str, Any]:
+        """What a proxy's class defines beside its own, given the class of its module."""
+        return {}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run("__call__", args, kwargs)
 
@@ -286,7 +291,7 @@ def _leads_on(value: Any) -> bool:
 @functools.cache
 def _proxy_class(kind: Any, cls: Any) -> Any:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__slots__": ()}
-    return type(cls)(cls.__name__, (kind, cls), names)
+    return type(cls)(cls.__name__, (kind, cls), {**names, **kind._names_beside(cls)})
 
 
 def _make_own(cls: type, name: str) -> None:

@@ -92,6 +92,12 @@ class Tuner(Root):
     def model(self) -> Any:
         return handle_of(self)._root()
 
+    @staticmethod
+    def _names_beside(module_class: type) -> dict[str, Any]:
+        """Containers (`nn.Sequential`) are indexed, iterated and counted as the base is."""
+        names = [name for name in ("__getitem__", "__iter__", "__len__", "__contains__") if hasattr(module_class, name)]
+        return {name: _of_the_root(name) for name in names}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (handle_of(self), "base_model")
 
@@ -107,6 +113,10 @@ def _without_virtual_tokens(name: str) -> Any:
 
 for _name in CONTINUOUS_BATCHING:
     setattr(Root, _name, _without_virtual_tokens(_name))
+
+
+def _of_the_root(name: str) -> Any:
+    return lambda tuner, *args: getattr(tuner.model, name)(*args)
 
 
 def _on_the_handle(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,18 +11,19 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, bullet_list
 
+logger = logging.getLogger(__name__)
+SHOWN = 5
 
-def check_frozen(base: nn.Module) -> None:
-    """
-    Raises:
-        UsageError: parameters of the base require gradients; training would change what all handles share and no file keeps.
-    """
+
+def tell_of_trained(base: nn.Module) -> None:
+    """Warn where parameters of the base require gradients: training changes what all handles share, and no adapter file keeps it."""
     trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     if trained:
-        raise UsageError(
-            f"{len(trained)} parameters of the base require gradients, but a base stays frozen and no adapter file would hold "
-            "them; name their modules in modules_to_save, which trains private copies:\n" + bullet_list(trained)
-        )
+        logger.warning(
+            "%d parameters of the base require gradients (%s%s): an optimizer that holds them changes the base for all its "
+            "handles, and no adapter file will hold them; modules_to_save trains private copies instead",
+            len(trained), ", ".join(trained[:SHOWN]), ", ..." if len(trained) > SHOWN else "",
+        )  # fmt: skip
 
 
 @contextmanager

@@ -135,6 +135,7 @@ class LoraConfig(TargetedConfig):
     eva_config: EvaConfig | dict | None = None
 
     method: ClassVar[str] = "LORA"
+    ours_alone: ClassVar[tuple[str, ...]] = ("ensure_weight_tying",)
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "layer_replication": (),
         "corda_config": (), "use_qalora": (), "qalora_group_size": (16,),

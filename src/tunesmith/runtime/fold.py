@@ -22,6 +22,7 @@ def fold(module: nn.Module, adapters: tuple[Adapter | Around | Replacement, ...]
             module = adapter(module)
     kind = view_type(module)
     base = None if kind is None else kind(module)
+    call: Callable[..., Any]
     linear = [adapter for adapter in adapters if isinstance(adapter, LinearAdapter)]
     if linear:
         assert base is not None, f"no view for {type(module).__name__}"

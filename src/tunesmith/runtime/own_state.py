@@ -181,12 +181,12 @@ def _undo(changes: _Undo) -> None:
 
 
 class _Turn:
-    """A state that is on the base now, with the number of calls that need it, by thread."""
+    """A state that calls have asked for, with the number of calls that need it, by thread."""
 
-    def __init__(self, key: Any, undo: _Undo) -> None:
-        self.key = key
-        self.undo = undo
+    def __init__(self, key: Any, state: OwnState, training: bool) -> None:
+        self.key, self.state, self.training = key, state, training
         self.calls: dict[int, int] = {}
+        self.undo: _Undo = []
 
 
 class _Turns:
@@ -194,7 +194,7 @@ class _Turns:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._stack: list[_Turn] = []
+        self._stack: list[_Turn] = []  # the last one's state is on the base
 
     def take(self, state: OwnState, training: bool) -> _Turn:
         key, me = (training, state if state.has_values() else None), threading.get_ident()
@@ -208,7 +208,7 @@ class _Turns:
                         "give each thread a copy of the base"
                     )
             if not self._stack or self._stack[-1].key != key:
-                self._stack.append(_Turn(key, state.apply(training)))
+                self._change(add=_Turn(key, state, training))
             turn = self._stack[-1]
             turn.calls[me] = turn.calls.get(me, 0) + 1
             return turn
@@ -220,8 +220,19 @@ class _Turns:
             if not turn.calls[me]:
                 del turn.calls[me]
             while self._stack and not self._stack[-1].calls:
-                _undo(self._stack.pop().undo)
+                self._change()
             self._changed.notify_all()
+
+    def _change(self, add: _Turn | None = None) -> None:
+        """Put another state on the base, in place of the last one, or the one before it again."""
+        if self._stack:
+            _undo(self._stack[-1].undo)
+        if add is None:
+            self._stack.pop()
+        else:
+            self._stack.append(add)
+        if self._stack:
+            self._stack[-1].undo = self._stack[-1].state.apply(self._stack[-1].training)
 
     def _others(self, me: int) -> bool:
         return any(thread != me for turn in self._stack for thread in turn.calls)
