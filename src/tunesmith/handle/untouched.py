@@ -16,7 +16,7 @@ SHOWN = 5
 
 
 def tell_of_trained(base: nn.Module) -> None:
-    """Warn where parameters of the base require gradients: training changes what all handles share, and no adapter file keeps it."""
+    """Warn of parameters of the base that require gradients: training would change what all handles share and no file keeps."""
     trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     if trained:
         logger.warning(
