@@ -109,3 +109,35 @@ def test_values_of_a_handle_are_seen_by_its_own_calls_alone():
     x = torch.ones(3, 4)
     assert torch.equal(first(x), first(x)) and not torch.equal(second(x), second(x))
     assert base[1].p == 0.5 and first.base_model[1].p == 0.0 and second.base_model[1].p == 0.5
+
+
+class Counts(nn.Module):
+    """A method that sets what the forward reads, and a forward that sets what methods read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.offset, self.calls = 0, 0
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.inner(x) * 0 + self.offset
+
+    def run(self, x, offset):
+        self.offset = offset
+        self.calls = 0
+        first = self(x)
+        self.offset = offset + 1
+        return first, self(x), self.calls
+
+
+def test_what_a_method_sets_in_the_middle_of_a_call_acts_from_there_on():
+    base = Counts()
+    handle = lora(base, target_modules=["inner"]).eval()
+    handle(X)
+    with entered(handle.effective_frame):
+        first, second, calls = handle.base_model.model.run(X, 5)
+    assert first[0, 0] == 5 and second[0, 0] == 6 and calls == 2
+    assert base.offset == 0 and handle.base_model.model.offset == 6
+    first, second, calls = handle.run(X, 8)
+    assert first[0, 0] == 8 and second[0, 0] == 9 and calls == 2 and base.offset == 0

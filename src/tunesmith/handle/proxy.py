@@ -60,6 +60,12 @@ def handle_of(proxy: Any) -> Any:
     return proxy._proxied_handle
 
 
+def _runs(handle: Any) -> bool:
+    """Whether a call of the handle is running on this thread, so that its values are on the modules."""
+    frame = current_frame()
+    return frame is not None and frame.state is handle._own
+
+
 class Own:
     """An attribute of a module that may have another value in a handle."""
 
@@ -74,17 +80,17 @@ class Own:
             return handle._own.hooks(module, self.name)
         value = handle._own.get(module, self.name, _NONE)
         if value is not _NONE:
-            return value
+            return vars(module).get(self.name, value) if _runs(handle) else value
         if self.name == "training":
             return handle.training
         value = getattr(module, self.name)
         return handle._own.copied(value) if self.name in CONFIGS else shown(handle, value)
 
     def __set__(self, proxy: Any, value: Any) -> None:
-        handle_of(proxy)._own.set(module_of(proxy), self.name, value)
+        handle_of(proxy)._own.set(module_of(proxy), self.name, value, _runs(handle_of(proxy)))
 
     def __delete__(self, proxy: Any) -> None:
-        handle_of(proxy)._own.delete(module_of(proxy), self.name)
+        handle_of(proxy)._own.delete(module_of(proxy), self.name, _runs(handle_of(proxy)))
 
 
 class Forward:

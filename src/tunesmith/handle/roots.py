@@ -50,6 +50,7 @@ class Root(Proxy):
         handle, module, frame = handle_of(self), module_of(self), current_frame()
         if frame is None or frame.owner is not handle._owner:
             return getattr(handle, name)(*args, **kwargs)
+        handle._own.sync(running=True)
         if name == "forward" and handle._own.get(module, "forward") is not None:  # which calls the one that it replaced
             return (site_of(module) or types.MethodType(type(module).forward, module))(*args, **kwargs)
         return getattr(module, name)(*args, **kwargs)

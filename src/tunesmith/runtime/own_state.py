@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,8 @@ CONFIGS = ("config", "generation_config")
 
 _NO_STATISTICS = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
 _ABSENT = object()
-_Undo = list[tuple[dict[str, Any], str, Any]]  # of a module's `__dict__`, in the order of the changes
+# Of a module's `__dict__`, in the order of the changes: a name, the value before, and where the handle keeps its own.
+_Undo = list[tuple[dict[str, Any], str, Any, "dict[str, Any] | None"]]
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -69,13 +71,19 @@ class OwnState:
                 return store[module][name]
         return default
 
-    def set(self, module: nn.Module, name: str, value: Any) -> None:
-        self.delete(module, name)
+    def set(self, module: nn.Module, name: str, value: Any, running: bool = False) -> None:
+        """Give an attribute a value; in the middle of a call of the handle (`running`), it acts from there on."""
         held = value if isinstance(value, list) else [value]
         store = self._kept if held and all(isinstance(item, RemovableHandle) for item in held) else self._values
-        store.setdefault(module, {})[name] = value
+        with self._turns.paused(self) if running else nullcontext():
+            self._drop(module, name)
+            store.setdefault(module, {})[name] = value
 
-    def delete(self, module: nn.Module, name: str) -> None:
+    def delete(self, module: nn.Module, name: str, running: bool = False) -> None:
+        with self._turns.paused(self) if running else nullcontext():
+            self._drop(module, name)
+
+    def _drop(self, module: nn.Module, name: str) -> None:
         for store in (self._values, self._kept):
             store.get(module, {}).pop(name, None)
 
@@ -95,15 +103,16 @@ class OwnState:
             self._as_copied = [(each, dict(vars(each))) for each in self._copies.values() if hasattr(each, "to_dict")]
         return self._copies[id(config)]
 
-    def sync(self) -> None:
+    def sync(self, running: bool = False) -> None:
         """Let copies of configurations act that were changed since they were made."""
         if not any(vars(each) != before for each, before in self._as_copied):
             return
         self._as_copied = []
-        for module in self._base.modules():
-            for name in CONFIGS:
-                if id(vars(module).get(name)) in self._copies:
-                    self.set(module, name, self._copies[id(vars(module)[name])])
+        with self._turns.paused(self) if running else nullcontext():
+            for module in self._base.modules():
+                for name in CONFIGS:
+                    if id(vars(module).get(name)) in self._copies:
+                        self.set(module, name, self._copies[id(vars(module)[name])])
 
     def forget(self, name: str) -> None:
         """Drop the handle's values for this attribute on all modules."""
@@ -133,15 +142,15 @@ class OwnState:
         undo: _Undo = []
         for values in self._dicts:
             if values["training"] is not training:
-                undo.append((values, "training", not training))
+                undo.append((values, "training", not training, None))
                 values["training"] = training
         for module in self.statistics if training else ():
-            undo.append((vars(module), "_buffers", module._buffers))
+            undo.append((vars(module), "_buffers", module._buffers, None))
             vars(module)["_buffers"] = {**module._buffers, **_NO_STATISTICS}
         for module, name, value in self._own():
             attributes = vars(module)
             present = attributes.get(name, _ABSENT)
-            undo.append((attributes, name, present))
+            undo.append((attributes, name, present, None if name in HOOKS else self._values[module]))
             attributes[name] = OrderedDict([*present.items(), *value.items()]) if name in HOOKS else value
         return undo
 
@@ -173,11 +182,13 @@ class OwnState:
 
 
 def _undo(changes: _Undo) -> None:
-    for module, name, value in reversed(changes):
+    for attributes, name, value, store in reversed(changes):
+        if store is not None and name in attributes:
+            store[name] = attributes[name]  # the base's code may have set it again
         if value is _ABSENT:
-            module.pop(name, None)
+            attributes.pop(name, None)
         else:
-            module[name] = value
+            attributes[name] = value
 
 
 class _Turn:
@@ -222,6 +233,18 @@ class _Turns:
             while self._stack and not self._stack[-1].calls:
                 self._change()
             self._changed.notify_all()
+
+    @contextmanager
+    def paused(self, state: OwnState) -> Iterator[None]:
+        """Inside, the state of the calls that run is not on the base; afterwards it is this one, as it is by then."""
+        with self._changed:
+            top = self._stack[-1]
+            _undo(top.undo)
+            try:
+                yield
+            finally:
+                top.state, top.key = state, (top.training, state if state.has_values() else None)
+                top.undo = state.apply(top.training)
 
     def _change(self, add: _Turn | None = None) -> None:
         """Put another state on the base, in place of the last one, or the one before it again."""
