@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 METHOD ?= prompt-tuning
 
 # What others build on: what each part may use of the others is in its types.
-STRICT := $(addprefix src/tunesmith/,handle runtime attach adapter.py config.py registry.py model.py cli data jobs estimate train)
+STRICT := $(addprefix src/tunesmith/,handle runtime attach adapter.py config registry.py model.py cli data jobs estimate train)
 
 CASES ?= startup lora_step packing speed qlora learning
 
@@ -24,7 +24,7 @@ test-all: check
 	$(BIN)/python -m pytest -m timing
 
 # The oldest and the newest set of packages that are tested, each in a virtual environment of its own.
-INTERNALS := tests/parity $(addprefix tests/,runtime handle methods bases attach merge checkpoint train test_owners.py test_tested.py)
+INTERNALS := tests/parity $(addprefix tests/,reach runtime handle methods bases attach merge checkpoint train test_owners.py test_tested.py)
 SAMPLE ?= oldest
 
 test-matrix: .venv-oldest/stamp .venv-newest/stamp

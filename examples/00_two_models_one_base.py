@@ -135,5 +135,5 @@ print("sentences:", get_outputs(loaded_model_sentences, input_sentences))
 print("base:     ", get_outputs(foundational_model, input_sentences))
 
 weights = Path(settings.output_dir, "prompts", "adapter_model.safetensors").stat().st_size
-shared = loaded_model_prompt.base_model is loaded_model_sentences.base_model is foundational_model
+shared = loaded_model_prompt.bare_base is loaded_model_sentences.bare_base is foundational_model
 print(f"each adapter file: {weights / 1024:.1f} KB; the base is in memory once: {shared}")

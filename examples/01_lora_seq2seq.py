@@ -87,7 +87,7 @@ trainer = Trainer(
         disable_tqdm=True,
     ),
     train_dataset=examples[:split],
-    data_collator=DataCollatorForSeq2Seq(tokenizer, model=model.base_model),
+    data_collator=DataCollatorForSeq2Seq(tokenizer, model=model.bare_base),
 )
 trainer.train()
 model.save_pretrained(settings.output_dir)  # only the adapter; model.push_to_hub("my_awesome_peft_model") works too

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 
 import peft
 import pytest
 
 import tunesmith as ts
+from tests.bad_input import edit_config
 from tunesmith import ConfigError, LoraConfig, PeftConfig, PeftType, PromptTuningConfig, PromptTuningInit, TaskType
 from tunesmith.config import config_text
 
@@ -126,8 +126,35 @@ def test_task_is_optional():
 
 
 def test_unknown_task_is_an_error_that_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"task_type='causal_lm' is unknown.*did you mean 'CAUSAL_LM'"):
-        LoraConfig(task_type="causal_lm")
+    with pytest.raises(ConfigError, match=r"task_type='casual_lm' is unknown.*did you mean 'CAUSAL_LM'"):
+        LoraConfig(task_type="casual_lm")
+
+
+SPELLINGS = {
+    TaskType.CAUSAL_LM: ["causal_lm", "CAUSAL_LM ", "CAUSALLM", "CausalLM", "TaskType.CAUSAL_LM", "text-generation"],
+    TaskType.SEQ_2_SEQ_LM: ["seq2seq", "SEQ2SEQ_LM", "Seq-2-Seq LM", "text2text-generation"],
+    TaskType.SEQ_CLS: ["seq_cls", "SEQUENCE_CLASSIFICATION", "SequenceClassification", "text-classification"],
+    TaskType.TOKEN_CLS: ["token_cls", "TOKEN_CLASSIFICATION"],
+    TaskType.QUESTION_ANS: ["QUESTION_ANSWERING", "question-answering", "QA"],
+    TaskType.FEATURE_EXTRACTION: ["feature-extraction", "FeatureExtraction"],
+}
+
+
+@pytest.mark.parametrize(("task", "written"), [(task, name) for task, names in SPELLINGS.items() for name in names])
+def test_a_task_is_understood_as_people_write_it(task, written):
+    assert LoraConfig(task_type=written).task_type is task
+    assert PeftConfig.from_dict({"peft_type": "LORA", "task_type": written}).task_type is task
+
+
+def test_a_task_of_the_reference_is_one_of_ours():
+    for task in peft.TaskType:
+        assert LoraConfig(task_type=task).task_type == LoraConfig(task_type=task.value).task_type == task.value
+
+
+def test_what_is_no_task_is_none_in_a_file_with_one_warning(caplog):
+    assert PeftConfig.from_dict({"peft_type": "LORA", "task_type": "CHATTING"}) == LoraConfig()
+    (record,) = caplog.records
+    assert "task_type='CHATTING'" in record.getMessage()
 
 
 def test_method_decides_peft_type_whatever_is_given():
@@ -210,19 +237,57 @@ def test_known_feature_that_is_not_supported_is_named():
         LoraConfig(layer_replication=[[0, 1]])
 
 
-@pytest.mark.parametrize("value", [None, False, "", 0, [], {}])
-def test_unknown_key_that_is_off_is_ignored_with_one_warning(value, caplog):
-    values = {**LoraConfig(r=4).to_dict(), "from_the_future": value}
-    with caplog.at_level(logging.WARNING):
-        assert PeftConfig.from_dict(values) == LoraConfig(r=4)
-    assert [record.getMessage() for record in caplog.records] == [
-        "ignoring unknown keys that are switched off: from_the_future"
-    ]
+@pytest.mark.parametrize("value", [None, False, "", 0, [], {}, True, "default", 16, 0.5, [1], {"a": 1}])
+def test_unknown_keys_are_kept_and_told_of_in_one_warning_that_names_the_writer(value, caplog):
+    values = {**LoraConfig(r=4).to_dict(), "from_the_future": value, "also": None, "peft_version": "0.30.0.dev0@abc"}
+    config = PeftConfig.from_dict(values)
+    (record,) = caplog.records
+    assert f"also=None, from_the_future={value!r} (the file was written by peft 0.30.0.dev0@abc)" in record.getMessage()
+    assert config == LoraConfig(r=4)
+    assert {key: config.to_dict()[key] for key in ("also", "from_the_future")} == {"also": None, "from_the_future": value}
 
 
-def test_unknown_key_that_acts_is_an_error():
-    with pytest.raises(ConfigError, match='no field "from_the_future"'):
-        PeftConfig.from_dict({**LoraConfig().to_dict(), "from_the_future": 3})
+def test_unknown_keys_are_written_again_by_a_handle_that_loaded_them(llama, saved, tmp_path):
+    edit_config(saved, from_the_future={"a": [1]})
+    ts.PeftModel.from_pretrained(llama, saved).save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["from_the_future"] == {"a": [1]}
+
+
+@pytest.mark.parametrize("value", [True, "fast", 2, {"a": 1}])
+def test_an_unknown_switch_that_is_on_is_an_error(value):
+    with pytest.raises(ConfigError, match='no field "use_magic"'):
+        PeftConfig.from_dict({**LoraConfig().to_dict(), "use_magic": value})
+
+
+FOUND = {
+    "peft 0.2": {"enable_lora": None, "merge_weights": True, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None},
+    "peft 0.6": {
+        "auto_mapping": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "rank_pattern": {},
+        "revision": None,
+    },
+    "a pattern of all layers": {"layers_pattern": "layers", "layers_to_transform": []},
+    "a pattern of no list": {"layers_pattern": ["h"], "layers_to_transform": None},
+    "an init that was not chosen": {"loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 2.0}, "init_lora_weights": True},
+    "of the running process": {"runtime_config": {"ephemeral_gpu_offload": True}},
+    "Unsloth": {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}, "peft_version": "0.18.0rc1"},
+    "names given twice": {"target_modules": ["q_proj", "v_proj", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_files_hold_without_meaning_it_is_read_without_a_warning(case, caplog):
+    config = PeftConfig.from_dict({"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"], **FOUND[case]})
+    mapping = FOUND[case].get("auto_mapping")
+    assert config == LoraConfig(target_modules=["q_proj", "v_proj"], auto_mapping=mapping)
+    assert not caplog.records
+
+
+def test_parts_of_fused_weights_are_refused_by_name():
+    with pytest.raises(ConfigError, match=r"enable_lora=\[True, False, True\] is not supported"):
+        PeftConfig.from_dict({"peft_type": "LORA", "enable_lora": [True, False, True]})
 
 
 def test_known_feature_that_acts_is_named_when_read():
@@ -242,6 +307,19 @@ def test_overrides_win():
 @pytest.mark.parametrize("values", [{}, {"peft_type": None}, {"r": 8}])
 def test_config_without_a_method_is_an_error(values):
     with pytest.raises(ConfigError, match="peft_type"):
+        PeftConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "whose"),
+    [
+        ({"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8}}, "mlx-lm"),
+        ({"config": {}, "hidden_size": 768, "model_class": "BertModelWithHeads", "model_type": "bert"}, "AdapterHub"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "a whole model's"),
+    ],
+)
+def test_a_file_of_something_else_is_told_as_what_it_is(values, whose):
+    with pytest.raises(ConfigError, match=f'no "peft_type".*it looks like .*{whose}'):
         PeftConfig.from_dict(values)
 
 
@@ -288,7 +366,6 @@ WRONG = {
     "layers with an expression": (
         LoraConfig, {"layers_to_transform": 1, "target_modules": ".*q"}, "layers_to_transform needs target_modules as a list",
     ),
-    "layer pattern alone": (LoraConfig, {"layers_pattern": "h"}, "layers_pattern needs layers_to_transform"),
     "inference mode is a text": (LoraConfig, {"inference_mode": "no"}, "inference_mode='no' must be of type bool"),
     "base is a number": (LoraConfig, {"base_model_name_or_path": 5}, "base_model_name_or_path=5 must be of type str"),
     "no virtual tokens": (PromptTuningConfig, {}, "num_virtual_tokens=None must be a whole number of at least 1"),
@@ -326,6 +403,11 @@ def test_wrong_value_is_an_error_when_made_and_when_read(case):
     with pytest.raises(ConfigError) as read:
         PeftConfig.from_dict({"peft_type": cls.method, **values})
     assert str(read.value) == str(made.value)
+
+
+def test_a_layer_pattern_alone_is_an_error_when_made():
+    with pytest.raises(ConfigError, match="layers_pattern needs layers_to_transform"):
+        LoraConfig(layers_pattern="h")
 
 
 def test_all_wrong_values_are_named_at_once():

@@ -7,12 +7,13 @@ import torch
 
 from tests.bad_input import INPUTS, one_error
 from tests.handles import assert_same_state, lora, out, state
-from tests.parity.oracle import ours_on, output
+from tests.parity.oracle import ours_on, output, theirs_on
 from tunesmith import (
     AdapterNameError,
     LoraConfig,
     PeftModel,
     UsageError,
+    get_peft_model,
 )
 
 
@@ -138,3 +139,67 @@ def test_unknown_adapter_name(call, llama):
     with one_error(AdapterNameError, 'no adapter "defualt"', "did you mean 'default'", 'adapters here: "default"'):
         getattr(handle, call)("defualt")
     assert handle.active_adapters == ["default"]
+
+
+# --- what scripts call ------------------------------------------------------------------------------------------------
+
+
+def test_the_older_names_of_switching_adapters_off_and_on(handle, llama, llama_inputs):
+    adapted = out(handle, llama_inputs)
+    assert handle.disable_adapter_layers() is None
+    assert torch.equal(out(handle, llama_inputs), out(llama, llama_inputs))
+    assert handle.enable_adapter_layers() is None
+    assert torch.equal(out(handle, llama_inputs), adapted)
+
+
+def test_gradients_are_switched_for_the_named_adapters_alone(handle):
+    handle.set_requires_grad("b")
+    assert trains(handle, "a") and trains(handle, "b")
+    handle.set_requires_grad(["a", "b"], requires_grad=False)
+    assert not trains(handle, "a") and not trains(handle, "b")
+    with one_error(AdapterNameError, 'no adapter "c"'):
+        handle.set_requires_grad(["a", "c"])
+    assert not trains(handle, "a") and not any(p.requires_grad for p in handle.bare_base.parameters())
+
+
+def test_modules_to_save_are_those_of_all_adapters(handle):
+    assert handle.modules_to_save is None
+    handle.add_adapter("c", LoraConfig(modules_to_save=["lm_head"]))
+    assert handle.modules_to_save == {"lm_head"}
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "p-tuning"])
+def test_virtual_tokens_as_files_hold_them(kind, llama):
+    made, theirs = ours_on(llama, kind, "CAUSAL_LM"), theirs_on(llama, kind, "CAUSAL_LM")
+    tokens = made.get_prompt_embedding_to_save("default")
+    assert tokens.shape == theirs.get_prompt_embedding_to_save("default").shape and not tokens.requires_grad
+    assert torch.equal(tokens, made.get_adapter_state_dict()["prompt_embeddings"])
+
+
+def test_an_adapter_without_virtual_tokens_says_so(handle):
+    with one_error(UsageError, '"a" has no virtual tokens'):
+        handle.get_prompt_embedding_to_save("a")
+
+
+def test_a_card_is_written_and_one_that_is_there_keeps_its_text(handle, tmp_path):
+    handle.create_or_update_model_card(str(tmp_path / "new"))
+    assert "library_name: peft" in (tmp_path / "new" / "README.md").read_text()
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n# My adapter\n")
+    handle.create_or_update_model_card(str(tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    assert "license: mit" in text and "- mine" in text and "- lora" in text and "library_name: peft" in text
+    assert text.endswith("# My adapter\n")
+
+
+def test_inputs_of_layers_require_gradients_where_reentrant_checkpointing_needs_them(handle, llama, llama_inputs):
+    assert handle.prepare_model_for_gradient_checkpointing(llama) is None
+    handle.train()
+    llama.gradient_checkpointing_enable({"use_reentrant": True})
+    handle(**llama_inputs, labels=llama_inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in handle.tree("a").parameters())
+
+
+def test_the_revision_of_the_base_is_written_and_the_callers_configuration_is_not_changed(llama):
+    config = LoraConfig(revision="v1")
+    made = get_peft_model(llama, config, "default", False, True, "v2", True)
+    assert made.peft_config["default"].revision == "v2" and config.revision == "v1"

@@ -22,6 +22,7 @@ OWNERS = {
     r"per_layer_config|get_text_config|max_position_embeddings|num_hidden_layers|num_key_value_heads|head_dim_": {ARCHITECTURE},
     r"final_logit_softcapping|logits_scaling|rope_parameters|rope_scaling|kv_lora_rank|tie_word_embeddings": {ARCHITECTURE},
     r"is_encoder_decoder|is_loaded_in_|activation_checkpointing_enable|_gradient_checkpointing_func": {ARCHITECTURE},
+    r"conversion_mapping|rename_source_key|reverse_transform|source_patterns|target_patterns|MergeModulelist": {ARCHITECTURE},
     r"layer_idx|add_cross_attention|use_bidirectional_attention": {ARCHITECTURE},
 }
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import compat as compat
+
 __version__ = "0.1.0"
 
 _PLACES = {

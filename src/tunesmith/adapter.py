@@ -6,7 +6,8 @@ what it computes (`forward`), what it does to the weights (`merge`) and which te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .bases.quantised import dense_copy
+from .bases.stored_tensors import is_partitioned, whole
 from .bases.view import BaseView, module_view
 from .config import PeftConfig, PromptConfig, Settings
+from .errors import UsageError
 
 
 class Adapter(nn.Module):
@@ -58,6 +61,10 @@ class Adapter(nn.Module):
         """
         return self.state_dict(keep_vars=True)
 
+    def second_names(self) -> list[str]:
+        """Names by which files may hold, transposed, what this adapter uses of the one that it follows."""
+        return []
+
     @property
     def owner(self) -> Adapter:
         """Whose tensors this adapter uses: its own, or those of the adapter that it follows."""
@@ -67,6 +74,23 @@ class Adapter(nn.Module):
     def follow(self, owner: Adapter) -> None:
         """Use the tensors of `owner`, an adapter on another module that holds the same weight."""
         self.__dict__["followed"] = owner  # it stays a node of its own in the tree
+
+    def _replicate_for_data_parallel(self) -> Adapter:
+        """torch's hook: a shallow copy for another device; it remembers of what, so that a copied handle finds its own."""
+        copied: Adapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        copied.__dict__["original"] = self
+        return copied
+
+    def parts(self) -> Iterator[tuple[str, Adapter]]:
+        """`(path, adapter)` of what this adapter changes of modules inside its own, for whoever reaches them past its own."""
+        return iter(())
+
+    def _part(self, modules: dict[str, nn.Module]) -> Adapter:
+        """This adapter with these of its modules alone; they stay where they are in the tree."""
+        part = copy.copy(self)
+        part.__dict__["_modules"] = modules
+        part.follow(self)
+        return part
 
     def private_values(self) -> list[str]:
         """What of its module this adapter has a value of its own for; no other adapter can act on that beside it."""
@@ -107,6 +131,19 @@ class TokenSettings(Settings):
 
     tokens: tuple[int, ...]
     follows: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredSettings(Settings):
+    """Which parameters of a module have values that come with an adapter's file.
+
+    Args:
+        follows: by parameter; None, or the path of the module whose value it shares.
+        prefix: what files put in front of the parameters' names.
+    """
+
+    follows: dict[str, str | None]
+    prefix: str
 
 
 class LinearAdapter(Adapter):
@@ -206,7 +243,7 @@ class ParameterAdapter(Adapter):
         super().__init__()
         self.names = names
         for name in names:
-            self.register_parameter(name, nn.Parameter(getattr(module, name).detach().clone()))
+            self.register_parameter(name, nn.Parameter(whole(getattr(module, name)).detach().clone()))
 
     def private_values(self) -> list[str]:
         return list(self._parameters)
@@ -224,6 +261,35 @@ class ParameterAdapter(Adapter):
         return {name: value.to(getattr(module, name).dtype) for name, value in self.named_parameters()}
 
 
+class StoredValues(ParameterAdapter):
+    """Values of a module's parameters that come with an adapter's file, such as the embeddings of a resized vocabulary.
+
+    They act as private values and are not trained.
+    """
+
+    def __init__(self, module: nn.Module, settings: StoredSettings) -> None:
+        Adapter.__init__(self)
+        self.names = list(settings.follows)
+        self.prefix = settings.prefix
+        for name, follows in settings.follows.items():
+            if follows is None:
+                own = getattr(module, name)
+                self.register_buffer(name, torch.empty(own.shape, dtype=own.dtype))
+
+    def _value(self, name: str) -> Tensor:
+        value: Tensor = getattr(self if name in self._buffers else self.owner, name)
+        return value
+
+    def private_values(self) -> list[str]:
+        return list(self.names)
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        return {f"{self.prefix}{name}": self._value(name) for name in self.names}
+
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name: self._value(name).to(getattr(module, name).dtype) for name in self.names}
+
+
 class ModuleCopy(Adapter):
     """A private, trainable copy of a whole module, called in its place (`modules_to_save`, task heads); always dense."""
 
@@ -234,9 +300,39 @@ class ModuleCopy(Adapter):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
+    def parts(self) -> Iterator[tuple[str, Adapter]]:
+        return ((path, self._part({"module": inner})) for path, inner in self.module.named_modules() if path)
+
     def in_file(self, beside: bool) -> dict[str, Tensor]:
         return self.module.state_dict(keep_vars=True)
 
     def replaced(self, module: nn.Module) -> dict[str, Tensor]:
         """`{parameter or buffer: value}` that merging puts into the module."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+
+class TiedWeight(ParameterAdapter):
+    """The weight of the private copy that it follows, on another module that holds the copied module's weight."""
+
+    def __init__(self) -> None:
+        Adapter.__init__(self)
+        self.names = ["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        owner: Any = self.owner
+        return owner.module.weight  # type: ignore[no-any-return]
+
+    def private_values(self) -> list[str]:
+        return self.names
+
+    def in_file(self, beside: bool) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def replaced(self, module: nn.Module) -> dict[str, Tensor]:
+        if is_partitioned(self.weight):
+            raise UsageError(
+                "ensure_weight_tying needs the copied embedding's weight at other modules, too, where ZeRO's stage 3 does not "
+                "gather it; use stage 2, or leave ensure_weight_tying out"
+            )
+        return {"weight": self.weight}

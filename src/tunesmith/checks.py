@@ -33,6 +33,39 @@ def is_off(value: Any) -> bool:
     return value is None or value is False or value in ("", 0, [], {}, "none")
 
 
+# What people and tools write for a task, without case, spaces and punctuation.
+_TASKS = {
+    "CAUSAL_LM": ("causal", "causallm", "causallanguagemodeling", "textgeneration"),
+    "SEQ_2_SEQ_LM": ("seq2seq", "seq2seqlm", "conditionalgeneration", "text2textgeneration"),
+    "SEQ_CLS": ("seqcls", "sequencecls", "seqclassification", "sequenceclassification", "textclassification"),
+    "TOKEN_CLS": ("tokencls", "tokenclassification"),
+    "QUESTION_ANS": ("qa", "questionans", "questionanswer", "questionanswering"),
+    "FEATURE_EXTRACTION": ("featureextraction",),
+}
+
+
+def task_name(written: Any) -> str | None:
+    """The ecosystem's name of a task that is written otherwise ("causal_lm", "TaskType.CAUSAL_LM"); None if it is none."""
+    key = re.sub(r"[\W_]", "", str(getattr(written, "value", written)).lower()).removeprefix("tasktype")
+    return next((name for name, others in _TASKS.items() if key in others), None)
+
+
+def whose_file(values: Mapping[str, Any]) -> str:
+    """`; it looks like ...`: what an `adapter_config.json` without a method is, or nothing."""
+    if "lora_parameters" in values or "fine_tune_type" in values:
+        return "; it looks like one of mlx-lm, whose tensors have other names and are transposed"
+    if "model_class" in values or "adapter_residual_before_ln" in values:
+        return "; it looks like one of AdapterHub, which `adapters` loads"
+    if "architectures" in values or "model_type" in values:
+        return "; it looks like a whole model's, which AutoModel...from_pretrained loads"
+    return ""
+
+
+def is_switch(key: str, value: Any) -> bool:
+    """Whether an unknown key switches a feature on; the ecosystem's configurations leave `use_...` off by default."""
+    return key.startswith("use_") and not is_off(value)
+
+
 def wrong_types(config: Any) -> Iterator[str]:
     """A sentence for each field whose value is not of the annotated type (files can hold anything)."""
     kind: Any = type(config)

@@ -48,6 +48,10 @@ class InterruptedRun(TunesmithError, RuntimeError):
     """A training run that a signal ended, with a checkpoint to resume from."""
 
 
+class Unmatched(str):
+    """A fault of a configuration that is none where its adapter is loaded and every tensor finds its place."""
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     """The up to `count` options most like `name`, best first."""
     return difflib.get_close_matches(name, list(dict.fromkeys(options)), n=count, cutoff=0.5)

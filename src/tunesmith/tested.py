@@ -44,12 +44,26 @@ TORCH = Tested("torch", "2.13.0", "2.13.0")
 @functools.cache
 def warn_once() -> None:
     """Warn, once per process, if transformers is outside the tested range."""
-    try:
-        fault = TRANSFORMERS.fault(metadata.version("transformers"))
-    except (metadata.PackageNotFoundError, ValueError):  # a source tree, or not a release number: nothing to compare
-        return
+    fault = installed_fault()
     if fault:
         logger.warning(fault)
+
+
+def installed_fault() -> str | None:
+    """Why the installed transformers may not work; None if it is in the tested range."""
+    installed = _installed_release()
+    return None if installed is None else TRANSFORMERS.fault(installed)
+
+
+@functools.cache
+def _installed_release() -> str | None:
+    """The installed release of transformers; None of a source tree, or where it is no number: there is nothing to compare."""
+    try:
+        release = metadata.version("transformers")
+        _minor(release)
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+    return release
 
 
 def _minor(release: str) -> tuple[int, int]:

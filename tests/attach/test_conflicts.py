@@ -54,7 +54,7 @@ def test_adapters_that_would_hide_each_other_are_refused_by_name(pair):
     for _ in range(2):
         with pytest.raises(UsageError, match=message):
             handle(**inputs)
-    if hasattr(handle.base_model, "generate"):
+    if hasattr(handle.bare_base, "generate"):
         with pytest.raises(UsageError, match=message):
             handle.generate(**inputs, max_new_tokens=2)
     if not isinstance(first, BottleneckConfig):

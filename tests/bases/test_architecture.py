@@ -56,7 +56,7 @@ def test_plain_modules_have_no_facts():
     config = architecture.config_of(nn.Linear(2, 2))
     assert config is None and architecture.model_type(config) is None and architecture.longest_input(config) is None
     assert not architecture.is_encoder_decoder(config) and not architecture.is_decoder_only(config)
-    assert not architecture.changes_logits(config) and not architecture.ties_embeddings(config)
+    assert not architecture.caps_logits(config) and not architecture.ties_embeddings(config)
     assert architecture.layers_in(config) is None and architecture.output_head(nn.Linear(2, 2)) is None
 
 
@@ -66,18 +66,15 @@ def test_the_table_of_positions_is_found_by_its_names(name):
     assert (architecture.position_table(tiny.make(name)) is not None) is has_table
 
 
-@pytest.mark.parametrize(
-    "config, changes",
-    [
-        (tf.Gemma2Config(), True),
-        (tf.CohereConfig(), True),
-        (tf.GraniteConfig(logits_scaling=8.0), True),
-        (tf.GraniteConfig(), False),
-        (tf.LlamaConfig(), False),
-    ],
-)
-def test_capped_and_scaled_logits(config, changes):
-    assert architecture.changes_logits(config) is changes
+@pytest.mark.parametrize("config, caps", [(tf.Gemma2Config(), True), (tf.Gemma3TextConfig(), False), (tf.LlamaConfig(), False)])
+def test_capped_logits(config, caps):
+    assert architecture.caps_logits(config) is caps
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_loss_of_routers(adds):
+    assert architecture.adds_router_loss(tf.MixtralConfig(output_router_logits=adds)) is adds
+    assert not architecture.adds_router_loss(None)
 
 
 @pytest.mark.parametrize("kind, turns", [("default", False), ("dynamic", True), ("longrope", True)])
@@ -135,8 +132,6 @@ def test_gradient_checkpointing_under_either_name(kind, name):
 
 def test_recomputing_of_the_installed_release():
     model = tiny.make("llama")
-    able = architecture.checkpointing_modules(model)
-    assert able and not any(map(architecture.recomputes, able))
+    assert not any(map(architecture.recomputes, model.modules()))
     architecture.enable_recomputing(model)
-    assert all(map(architecture.recomputes, able))
-    assert any(architecture.CHECKPOINTING_FUNCTION in vars(module) for module in able)
+    assert any(map(architecture.recomputes, model.modules()))

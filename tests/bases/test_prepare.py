@@ -93,7 +93,7 @@ def test_an_adapter_loads_with_its_base_quantised(form, tmp_path):
     fields = dict(quantised.FORMS[form])
     config = tf.BitsAndBytesConfig(**fields, **({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in fields else {}))
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", quantization_config=config)
-    assert sum(1 for _ in quantised_views(again.base_model)) == 14
+    assert sum(1 for _ in quantised_views(again.bare_base)) == 14
     assert torch.equal(out(again.eval(), INPUTS), out(handle, INPUTS))
     merged = again.merge_and_unload()
     torch.testing.assert_close(out(merged, INPUTS), out(handle, INPUTS), rtol=1e-4, atol=1e-4)

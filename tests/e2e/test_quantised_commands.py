@@ -32,7 +32,7 @@ def test_train_and_eval(flag, bits, data, capsys):
     printed = capsys.readouterr().out
     assert f"stored in {bits} bits" in printed and "held-out perplexity" in printed
     handle = PeftModel.from_pretrained(load_base("sprout", **stored_in(bits)), "out")
-    assert sum(1 for _ in quantised_views(handle.base_model)) == 42
+    assert sum(1 for _ in quantised_views(handle.bare_base)) == 42
     if bits == 4:
         assert run("eval", "--data", data, "--adapter", "out", flag) == 0
         assert "perplexity" in capsys.readouterr().out

@@ -198,7 +198,7 @@ def test_inspect_shows_an_adapter_without_its_base(adapter, capsys):
     assert run("inspect", adapter, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     handle = PeftModel.from_pretrained(load_base("sprout", dtype=torch.float32), str(adapter))
-    plain = {name: p.clone() for name, p in handle.base_model.named_parameters()}
+    plain = {name: p.clone() for name, p in handle.bare_base.named_parameters()}
     merged = handle.merge_and_unload()
     path = "model.layers.2.self_attn.v_proj"
     change = merged.get_submodule(path).weight - plain[f"{path}.weight"]

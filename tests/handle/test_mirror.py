@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import types
 
@@ -49,7 +50,7 @@ def _data(cls):
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_class_data_is_the_bases(name):
     handle = _handle(name)
-    base_data = _data(type(handle.base_model))
+    base_data = _data(type(handle.bare_base))
     handle_class = type(handle)
     wrong = {}
     for key, value in base_data.items():
@@ -63,7 +64,7 @@ def test_class_data_is_the_bases(name):
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_instance_data_is_the_bases(name):
     handle = _handle(name)
-    base = handle.base_model
+    base = handle.bare_base
     wrong = {}
     for key in _data(type(base)).keys() | {
         "config",
@@ -84,7 +85,7 @@ def test_instance_data_is_the_bases(name):
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_names_types_signature_and_labels(name):
     handle = _handle(name)
-    base = handle.base_model
+    base = handle.bare_base
     assert isinstance(handle, PeftModel) and isinstance(handle, PreTrainedModel)
     assert type(handle).__name__ == CLASSES[tiny.task_of(name)]
     assert isinstance(handle, getattr(__import__("tunesmith"), CLASSES[tiny.task_of(name)]))
@@ -106,11 +107,14 @@ def test_a_base_that_is_no_pretrained_model_gets_a_plain_handle():
     )
 
 
-def test_setting_mirrored_data_sets_it_on_the_base(llama):
+def test_configurations_that_a_client_writes_to_are_the_handles_own(llama, llama_inputs):
     handle = lora(llama)
-    handle.config = handle.config
+    assert handle.config is handle.config is handle.model.config and handle.config == llama.config
     handle.generation_config.max_new_tokens = 3
-    assert llama.generation_config.max_new_tokens == 3
+    handle.config.output_hidden_states = True
+    assert llama.generation_config.max_new_tokens != 3 and not llama.config.output_hidden_states
+    assert handle.generate(llama_inputs["input_ids"]).shape[1] == llama_inputs["input_ids"].shape[1] + 3
+    assert handle(**llama_inputs).hidden_states is not None and llama(**llama_inputs).hidden_states is None
     handle.some_flag = 1
     assert not hasattr(llama, "some_flag")
 
@@ -165,20 +169,27 @@ def test_the_mixins_names_do_what_they_say(llama, llama_inputs, tmp_path):
 # --- what a handle passes on --------------------------------------------------------------------------------------
 
 
-def test_embedding_accessors_are_the_bases(llama):
+def test_embeddings_obtained_from_a_handle_act_and_cannot_be_replaced(llama, llama_inputs):
+    ids = llama_inputs["input_ids"]
+    handle = lora(llama, target_modules=["embed_tokens", "lm_head"])
+    embeds = handle.get_input_embeddings()(ids)
+    assert torch.equal(out(handle, {"inputs_embeds": embeds}), out(handle, {"input_ids": ids}))
+    assert not torch.equal(embeds, llama.get_input_embeddings()(ids))
+    assert isinstance(handle.get_output_embeddings(), nn.Linear)
+    with pytest.raises(UsageError, match="embed_tokens of model cannot be changed"):
+        handle.set_input_embeddings(nn.Embedding(tiny.VOCAB, 32))
+
+
+def test_resizing_through_a_handle_resizes_the_base(llama):
     handle = lora(llama)
-    assert handle.get_input_embeddings() is llama.get_input_embeddings()
-    assert handle.get_output_embeddings() is llama.get_output_embeddings()
-    handle.resize_token_embeddings(tiny.VOCAB + 4)
+    handle.base_model.resize_token_embeddings(tiny.VOCAB + 4)
     assert llama.config.vocab_size == handle.config.vocab_size == tiny.VOCAB + 4
-    fresh = nn.Embedding(tiny.VOCAB + 4, 32)
-    handle.set_input_embeddings(fresh)
-    assert llama.model.embed_tokens is fresh
+    assert handle.get_input_embeddings().num_embeddings == tiny.VOCAB + 4
 
 
 def test_an_encoder_obtained_from_a_handle_runs_with_its_adapters():
     handle, inputs = _handle("t5"), tiny.inputs_for("t5")
-    base, ids = handle.base_model, inputs["input_ids"]
+    base, ids = handle.bare_base, inputs["input_ids"]
     encoder = handle.get_encoder()
     with torch.no_grad():
         states = handle(**inputs, output_hidden_states=True).encoder_last_hidden_state
@@ -187,7 +198,7 @@ def test_an_encoder_obtained_from_a_handle_runs_with_its_adapters():
         with handle.disable_adapter():
             assert torch.equal(encoder(ids).last_hidden_state, base.get_encoder()(ids).last_hidden_state)
     assert current_frame() is None
-    assert encoder.config is base.get_encoder().config, "and looks like itself"
+    assert encoder.config == base.get_encoder().config, "and looks like itself"
 
 
 def test_a_decoder_obtained_from_a_handle_runs_with_its_adapters(llama, llama_inputs):
@@ -274,11 +285,15 @@ def test_custom_methods_of_the_base_run_with_the_adapters(custom, llama_inputs):
 
 
 @pytest.mark.parametrize("method", ["stream", "lazily", "later", "wrapped_stream"])
-def test_what_would_run_after_the_call_is_refused(custom, llama_inputs, method):
-    """A frame must not be held across a `yield`: the steps would run without adapters, or others under them."""
-    with pytest.raises(UsageError, match="generator"):
-        getattr(lora(custom), method)(llama_inputs["input_ids"])
-    assert current_frame() is None
+def test_what_runs_after_the_call_runs_with_the_adapters_and_holds_no_frame(custom, llama_inputs, method):
+    """A frame must not be held across a `yield`: the caller's steps in between would run in it."""
+    handle, ids = lora(custom), llama_inputs["input_ids"]
+    running = getattr(handle, method)(ids)
+    with torch.no_grad():
+        found = asyncio.run(running) if inspect.iscoroutine(running) else next(running)
+        assert current_frame() is None
+        assert torch.equal(found, handle.embed(ids))
+        assert not torch.allclose(found, custom.embed(ids), atol=1e-3)
 
 
 def test_unknown_names_are_unknown(llama):

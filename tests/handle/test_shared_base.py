@@ -207,7 +207,7 @@ def test_a_copied_handle_works_and_is_independent(llama, llama_inputs, maker, ho
     handle = maker(llama)
     expected, plain = out(handle, llama_inputs), out(llama, llama_inputs)
     copied = how(handle)
-    assert type(copied) is type(handle) and copied.base_model is not llama
+    assert type(copied) is type(handle) and copied.bare_base is not llama
     assert torch.equal(out(copied, llama_inputs), expected)
     with torch.no_grad():
         for parameter in copied.adapters.parameters():
@@ -254,15 +254,17 @@ def _checkpoint(base):
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
 
 
-def test_train_and_eval_are_reasserted_at_every_call(llama, llama_inputs):
+def test_modes_are_the_handles_and_leave_the_bases_alone(llama, llama_inputs):
     first, second = lora(llama, 1, lora_dropout=0.5), lora(llama, 2)
     expected = out(first.eval(), llama_inputs)
     second.train()
-    assert llama.training
-    assert torch.equal(out(first, llama_inputs), expected), "an eval handle stays one, whatever the others do"
-    assert not llama.training
+    assert not llama.training and second.base_model.training and not first.base_model.training
     out(second, llama_inputs)
-    assert llama.training
+    assert not any(module.training for module in llama.modules())
+    assert torch.equal(out(first, llama_inputs), expected), "an eval handle stays one, whatever the others do"
+    llama.train()
+    assert torch.equal(out(first, llama_inputs), expected)
+    assert all(module.training for module in llama.modules())
 
 
 def test_dropout_of_the_base_follows_the_handles_mode():

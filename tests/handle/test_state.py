@@ -7,11 +7,11 @@ from torch import nn
 
 from tunesmith import LoraConfig, PeftModel, get_peft_model
 
-# What other rooms, and users, may ask of a handle. A base's attribute of one of these names is at `handle.base_model`.
+# What other rooms, and users, may ask of a handle. A base's attribute of one of these names is at `handle.bare_base`.
 OURS = {
-    "adapters", "base_class", "checkpointing_modules", "classifies", "effective_frame", "entered", "for_task", "forward_within",
+    "adapters", "bare_base", "base_class", "classifies", "effective_frame", "entered", "for_task", "forward_within",
     "input_spec", "is_due", "labels_per_token", "merged_adapters", "pack_inputs", "plan_adapter", "prepare_inputs",
-    "require_adapter", "take_adapter", "task_class", "tree",
+    "recomputes", "require_adapter", "take_adapter", "task_class", "tree",
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def handle():
 
 @pytest.mark.parametrize("name", ["frame", "active", "merged", "disabled", "accepts", "effective", "named"])
 def test_attributes_of_the_base_are_the_bases(handle, name):
-    assert getattr(handle, name) == getattr(handle.base_model, name)
+    assert getattr(handle, name) == getattr(handle.bare_base, name)
 
 
 def test_methods_of_the_base_are_the_bases(handle):

@@ -13,7 +13,7 @@ class Handle:
     def __init__(self) -> None:
         self.saved = 0
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str, is_main_process: bool) -> None:
         self.saved += 1
 
 

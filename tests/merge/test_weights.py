@@ -284,6 +284,67 @@ def test_a_copied_handle_with_merged_adapters_can_be_unmerged(llama, llama_input
     handle.merge_adapter()
     copied = copy.deepcopy(handle)
     copied.unmerge_adapter()
-    assert torch.equal(out(copied.base_model, llama_inputs), plain)
-    assert copied.base_model.lm_head.weight is copied.base_model.model.embed_tokens.weight
+    assert torch.equal(out(copied.bare_base, llama_inputs), plain)
+    assert copied.bare_base.lm_head.weight is copied.bare_base.model.embed_tokens.weight
     assert not torch.equal(out(base, llama_inputs), plain)
+
+
+def half(**fields):
+    """A handle on a base in float16 whose merged weights or biases lie beyond 65,504."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).half()
+    handle = get_peft_model(base, LoraConfig(**{"target_modules": ["0", "2"], "init_lora_weights": False, **fields}))
+    return base, handle.eval()
+
+
+def scaled(handle, ending: str, value: float) -> None:
+    with torch.no_grad():
+        for name, parameter in handle.adapters.named_parameters():
+            if name.endswith(ending):
+                parameter.fill_(value)
+
+
+BEYOND = {
+    "lora": ({}, "lora_B", 3e5, "0.weight"),
+    "rank-stabilised": ({"use_rslora": True}, "lora_B", 3e5, "0.weight"),
+    "dora": ({"use_dora": True}, "lora_magnitude_vector", 1e6, "0.weight"),
+    "bias of B": ({"lora_bias": True}, "lora_B_bias", 1e5, "0.bias"),
+    "parameters": ({"target_modules": None, "target_parameters": ["0.weight"]}, "lora_B", 1e6, "0.weight"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_values_beyond_half_precision_are_refused_by_name(case):
+    fields, ending, value, name = BEYOND[case]
+    base, handle = half(**fields)
+    scaled(handle, ending, value)
+    before = state(base)
+    for call in (handle.merge_adapter, handle.merge_and_unload, lambda: handle.merge_and_unload(copy=True)):
+        with pytest.raises(UsageError, match=rf"non-finite values in {name} \(torch.float16\).*dtype=torch.bfloat16"):
+            call()
+        assert_same_state(before, state(base))
+        assert not handle.merged_adapters
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_merging_in_a_wider_type_gives_a_model_of_that_type(dtype, copy):
+    base, handle = half()
+    base.register_buffer("kept", torch.zeros(2))
+    scaled(handle, "lora_B", 3e5)
+    factors = handle.tree("default").node("0").own
+    expected = base[0].weight.float() + factors.scale * factors.lora_B @ factors.lora_A
+    merged = handle.merge_and_unload(dtype=dtype, copy=copy)
+    assert {p.dtype for p in merged.parameters()} == {dtype} and merged.kept.dtype == torch.float32
+    assert torch.equal(merged[0].weight, expected.to(dtype))  # rounded once
+    assert torch.isfinite(merged(torch.ones(1, 8, dtype=dtype))).all()
+    if copy:
+        assert {p.dtype for p in base.parameters()} == {torch.float16}
+
+
+def test_what_was_not_finite_before_does_not_keep_from_merging():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base[1].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    handle = lora(base, target_modules=["0"], modules_to_save=["1"])
+    handle.merge_adapter()
+    assert torch.isinf(base[1].mask).any()

@@ -113,7 +113,7 @@ def test_merged_equals_unmerged_and_unmerging_is_bit_exact(method, layer):
     handle.merge_adapter()
     torch.testing.assert_close(handle(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
     handle.unmerge_adapter()
-    assert all(torch.equal(p, q) for p, q in zip(handle.base_model.parameters(), plain_base.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(handle.bare_base.parameters(), plain_base.parameters()))
     assert torch.equal(handle(**inputs).logits, expected)
 
 
@@ -140,7 +140,7 @@ def test_fp32_masters_compute_in_the_type_of_a_16_bit_base(method, layer):
     if method not in MERGEABLE:
         return
     handle.eval().merge_adapter()
-    assert all(parameter.dtype == torch.bfloat16 for parameter in handle.base_model.parameters())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in handle.bare_base.parameters())
     assert (handle(**inputs).logits - expected).norm() < 50 * 2**-9 * expected.norm()
 
 
@@ -150,7 +150,7 @@ def test_only_the_adapter_gets_gradients_and_all_of_it_does(method, layer):
     handle, _, inputs = handle_on(method, layer)
     handle.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     missing = [name for name, p in handle.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not missing and all(p.grad is None for p in handle.base_model.parameters())
+    assert not missing and all(p.grad is None for p in handle.bare_base.parameters())
 
 
 @pytest.mark.each_value_once

@@ -227,10 +227,10 @@ def test_gradient_checkpointing(form, tmp_path):
 def test_copies_and_pickles(form, tmp_path):
     handle = randomised(quantised.make(tmp_path, form), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     expected = out(handle, INPUTS)
-    before = quantised.stored(handle.base_model)
+    before = quantised.stored(handle.bare_base)
     for copied in (copy.deepcopy(handle), pickle.loads(pickle.dumps(handle))):
         assert torch.equal(out(copied, INPUTS), expected)
-        quantised.assert_same_stored(quantised.stored(copied.base_model), before)
+        quantised.assert_same_stored(quantised.stored(copied.bare_base), before)
 
 
 @each_form

@@ -105,7 +105,7 @@ def test_acts_and_can_be_switched_off_saved_and_loaded_exactly(method, name, tmp
 def test_all_of_it_trains_and_nothing_of_the_base(method, name):
     handle, inputs = handle_on(method, name), inputs_for(method, name)
     loss_of(handle, name, inputs).backward()
-    assert all(p.grad is None for p in handle.base_model.parameters())
+    assert all(p.grad is None for p in handle.bare_base.parameters())
     silent = [n for n, p in handle.adapters.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     # Parts without influence on these losses: the features' pooler; whatever moves all keys alike (softmax does not see a
     # constant), be it a key's bias or the head of answer spans; rows of an embedding whose tokens do not occur.

@@ -173,7 +173,7 @@ def test_a_single_token_is_computed_in_the_factors_type(lean):
     """There, rounding the factors costs more than the products, and loses more."""
     handle = lora(tiny.make("llama").to(torch.bfloat16), r=8, target_modules=["q_proj"])
     (adapter, *_) = (module for module in handle.adapters.modules() if isinstance(module, method.Lora))
-    base = view_of(handle.base_model.model.layers[0].self_attn.q_proj)
+    base = view_of(handle.bare_base.model.layers[0].self_attn.q_proj)
     with torch.no_grad():
         adapter.lora_B.normal_()
         x = torch.randn(1, 1, adapter.lora_A.shape[1]).to(torch.bfloat16)

@@ -154,7 +154,7 @@ def test_files_after_allocation_go_both_ways(tmp_path):
         again.save_pretrained(tmp_path / f"{who} again")
         first, second = tensors(tmp_path / who), tensors(tmp_path / f"{who} again")
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-        assert not torch.equal(output(again, inputs), output(again.base_model, inputs))
+        assert not torch.equal(output(again, inputs), output(again.bare_base, inputs))
 
 
 def test_read_adapter_trains_on_with_the_ranks_it_has(tmp_path):

@@ -45,7 +45,7 @@ def theirs_of(handle: ts.PeftModel, folder) -> peft.PeftModel:
     """The reference's model with the same members."""
     handle.save_pretrained(folder)
     names = list(handle.peft_config)
-    model = read_by_peft(handle.base_model, folder / names[0], adapter_name=names[0])
+    model = read_by_peft(handle.bare_base, folder / names[0], adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(str(folder / name), name)
     return model.eval()
@@ -75,7 +75,7 @@ def both(base, task, folder, weights, *fields, config=ts.LoraConfig, **options):
 
 
 def assert_same(ours, theirs, inputs, folder, same_factors=True) -> None:
-    plain = output(ours.base_model, inputs)
+    plain = output(ours.bare_base, inputs)
     assert (output(theirs, inputs) - plain).abs().max() > 1e-3, "the combination does nothing; this proves nothing"
     torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), atol=1e-5, rtol=1e-5)
     ours.save_pretrained(folder / "ours", selected_adapters=["new"])
@@ -85,9 +85,9 @@ def assert_same(ours, theirs, inputs, folder, same_factors=True) -> None:
         reference = tensors(folder / "theirs" / "new")
         for key, value in tensors(folder / "ours" / "new").items():
             torch.testing.assert_close(value, reference[key], atol=1e-5, rtol=1e-5)
-    back = read_by_peft(ours.base_model, folder / "ours" / "new")
+    back = read_by_peft(ours.bare_base, folder / "ours" / "new")
     torch.testing.assert_close(output(back, inputs), output(theirs, inputs), atol=1e-5, rtol=1e-5)
-    again = ts.PeftModel.from_pretrained(copy.deepcopy(ours.base_model), folder / "theirs" / "new").eval()
+    again = ts.PeftModel.from_pretrained(copy.deepcopy(ours.bare_base), folder / "theirs" / "new").eval()
     torch.testing.assert_close(output(again, inputs), output(theirs, inputs), atol=1e-5, rtol=1e-5)
 
 
@@ -303,7 +303,7 @@ def test_the_one_members_trained_head_is_taken_over():
     ours = with_members(tiny.make("llama"), "CAUSAL_LM", {}, {"modules_to_save": ["lm_head"]})
     ours.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new", "cat")
     mine, new = (ours.tree(name).node("lm_head")._copy.module.weight for name in ("b", "new"))
-    assert torch.equal(mine, new) and not torch.equal(mine, ours.base_model.lm_head.weight)
+    assert torch.equal(mine, new) and not torch.equal(mine, ours.bare_base.lm_head.weight)
 
 
 def test_biases_of_one_member_are_taken_over():
@@ -340,7 +340,7 @@ BAD = [
     (["a", "b"], [1, 1], {"majority_sign_method": "most"}, ts.ConfigError, '"total" or "frequency"'),
     (["a", "scaling"], [1, 1], {"combination_type": "linear"}, ts.UsageError, "got IA3, Lora"),
     (["blocks", "blocks"], [1, 1], {}, ts.UsageError, '"blocks" holds Bottleneck .* plain LoRA, IA3 and prompt tuning'),
-    (["head", "other-head"], [1, 1], {"combination_type": "cat"}, ts.UsageError, '"head", "other-head" each train modules'),
+    (["head", "other-head"], [1, 1], {"combination_type": "cat"}, ts.UsageError, '"head", "other-head" each have modules'),
     (
         ["scaling", "scaling"],
         [1, 1],

@@ -76,8 +76,8 @@ def test_printed_line_is_the_examples(example, capsys):
 def test_tied_head_counts_once_unlike_in_the_article():
     with torch.device("meta"):
         tied = ts.get_peft_model(MODELS["mt0-large"](), LORA(task_type="SEQ_2_SEQ_LM"))
-    head = tied.base_model.lm_head.weight
-    assert head is tied.base_model.shared.weight
+    head = tied.bare_base.lm_head.weight
+    assert head is tied.bare_base.shared.weight
     assert tied.get_nb_trainable_parameters()[1] + head.numel() == 1_231_940_608  # what the article printed
 
 

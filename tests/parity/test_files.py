@@ -255,7 +255,7 @@ def test_further_adapters_get_folders_of_their_names(tmp_path):
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
     handle.set_adapter("second")
-    theirs = read_by_peft(handle.base_model, tmp_path / "second")
+    theirs = read_by_peft(handle.bare_base, tmp_path / "second")
     inputs = tiny.inputs_for("llama")
     torch.testing.assert_close(output(handle, inputs), output(theirs, inputs), atol=1e-5, rtol=0)
 
@@ -298,6 +298,7 @@ NAMES = {
     "embedding": ("llama", "lora", {"target_modules": ["embed_tokens"]}, {
         "base_model.model.model.embed_tokens.lora_embedding_A": (4, 96),
         "base_model.model.model.embed_tokens.lora_embedding_B": (32, 4),
+        "base_model.model.model.embed_tokens.base_layer.weight": (96, 32),
     }),
     "module copy": ("llama", "lora", {"target_modules": ["v_proj"], "layers_to_transform": 1, "modules_to_save": ["lm_head"]}, {
         "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight": (4, 32),
@@ -387,3 +388,93 @@ def test_adapters_in_the_bases_own_16_bit_type_are_saved_and_read_in_it(llama, l
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors(tmp_path).values())
     again = ts.PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False).eval()
     assert torch.equal(output(again, llama_inputs), output(handle, llama_inputs))
+
+
+# --- nn.MultiheadAttention ------------------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """Two of torch's attentions; the first one has a pattern of its own."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.second = nn.MultiheadAttention(8, 4, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.first(x, x, x, need_weights=False)[0]
+        return {"logits": self.head(self.second(x, x, x)[0])}
+
+
+TOKENS = {"x": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(4))}
+ATTENTIONS = {"target_modules": ["first", "second", "head"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"first": 2}, "alpha_pattern": {"second": 3}}], ids=str)
+def test_files_of_torchs_attention_go_both_ways(options, tmp_path):
+    torch.manual_seed(0)
+    agree(Attends().eval(), "lora", None, TOKENS, tmp_path, **ATTENTIONS, **options)
+
+
+def test_torchs_attention_trains_and_merges_as_in_the_reference(tmp_path):
+    torch.manual_seed(0)
+    base = Attends().eval()
+    ours = ours_on(base, "lora", None, **ATTENTIONS)
+    ours.save_pretrained(tmp_path)
+    theirs = read_by_peft(base, tmp_path, is_trainable=True)
+    for model in (ours.train(), theirs.train()):
+        model(**TOKENS)["logits"].square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in own_names(theirs).items()}
+    found = {name: tensor.grad for name, _, tensor in named_tensors(ours.tree("default"), ours.peft_config["default"], base)}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        twice = 2 if "out_proj" in name else 1  # the reference adds that change twice, once past autograd
+        torch.testing.assert_close(
+            found[name], twice * gradient, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    adapted = output(ours.eval(), TOKENS)
+    merged, reference = ours.merge_and_unload(copy=True), theirs.merge_and_unload()
+    torch.testing.assert_close(output(merged, TOKENS), adapted, atol=1e-5, rtol=0)
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value, reference.state_dict()[name], atol=1e-6, rtol=0)
+
+
+def test_torchs_attention_merges_in_place_and_back():
+    base = Attends().eval()
+    handle = ours_on(base, "lora", None, **ATTENTIONS)
+    plain, adapted = output(base, TOKENS), output(handle, TOKENS)
+    before = {name: (value, value.clone()) for name, value in base.state_dict(keep_vars=True).items()}
+    handle.merge_adapter()
+    torch.testing.assert_close(output(base, TOKENS), adapted, atol=1e-5, rtol=0)
+    handle.unmerge_adapter()
+    assert torch.equal(output(base, TOKENS), plain)
+    assert all(value is before[name][0] for name, value in base.state_dict(keep_vars=True).items())
+
+
+def test_rows_with_different_adapters_in_torchs_attention():
+    base = Attends().eval()
+    handle = ours_on(base, "lora", None, **ATTENTIONS)
+    rows = handle(TOKENS["x"], adapter_names=["default", "__base__"])["logits"]
+    torch.testing.assert_close(rows, torch.stack([output(handle, TOKENS)[0], output(base, TOKENS)[1]]), atol=1e-5, rtol=0)
+    for module in (base.first, base.second):
+        module.batch_first = False
+    with pytest.raises(ts.UsageError, match="second dimension"):
+        handle(TOKENS["x"], adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_dropout": 0.1}, "lora_dropout"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ],
+    ids=str,
+)
+def test_what_cannot_act_in_torchs_attention_is_refused(options, reason):
+    with pytest.raises(ts.TargetError, match=f"first.*{reason}"):
+        ours_on(Attends(), "lora", None, target_modules=["first"], **options)
+    with pytest.raises(ts.TargetError, match="projections of their own"):
+        ours_on(Attends(kdim=4), "lora", None, target_modules=["first"])

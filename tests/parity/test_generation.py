@@ -298,8 +298,10 @@ def test_first_step_of_a_loop_equals_the_references(tmp_path):
 
 def test_prompt_as_long_as_max_length_is_an_error_that_says_so():
     ours = ours_on(tiny.make("llama"), "prompt", "CAUSAL_LM")
-    with pytest.raises(ts.UsageError, match=r"7 tokens, which reaches.*increase max_length"):
+    with pytest.raises(ValueError, match=r"is 7, but .max_length. is set to 7"):  # the base's own words
         ours.generate(**prompt_of("llama"), max_length=7)
+    with pytest.raises(ts.UsageError, match=r"7 tokens, which reaches.*increase max_length"):
+        ours.generate(**prompt_of("llama"), max_length=7, cache_implementation="static")
 
 
 def test_input_that_leaves_no_positions_for_virtual_tokens_is_an_error_that_says_so():

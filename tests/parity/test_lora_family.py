@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import tunesmith as ts
 from tests import tiny
-from tests.parity.oracle import agree, ours_on, output, own_names, read_by_peft, tensors, theirs_on, written_by_peft
+from tests.parity.oracle import agree, ours_on, output, own_names, read_by_peft, scrambled, tensors, theirs_on, written_by_peft
 from tests.parity.test_files import IMAGE, ConvNet, with_labels
 from tunesmith.checkpoint.names import current_name, named_tensors
 from tunesmith.inits.loftq import loftq, normal_float, quantise
@@ -211,11 +211,13 @@ def test_quick_pissa_comes_near_the_exact_one_with_each_round():
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-2
 
 
-def test_a_file_of_another_init_cannot_take_the_place_of_this_one(tmp_path):
-    base = tiny.make("llama")
-    new(base, "pissa").save_pretrained(tmp_path)
-    with pytest.raises(ts.AdapterFileError, match="pissa"):
-        new(base, True).load_adapter(tmp_path)
+def test_a_file_of_another_init_takes_the_place_of_this_one(tmp_path):
+    base, inputs = tiny.make("llama"), tiny.inputs_for("llama")
+    trained = scrambled(new(base, "pissa"))
+    trained.save_pretrained(tmp_path)
+    handle = new(base, True)
+    handle.load_adapter(tmp_path)
+    assert torch.equal(output(handle, inputs), output(trained, inputs))
 
 
 def test_no_init_is_taken_from_weights_that_hold_an_adapter():

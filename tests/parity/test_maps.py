@@ -187,7 +187,7 @@ def check_gradients(
         losses.append(loss.detach())
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
     trained = own_names(theirs)
-    named = named_tensors(ours.tree("default"), ours.peft_config["default"], ours.base_model)
+    named = named_tensors(ours.tree("default"), ours.peft_config["default"], ours.bare_base)
     mine = {name: tensor for name, _, tensor in named if tensor.requires_grad}
     assert mine.keys() == trained.keys()
     for key, tensor in mine.items():
@@ -199,7 +199,7 @@ def check_gradients(
             continue
         torch.testing.assert_close(tensor.grad, expected, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     assert any(tensor.grad is not None and tensor.grad.abs().max() > 1e-4 for tensor in mine.values())
-    assert all(p.grad is None for p in ours.base_model.parameters())
+    assert all(p.grad is None for p in ours.bare_base.parameters())
 
 
 @pytest.mark.each_value_once
@@ -218,6 +218,68 @@ def test_merged_convolution_equals_the_unmerged_one(kind, groups):
     assert (expected - base(inputs)).abs().max() > 1e-3
     handle.merge_adapter()
     torch.testing.assert_close(handle(inputs), expected, rtol=1e-10, atol=1e-10)
+
+
+SPATIAL = ["lora", "dora", "loha", "lokr", "oft", "hra", "boft", "adalora", "ia3", "ia3 on inputs"]
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("dimensions", [1, 3])
+@pytest.mark.parametrize("kind", SPATIAL)
+def test_convolutions_of_other_dimensions_merge_to_the_same(kind, dimensions):
+    module = {1: nn.Conv1d, 3: nn.Conv3d}[dimensions]
+    base = nn.Sequential(module(4, 8, 3, padding=1, stride=2, padding_mode="circular")).double()
+    inputs = torch.randn(2, 4, *[6] * dimensions, dtype=torch.float64)
+    options = {"ia3 on inputs": {"feedforward_modules": ["0"]}, "dora": {"use_dora": True}, "boft": {"boft_block_size": 2}}
+    name = "lora" if kind == "dora" else kind.split()[0]
+    handle = ours_on(base, name, None, target_modules=["0"], **options.get(kind, {}))
+    expected = handle(inputs)
+    assert (expected - base(inputs)).abs().max() > 1e-3
+    handle.train()(inputs).sum().backward()
+    handle.eval().merge_adapter()
+    torch.testing.assert_close(handle(inputs), expected, rtol=1e-10, atol=1e-10)
+
+
+class Convolutions(nn.Module):
+    def __init__(self, dimensions):
+        super().__init__()
+        module = {1: nn.Conv1d, 3: nn.Conv3d}[dimensions]
+        self.plain, self.strided, self.grouped = (
+            module(3, 8, 3, padding=1),
+            module(8, 8, 3, stride=2),
+            module(8, 4, 1, groups=2),
+        )
+
+    def forward(self, x):
+        return {"logits": self.grouped(torch.relu(self.strided(torch.relu(self.plain(x))))).flatten(1)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dimensions", "options"),
+    [
+        ("lora", 1, {}),
+        ("lora", 3, {"target_modules": ["plain", "strided"], "lora_bias": True}),
+        ("lora", 1, {"target_modules": ["plain", "strided"], "use_dora": True}),
+        ("lora", 3, {"target_modules": ["plain", "strided"], "use_dora": True}),
+        ("ia3", 3, {"target_modules": ["plain", "strided"], "feedforward_modules": ["strided"]}),
+        ("loha", 1, {"target_modules": ["plain", "strided"]}),
+        ("loha", 1, {"target_modules": ["plain", "strided"], "use_effective_conv2d": True}),
+        ("lokr", 1, {"target_modules": ["plain", "strided"]}),
+        ("lokr", 1, {"target_modules": ["plain", "strided"], "r": 1}),
+    ],
+    ids=str,
+)
+def test_files_of_convolutions_of_other_dimensions_go_both_ways(kind, dimensions, options, tmp_path):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 3, *[9] * dimensions)}
+    agree(
+        Convolutions(dimensions).eval(),
+        kind,
+        None,
+        inputs,
+        tmp_path,
+        **{"target_modules": ["plain", "strided", "grouped"], **options},
+    )
 
 
 MAPPINGS = {

@@ -61,7 +61,7 @@ def test_a_decoders_mask_counts_the_callers_tokens(make, tmp_path):
     mask = torch.ones_like(inputs["decoder_input_ids"])
     mask[0, 3:] = 0
     padded = {**inputs, "decoder_attention_mask": mask}
-    found, expected = output(ours, padded), output(read_by_peft(ours.base_model, tmp_path), padded)
+    found, expected = output(ours, padded), output(read_by_peft(ours.bare_base, tmp_path), padded)
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
     torch.testing.assert_close(found[0, :3], output(ours, inputs)[0, :3], atol=1e-5, rtol=0)
 

@@ -99,9 +99,9 @@ def test_parts_that_do_not_train_alike_are_irregular():
 def test_a_base_and_an_empty_handle_say_what_is_missing():
     ours = lora_handle()
     with pytest.raises(ts.UsageError, match=r"LlamaForCausalLM holds no adapters; 1 handle\(s\) share this base"):
-        ts.get_layer_status(ours.base_model)
+        ts.get_layer_status(ours.bare_base)
     with pytest.raises(ts.UsageError, match=r"Linear holds no adapters$"):
-        ts.get_model_status(ours.base_model.lm_head)
+        ts.get_model_status(ours.bare_base.lm_head)
     ours.delete_adapter("default")
     with pytest.raises(ts.UsageError, match="no adapters; add one"):
         ours.get_model_status()

@@ -167,8 +167,8 @@ def test_a_second_adapter_and_a_copy_keep_their_rows(tmp_path):
     handle.load_adapter(tmp_path)
     assert torch.equal(output(handle, inputs), expected)
     other = ours_on(tiny.make("gpt2"), "lora", "CAUSAL_LM", trainable_token_indices=[7, 3, 42])
-    with pytest.raises(ts.AdapterFileError, match=r"trainable tokens: \[7, 3, 41\] in the file, \[7, 3, 42\] in the adapter"):
-        other.load_adapter(tmp_path)
+    other.load_adapter(tmp_path)
+    assert torch.equal(output(other, inputs), expected)
     assert torch.equal(output(read_by_peft(base, tmp_path), inputs), output(read_by_peft(base, tmp_path), inputs))
 
 

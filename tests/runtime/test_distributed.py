@@ -127,7 +127,7 @@ def _shard(handle):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (WORLD,))
-    for layer in handle.base_model.model.layers:
+    for layer in handle.bare_base.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(handle, mesh=mesh)
 
@@ -312,9 +312,9 @@ def fsdp_with_only_the_base_sharded_is_refused(rank, folder):
 
     for kind in MAKERS:
         handle = _make(kind)
-        for layer in handle.base_model.model.layers:
+        for layer in handle.bare_base.model.layers:
             fully_shard(layer)
-        fully_shard(handle.base_model)
+        fully_shard(handle.bare_base)
         with pytest.raises(UsageError, match="call fully_shard on the handle itself"):
             handle(**_own_rows(rank), labels=_own_rows(rank)["input_ids"])
 

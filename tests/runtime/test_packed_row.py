@@ -207,7 +207,7 @@ def test_virtual_tokens_stand_before_texts_that_are_given_as_embeddings_and_with
     handle, batch = virtual_handle("llama", "prompt tuning"), PackedCollator(first_tokens=True)(examples())
     expected = handle(**batch)
     ids, _ = batch.pop("input_ids"), batch.pop("position_ids")
-    found = handle(**batch, inputs_embeds=handle.base_model.get_input_embeddings()(ids))
+    found = handle(**batch, inputs_embeds=handle.bare_base.get_input_embeddings()(ids))
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
 
 
@@ -298,7 +298,7 @@ def test_disabled_adapters_leave_texts_apart():
     with torch.no_grad(), handle.disable_adapter():
         found = handle(**PackedCollator()(texts)).logits.split(LENGTHS, dim=1)
         for text, logits in zip(texts, found):
-            assert_close(logits, handle.base_model(input_ids=torch.tensor([text["input_ids"]])).logits)
+            assert_close(logits, handle.bare_base(input_ids=torch.tensor([text["input_ids"]])).logits)
 
 
 def test_eager_bases_take_packed_rows():
@@ -353,7 +353,7 @@ def test_a_private_copy_of_the_head_is_packed():
 
 def test_can_pack_answers_for_the_effective_adapters():
     handle = handles.lora(base_of("llama"), target_modules=["down_proj"], modules_to_save=["self_attn"])
-    assert can_pack(handle.base_model) and not can_pack(handle)
+    assert can_pack(handle.bare_base) and not can_pack(handle)
     handle.disable_adapters()
     assert can_pack(handle)
 
@@ -447,13 +447,13 @@ def test_virtual_tokens_run_once_for_all_texts_with_the_same_loss_and_gradients(
     expected = gradients(handle, own)
     shared, run = [], shared_virtual_tokens.run
     monkeypatch.setattr(shared_virtual_tokens, "run", lambda *given: shared.append(1) or run(*given))
-    for worth, runs in ((1000, 0), (-1000, 2)):
+    for worth, runs in ((1000, 0), (-1000, 1)):
         monkeypatch.setattr(shared_virtual_tokens, "WORTH", worth)
         fused = FusedLoss(handle)(batch)
         if fused is None:
-            assert kind in ("cohere", "cohere2", "gemma2"), "the loss was left to the model"
+            assert kind in ("cohere", "cohere2", "gemma2", "granite"), "the loss was left to the model"
             continue
-        assert len(shared) == runs, "once to compare, and once to train"
+        assert len(shared) == runs
         assert_close(fused, own)
         for name, gradient in gradients(handle, fused).items():
             assert_close(gradient, expected[name])

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
 from tests.handles import MAKERS as HANDLES
-from tests.handles import assert_same_gradients, gradients, lora, prefixed
+from tests.handles import assert_same_gradients, gradients, lora, out, prefixed
 from tunesmith.runtime.frame import current_frame
 
 MODELS = {
@@ -25,16 +25,26 @@ EXACT = {"rtol": 1e-9, "atol": 1e-14}  # float64, sums of some thousand terms
 CASES = [(method, name) for method, names in MODELS.items() for name in names]
 
 
-def _handle(method, name):
-    """Without dropout, and in float64: checkpointing makes attention choose other kernels and adds in another order."""
+def _base(name):
+    """Without dropout, which the runs that are compared would draw differently."""
     base = tiny.make(name)
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    key = "task_type" if method == "lora" else "task"
-    return MAKERS[method](base, **{key: tiny.task_of(name)}).double().train()
+    return base
+
+
+def _on(base, method, name):
+    """In float64: checkpointing makes attention choose other kernels and adds in another order."""
+    handle = MAKERS[method](base, **{"task_type" if method == "lora" else "task": tiny.task_of(name)}).train()
+    handle.adapters.double()
+    return handle
+
+
+def _handle(method, name):
+    return _on(_base(name).double(), method, name)
 
 
 def _step(handle, name):
@@ -55,7 +65,7 @@ def _counted(model):
     """Wrap the checkpointing functions of `model` to count their calls."""
     calls = []
     for module in model.modules():
-        inner = module.__dict__.get("_gradient_checkpointing_func")
+        inner = getattr(module, "_gradient_checkpointing_func", None)
         if inner is not None:
 
             def counting(*args, inner=inner, **kwargs):
@@ -74,7 +84,7 @@ def _counted(model):
 def test_loss_and_every_gradient_equal_those_without(method, name, where, reentrant):
     loss, expected = _step(_handle(method, name), name)
     handle = _handle(method, name)
-    target = handle if where == "handle" else handle.base_model
+    target = handle if where == "handle" else handle.bare_base
     tiny.enable_recomputing(target, {"use_reentrant": reentrant})
     calls = _counted(handle.base_model)
     found_loss, found = _step(handle, name)
@@ -83,13 +93,30 @@ def test_loss_and_every_gradient_equal_those_without(method, name, where, reentr
     assert_same_gradients(found, expected, **EXACT)
 
 
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("when", ["before the handle", "after it", "through its view"])
+@pytest.mark.parametrize("method,name", CASES)
+def test_checkpointing_of_the_bare_base_carries_the_adapters_and_leaves_it_bare(method, name, when, reentrant):
+    expected = _step(_handle(method, name), name)[1]
+    base, inputs = _base(name).double(), tiny.inputs_for(name)
+    plain = out(base, inputs)
+    if when == "before the handle":
+        tiny.enable_recomputing(base, {"use_reentrant": reentrant})
+    handle = _on(base, method, name)
+    if when != "before the handle":
+        tiny.enable_recomputing(base if when == "after it" else handle.get_base_model(), {"use_reentrant": reentrant})
+    assert_same_gradients(_step(handle, name)[1], expected, **EXACT)
+    assert torch.equal(out(base.eval(), inputs), plain)
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointing_without_the_hook_on_embeddings(reentrant):
     """`_set_gradient_checkpointing` alone marks no input: reentrant checkpointing then needs our own mark."""
     loss, expected = _step(_handle("lora", "llama"), "llama")
     handle = _handle("lora", "llama")
     function = functools.partial(checkpoint, use_reentrant=reentrant)
-    handle.base_model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    handle.bare_base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     found_loss, found = _step(handle, "llama")
     torch.testing.assert_close(found_loss, loss, **EXACT)
     assert_same_gradients(found, expected, **EXACT)
@@ -98,7 +125,7 @@ def test_checkpointing_without_the_hook_on_embeddings(reentrant):
 def test_marking_an_input_for_reentrant_checkpointing_leaves_the_users_tensor_alone():
     handle = _handle("lora", "llama")
     function = functools.partial(checkpoint, use_reentrant=True)
-    handle.base_model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    handle.bare_base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     embeds = torch.randn(2, 5, 32).double()
     handle(inputs_embeds=embeds).logits.sum().backward()
     assert not embeds.requires_grad and embeds.grad is None
@@ -110,7 +137,7 @@ def test_the_deprecated_name_works_and_can_be_switched_off():
     handle = _handle("lora", "llama")
     assert handle.supports_gradient_checkpointing and not handle.is_gradient_checkpointing
     handle.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    assert handle.is_gradient_checkpointing and handle.base_model.is_gradient_checkpointing
+    assert handle.is_gradient_checkpointing and not handle.bare_base.is_gradient_checkpointing
     found_loss, found = _step(handle, "llama")
     torch.testing.assert_close(found_loss, loss, **EXACT)
     assert_same_gradients(found, expected, **EXACT)

@@ -189,4 +189,4 @@ def test_a_hooked_base_can_be_copied(llama, llama_inputs, expected):
     handle = lora(llama)
     copied = copy.deepcopy(handle)
     assert torch.equal(out(copied, llama_inputs), expected)
-    assert copied.get_submodule(f"base_model.{PATH}")._old_forward.module() is copied.get_submodule(f"base_model.{PATH}")
+    assert copied.bare_base.get_submodule(PATH)._old_forward.module() is copied.bare_base.get_submodule(PATH)

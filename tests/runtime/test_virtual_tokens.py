@@ -81,7 +81,7 @@ def test_copies_of_handles_act_and_copies_of_bases_are_plain(method, name):
     with torch.no_grad():
         next(handle.adapters.parameters()).zero_()
     assert torch.equal(out(copied, inputs), expected)
-    assert torch.equal(out(copied.base_model, plain_inputs(inputs)), plain)
+    assert torch.equal(out(copied.bare_base, plain_inputs(inputs)), plain)
 
 
 @pytest.mark.each_value_once
@@ -114,7 +114,7 @@ def test_only_the_adapter_gets_gradients(method, name):
     out_of = tiny.main_output(handle(**inputs_for(method, name)))
     out_of.square().sum().backward()
     missing = [key for key, p in handle.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not missing and all(p.grad is None for p in handle.base_model.parameters())
+    assert not missing and all(p.grad is None for p in handle.bare_base.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -122,6 +122,30 @@ def test_save_killed_at_any_step_leaves_the_old_or_the_new_adapter(n, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("n", range(STEPS + 2))
+def test_change_of_the_format_killed_at_any_step_leaves_the_old_or_the_new_adapter(n, tmp_path):
+    adapter(1).save_pretrained(tmp_path)
+    new = adapter(2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Kill(monkeypatch, at=n)
+        with pytest.raises(Killed):
+            new.save_pretrained(tmp_path, safe_serialization=False)
+    assert value_in(tmp_path) in (1, 2)
+    new.save_pretrained(tmp_path, safe_serialization=False)
+    assert value_in(tmp_path) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.bin"]
+
+
+def test_a_list_of_files_to_remove_names_an_adapters_own_files_only(tmp_path):
+    folder, other = tmp_path / "adapter", tmp_path / "other"
+    adapter(1).save_pretrained(folder)
+    other.write_text("mine")
+    (folder / COMMIT_FOLDER).mkdir()
+    (folder / COMMIT_FOLDER / ".removed").write_text("../other\nREADME.md")
+    adapter(2).save_pretrained(folder)
+    assert other.read_text() == "mine" and value_in(folder) == 2
+
+
 @pytest.mark.parametrize("n", range(STEPS + 1))
 def test_first_save_killed_at_any_step_leaves_no_adapter_or_a_whole_one(n, tmp_path):
     folder = tmp_path / "new"
@@ -224,6 +248,38 @@ def test_saving_reads_nothing_lazily_from_the_file_it_replaces(tmp_path):
     handle.save_pretrained(tmp_path)
     adapter(2).save_pretrained(tmp_path)
     assert {v for p in handle.adapters.parameters() for v in p.unique().tolist()} == {1.0}
+
+
+TOGETHER = """
+import os, sys
+from pathlib import Path
+from tests.storage.test_folder import adapter, value_in, NAMES
+
+folder, handles = Path(sys.argv[1]), [adapter(1), adapter(2)]
+children = []
+for handle in handles:
+    child = os.fork()
+    if child == 0:
+        for _ in range(15):
+            handle.save_pretrained(folder)
+        os._exit(0)
+    children.append(child)
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+assert value_in(folder) in (1, 2) and sorted(p.name for p in folder.iterdir()) == NAMES
+print("whole")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_processes_that_save_into_one_folder_take_turns(tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", TOGETHER, str(tmp_path / "adapter")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert result.stdout == "whole\n", result.stderr[-2000:]
 
 
 REAL = """

@@ -12,8 +12,6 @@ from transformers.trainer_pt_utils import LabelSmoother
 from tests import tiny
 from tests.handles import lora, prompted
 from tunesmith import PrefixTuningConfig, Trainer, get_peft_model
-from tunesmith.data.packing import PackedCollator
-from tunesmith.train import fused_loss
 from tunesmith.train.fused_loss import FusedLoss, HeadLoss
 
 
@@ -87,24 +85,6 @@ def test_does_not_apply_to_heads_that_are_trained_adapted_or_more_than_a_matrix(
     assert FusedLoss(mixed)({**batch, "adapter_names": ["default"] * 4}) is None
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        tf.Gemma2Config(**tiny.SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, pad_token_id=0),
-        tf.CohereConfig(**tiny.SIZES, num_key_value_heads=2, logit_scale=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=1),
-        tf.GraniteConfig(**tiny.SIZES, num_key_value_heads=2, logits_scaling=4.0, pad_token_id=0),
-    ],
-    ids=["soft-capped", "scaled up", "scaled down"],
-)
-def test_falls_back_where_logits_are_scaled_or_capped(config):
-    torch.manual_seed(0)
-    base = tf.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        base.get_output_embeddings().weight.normal_(std=1.0)
-    live = FusedLoss(lora(base).eval())
-    assert live(batch_for("llama")) is None and live.agreement.found == {False: False}
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_training_takes_it_and_learns_the_same(name, smoothing, tmp_path, monkeypatch):
@@ -132,25 +112,8 @@ def test_training_takes_it_and_learns_the_same(name, smoothing, tmp_path, monkey
     for dropout in ("dropout", "dropout_rate"):
         monkeypatch.setattr(tf.T5Config, dropout, 0.0, raising=False)
     found = train(Trainer)
-    assert len(calls) == 9, "8 batches, and the row that both ways are compared on"
+    assert len(calls) == 8
     if name == "t5":  # drops out, and draws in another order
         return
     for mine, theirs in zip(found, train(tf.Trainer)):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
-
-
-def test_a_few_columns_tell_whether_two_losses_are_the_same():
-    texts = [{"input_ids": list(range(3, 3 + length)), "labels": [-100] * 5 + [7] * (length - 5)} for length in (20, 90)]
-    packed = fused_loss._cut(PackedCollator()(texts), [0], 0, 26)
-    assert packed["input_ids"].shape == packed["labels"].shape == packed["position_ids"].shape == (1, 26)
-    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 20, 26]
-    assert packed["max_length_q"] == 20
-    packed = fused_loss._cut(PackedCollator()(texts), [0], 6, 26)
-    assert packed["position_ids"].tolist() == [[*range(6, 20), *range(6)]]
-    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 14, 20]
-
-    padded = {"input_ids": torch.ones(3, 40), "attention_mask": torch.ones(3, 40), "labels": torch.ones(3, 40)}
-    assert {tuple(value.shape) for value in fused_loss._cut(padded, [2, 0], 0, 26).values()} == {(2, 26)}
-    translated = {**padded, "input_ids": torch.ones(3, 60), "attention_mask": torch.ones(3, 60)}
-    cut = fused_loss._cut(translated, [1], 0, 26)
-    assert cut["input_ids"].shape == (1, 60) and cut["labels"].shape == (1, 26)

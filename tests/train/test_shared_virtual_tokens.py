@@ -35,7 +35,7 @@ def test_virtual_tokens_run_once_for_all_rows_with_the_same_loss_and_gradients(n
     batch["attention_mask"][1, -2:] = 0
     batch["labels"][1, -2:] = -100
     (own, own_gradients), (fused, gradients) = both(handle, batch)
-    assert len(runs) == 4
+    assert len(runs) == 2
     torch.testing.assert_close(fused, own, rtol=1e-5, atol=0)
     scale = max(gradient.abs().max().item() for gradient in own_gradients)
     for found, expected in zip(gradients, own_gradients):

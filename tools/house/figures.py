@@ -99,6 +99,9 @@ def long_files(house: House, limit: int) -> list[tuple[str, int]]:
 
 # --- private names ----------------------------------------------------------------------------------------------------
 
+# Names that every torch module has.
+OF_MODULES = {"_apply", "_buffers", "_modules", "_named_members", "_parameters", "_replicate_for_data_parallel"}
+
 
 def private_uses(house: House, owners: Collection[str], users: Collection[str]) -> list[Fault]:
     """Uses, outside the rooms `owners` and `users`, of private names that are defined in `owners`.
@@ -107,7 +110,7 @@ def private_uses(house: House, owners: Collection[str], users: Collection[str]) 
     """
     private = {
         name for file, tree in house.trees.items() if room(file) in owners for name in _defined(tree) if _is_private(name)
-    }
+    } - OF_MODULES
     faults = []
     for file, tree in house.trees.items():
         if room(file) in {*owners, *users}:

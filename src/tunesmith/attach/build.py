@@ -5,13 +5,14 @@ The adapters of a tree mirror the paths of the modules they belong to; the base 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter
+from ..adapter import Adapter, LinearAdapter, ModuleCopy, ParameterAdapter, PromptAdapter, StoredValues, TiedWeight
 from ..bases.precision import adapter_dtype, master_dtype
 from ..bases.view import execution_device, view_of
 from ..config import PeftConfig, PromptConfig, Settings
@@ -40,7 +41,37 @@ def build(
         builder.tree.add(path, "_biases", ParameterAdapter(model.get_submodule(path), ["bias"]))
     for path in plan.copied:
         builder.tree.add(path, "_copy", ModuleCopy(model.get_submodule(path)))
+    replace_stored(builder.tree, stored_values(model, plan))
+    builder.add_ties()
     return builder.tree
+
+
+def stored_values(model: nn.Module, plan: Plan) -> dict[str, StoredValues]:
+    """Places for the values that come with an adapter's file, by module path."""
+    made = {}
+    for path, settings in plan.stored.items():
+        module = model.get_submodule(path)
+        with torch.device(execution_device(module)):
+            made[path] = StoredValues(module, settings)
+    for path, settings in plan.stored.items():
+        for source in set(settings.follows.values()) - {None}:
+            made[path].follow(made[str(source)])
+    return made
+
+
+def stored_in(tree: AdapterTree) -> dict[str, StoredValues]:
+    """The values in a tree that came with its adapter's file, by module path."""
+    return {path: adapter for path, adapter in tree.items() if isinstance(adapter, StoredValues)}
+
+
+def replace_stored(tree: AdapterTree, values: Mapping[str, StoredValues]) -> dict[str, StoredValues]:
+    """Put stored values into a tree in place of those that it has, which are returned."""
+    before = stored_in(tree)
+    for path in before:
+        del tree.node(path)._modules["_stored"]
+    for path, adapter in values.items():
+        tree.add(path, "_stored", adapter)
+    return before
 
 
 @dataclass
@@ -93,6 +124,19 @@ class Builder:
                     changes.reset_parameters(module)
             first = getattr(module, next(iter(settings)))
             self.tree.add(path, "_parameters_changed", changes.to(master_dtype(first.dtype, self.full_precision)))
+
+    def add_ties(self) -> None:
+        """Modules that follow the embedding whose weight they hold: its adapter, or its private copy."""
+        for path, source in self.plan.ties.items():
+            owner = self.tree.node(source).own
+            follower: Adapter
+            if owner is None:
+                owner, follower = self.tree.node(source).at("_copy"), TiedWeight()
+            else:
+                follower = self._at_module(part_type("_tied"), self.model.get_submodule(path), self.plan.adapted[source])
+            assert owner is not None
+            follower.follow(owner)
+            self.tree.add(path, "_tied", follower)
 
     def _at_module(self, kind: Any, module: nn.Module, settings: Settings, shared: nn.Module | None = None) -> Adapter:
         base = view_of(module) if issubclass(kind, LinearAdapter) else module

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapter import LinearAdapter, ParameterAdapter
+from ..adapter import LinearAdapter, ParameterAdapter, StoredSettings, SublayerAdapter
 from ..bases import architecture
-from ..bases.dense import LinearView
+from ..bases.stored_tensors import FLOAT8
 from ..bases.view import view_of, view_type
 from ..config import PeftConfig, PromptConfig, Settings, TargetedConfig, TaskType
-from ..errors import ConfigError, TargetError, bullet_list, did_you_mean, nearest
+from ..errors import TargetError, Unmatched, bullet_list, did_you_mean
 from ..paths import ends_with, is_inside, is_named, matches
-from ..registry import adapter_type
+from ..registry import adapter_type, part_type
 from ..runtime import site
-from .plan_parameters import ParameterPlan, plan_parameters
+from . import former
+from .plan_names import HEAD_NAMES, linear_paths, nearest_modules, of_layers, short_names, summary
+from .plan_parameters import ParameterPlan, plan_parameters, take_attentions
+from .plan_ties import plan_ties
 from .plan_tokens import TokenPlan, plan_tokens
 
+logger = logging.getLogger(__name__)
 Modules = dict[str, nn.Module]  # by path
-HEAD_NAMES = ("classifier", "score", "qa_outputs")  # task heads that transformers initialises at random
 
 
 @dataclass
@@ -37,6 +39,10 @@ class Plan:
         copied: paths of modules trained whole, as private copies.
         tokens: of embeddings with trained rows, and of modules that follow them (`plan_tokens.py`).
         parameters: `{path: {parameter: settings}}` of parameters that are adapted themselves (`plan_parameters.py`).
+        stored: of modules with parameters whose values come with the adapter's file (`checkpoint/embeddings.py`).
+        absent: paths of targets of which the file that is loaded holds nothing.
+        unmatched: what the configuration says beyond this; no fault where an adapter is loaded whose tensors all fit.
+        ties: `{path: path whose adapter or copy it follows}` of modules that hold the same weight (`plan_ties.py`).
     """
 
     adapted: dict[str, Settings] = field(default_factory=dict)
@@ -44,13 +50,25 @@ class Plan:
     copied: list[str] = field(default_factory=list)
     tokens: TokenPlan = field(default_factory=dict)
     parameters: ParameterPlan = field(default_factory=dict)
+    stored: dict[str, StoredSettings] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    ties: dict[str, str] = field(default_factory=dict)
 
     def paths(self) -> set[str]:
-        return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters}
+        return {*self.adapted, *self.biases, *self.copied, *self.tokens, *self.parameters, *self.ties}
 
 
-def match(model: nn.Module, config: PeftConfig) -> tuple[Plan, PeftConfig]:
+def match(
+    model: nn.Module, config: PeftConfig, held: Collection[str] | None = None, current_names: bool = False
+) -> tuple[Plan, PeftConfig]:
     """Resolve every pattern of `config` on `model`.
+
+    Args:
+        held: paths of modules of which the file that is loaded holds tensors, None where an adapter is made anew. A
+            configuration may then say more than the file holds: the tensors decide.
+        current_names: `config` is a handle's own: it names modules as they are called now, never as in transformers 4
+            (`former.py`). So does a file's, once it is translated.
 
     Returns:
         The plan, and a copy of the config with what follows from the model filled in (its usual targets, for one).
@@ -60,23 +78,35 @@ def match(model: nn.Module, config: PeftConfig) -> tuple[Plan, PeftConfig]:
             matched module that cannot carry the adapter.
     """
     config, modules = copy.copy(config), dict(model.named_modules())
-    plan, faults = Plan(), list(_parallel_faults(model))
+    plan, faults, left_out = Plan(), list(_parallel_faults(model)), []
     plan.copied = _copied(modules, config, faults)
     if isinstance(config, TargetedConfig):
-        _plan_targets(model, modules, config, plan, faults)
-    plan.tokens = plan_tokens(model, modules, getattr(config, "trainable_token_indices", None), faults)
+        left_out = _plan_targets(model, modules, config, plan, faults, current_names or held is not None)
+        _keep_held(plan, held)
+        faults += _unmatched_pattern_keys(modules, config, plan)
+        faults += _unfit(modules, config, plan)
+        plan.biases = _biases(modules, config, plan)
+    plan.tokens = plan_tokens(model, modules, config, faults)
     faults += _claimed_twice(plan)
-    faults += _unreachable(modules, plan)
+    faults += _unreachable(modules, config, plan)
     faults += _not_copyable(modules, config, plan)
+    if held is not None and (plan.paths() or isinstance(config, PromptConfig)):
+        plan.unmatched = [fault.partition("; ")[0] for fault in faults if isinstance(fault, Unmatched)]
+        faults = [fault for fault in faults if not isinstance(fault, Unmatched)]
     if faults:
         raise TargetError(f"the adapter does not fit {type(model).__name__}:\n" + bullet_list(faults))
+    if left_out:
+        logger.warning("left out of this adapter:\n%s", bullet_list(left_out))
     return plan, config
 
 
-def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, plan: Plan, faults: list[str]) -> None:
-    """Which modules, parameters and biases `config` adapts; fills in its `target_modules`."""
+def _plan_targets(
+    model: nn.Module, modules: Modules, config: TargetedConfig, plan: Plan, faults: list[str], current_names: bool
+) -> list[str]:
+    """Which modules, parameters and biases `config` adapts; fills in its `target_modules`, and says what is left out."""
     config.resolve_targets(architecture.model_type(architecture.config_of(model)))
     chosen = config.target_modules
+    left_out = [] if current_names else former.resolve(model, modules, config, faults)
     if chosen is None:
         config.target_modules = adapter_type(config).usual_targets(modules)
         if not config.target_modules:
@@ -88,15 +118,26 @@ def _plan_targets(model: nn.Module, modules: Modules, config: TargetedConfig, pl
         config.target_modules = set(config.target_modules or ()) - set(twice)
     else:
         faults += [
-            f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); leave it out'
+            Unmatched(
+                f'"{name}" is a target, but its modules are trained whole (modules_to_save, or the task\'s head); leave it out'
+            )
             for name in twice
         ]
     plan.adapted = {path: config.settings(path) for path in config.chosen(free)}
-    plan.parameters = plan_parameters(modules, config, faults)
-    parameters = [f"{path}.{name}" for path, names in plan.parameters.items() for name in names]
-    faults += _unmatched_pattern_keys(config, [*plan.adapted, *parameters])
-    faults += _unfit(modules, config, plan)
-    plan.biases = _biases(modules, config, plan)
+    if getattr(config, "ensure_weight_tying", False):
+        plan_ties(model, modules, config, plan, faults)
+    attentions = take_attentions(modules, config, plan.adapted)
+    faults += _unfit_attentions(modules, config, attentions)
+    plan.parameters = plan_parameters(modules, config, faults) | attentions
+    return left_out
+
+
+def _keep_held(plan: Plan, held: Collection[str] | None) -> None:
+    """Take out of the plan what the file does not hold; where it holds nothing of any target, the plan is what is missing."""
+    kept = {path: settings for path, settings in plan.adapted.items() if held is None or path in held}
+    if kept:
+        plan.absent = [path for path in plan.adapted if path not in kept]
+        plan.adapted = kept
 
 
 def _claimed_twice(plan: Plan) -> Iterator[str]:
@@ -109,10 +150,11 @@ def _claimed_twice(plan: Plan) -> Iterator[str]:
             yield f"{path}: its parameters are adapted (target_parameters), so it cannot be a target or saved whole"
 
 
-def _unreachable(modules: Modules, plan: Plan) -> Iterator[str]:
+def _unreachable(modules: Modules, config: PeftConfig, plan: Plan) -> Iterator[str]:
     """Modules whose call an adapter cannot see."""
+    beside = isinstance(config, TargetedConfig) and issubclass(adapter_type(config), SublayerAdapter)
     for path in sorted(plan.paths()):
-        reason = site.fault(modules[path]) or _fused_fault(modules, path)
+        reason = site.fault(modules[path]) or (_fused_fault(modules, path) if beside and path in plan.adapted else None)
         if reason:
             yield f"{path}: {reason}"
 
@@ -123,60 +165,25 @@ def _not_copyable(modules: Modules, config: PeftConfig, plan: Plan) -> Iterator[
     for path in (*plan.biases, *plan.copied, *private):
         if _is_offloaded(modules[path]):
             yield f"{path}: it is offloaded, so no trainable copy of it can be made; keep it on a device"
+        stored = next((p.dtype for p in modules[path].parameters() if p.dtype in FLOAT8), None)
+        if stored is not None:
+            yield f"{path}: it holds weights stored as {stored}, which do not train; adapt it, or load the base dequantised"
 
 
 def _is_copied(path: str, plan: Plan) -> bool:
     return any(is_inside(path, copied) for copied in plan.copied)
 
 
-_HEADS = {
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-}
-
-
-def check_config(config: Any) -> None:
-    if not isinstance(config, PeftConfig):
-        raise ConfigError(f"peft_config must be a configuration such as LoraConfig(...), got {type(config).__name__}")
-
-
-def check_task(model: Any, config: PeftConfig) -> None:
-    """Refuse a task that the model cannot do, before anything is built."""
-    task = config.task_type
-    assert task is None or isinstance(task, TaskType), "a config turns a name into a TaskType"
-    name = type(model).__name__
-    base = architecture.config_of(model)
-    encoder_decoder = architecture.is_encoder_decoder(base)
-    if task == TaskType.SEQ_2_SEQ_LM and architecture.is_decoder_only(base):
-        raise ConfigError(f"task_type=SEQ_2_SEQ_LM needs an encoder-decoder, {name} has none; use CAUSAL_LM")
-    if task == TaskType.CAUSAL_LM and encoder_decoder and hasattr(model, "get_encoder"):
-        raise ConfigError(f"task_type=CAUSAL_LM needs a decoder-only model, {name} has an encoder; use SEQ_2_SEQ_LM")
-    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and base is not None and not hasattr(model, "generate"):
-        raise ConfigError(f"task_type={task.value} needs a model that generates, {name} does not; load it with its LM head")
-    if task in _HEADS and architecture.output_head(model) is not None:
-        raise ConfigError(
-            f"task_type={task.value} needs a model with a task head, {name} has a language model's; load it with {_HEADS[task]}"
-        )
-    if isinstance(config, PromptConfig):
-        if task is None:
-            raise ConfigError(
-                "virtual tokens need a task_type, which says how labels are aligned, e.g. task_type=TaskType.CAUSAL_LM"
-            )
-        if not hasattr(model, "get_input_embeddings"):
-            raise ConfigError(f"virtual tokens need a model with input embeddings, {name} has none")
-
-
 def _parallel_faults(model: nn.Module) -> Iterator[str]:
     """Forms of parallelism under which an adapter could not be exact."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        yield f"the base is wrapped in {type(model).__name__}; adapt the bare model, then wrap the result (never DataParallel)"
+        yield f"the base is wrapped in {type(model).__name__}; adapt the bare model, then wrap the handle"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         yield "the base's weights are split by tensor parallelism; load it without tp_plan"
 
 
 def _fused_fault(modules: Modules, path: str) -> str | None:
-    """torch's encoder layer, in eval mode without gradients, reads its children's weights past their forwards."""
+    """torch's encoder layer, in eval mode without gradients, reads its children's weights, which tell of no such adapter."""
     parents = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""]
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(modules[p], nn.TransformerEncoderLayer) for p in parents):
         return "its fast inference path would bypass the adapter; call torch.backends.mha.set_fastpath_enabled(False) first"
@@ -192,56 +199,25 @@ def _is_offloaded(module: nn.Module) -> bool:
 def _matched(model: nn.Module, modules: Modules, config: TargetedConfig, faults: list[str]) -> list[str]:
     """Paths that `target_modules` names, less the excluded ones and those of other layers."""
     if config.target_modules == "all-linear":
-        config.target_modules = set(_all_linear(model, modules))
+        linear = linear_paths(model, modules)
+        config.target_modules = short_names(linear, (path for path in modules if path not in linear))
     wanted = config.target_modules or ()
     paths = [path for path in modules if path and is_named(path, wanted)]
     if isinstance(wanted, str):
         if not paths:
-            faults.append(f'no module matches the regular expression "{wanted}"; there are {_summary(modules)}')
+            faults.append(Unmatched(f'no module matches the regular expression "{wanted}"; there are {summary(modules)}'))
     else:
         for name in sorted(wanted):
             if not any(ends_with(path, name) for path in paths):
-                faults.append(f'no module matches "{name}"; {_nearest_modules(name, modules)}')
+                faults.append(Unmatched(f'no module matches "{name}"; {nearest_modules(name, modules)}'))
     if config.exclude_modules:
         kept = [path for path in paths if not is_named(path, config.exclude_modules)]
         if paths and not kept:
             faults.append("exclude_modules excludes every target")
         paths = kept
     if config.layers_to_transform is not None:
-        paths = _of_layers(paths, config, faults)
+        paths = of_layers(paths, config, faults)
     return paths
-
-
-def _all_linear(model: Any, modules: Modules) -> Iterator[str]:
-    """The shortest endings that name every linear module except the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {p for p, m in modules.items() if p and m is not head and issubclass(view_type(m) or object, LinearView)}
-    linear = {path for path in linear if path.rpartition(".")[2] not in HEAD_NAMES}
-    ambiguous = {ending for path in modules if path not in linear for ending in _endings(path)}
-    for path in linear:
-        yield next((ending for ending in _endings(path) if ending not in ambiguous), path)
-
-
-def _endings(path: str) -> list[str]:
-    """Every ending of `path` at a dot, the shortest first."""
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-
-
-def _of_layers(paths: list[str], config: TargetedConfig, faults: list[str]) -> list[str]:
-    wanted = config.layers_to_transform
-    indices = {wanted} if isinstance(wanted, int) else set(wanted or [])
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    finder = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, patterns))})\.(\d+)\." if patterns else r".*?\.(\d+)\."
-    found = {path: int(hit[1]) for path in paths if (hit := re.match(finder, path))}
-    missing = indices - set(found.values())
-    if missing:
-        present = sorted(set(found.values()))
-        faults.append(
-            f"layers_to_transform: no target in layer {', '.join(map(str, sorted(missing)))}; "
-            + (f"layers with targets: {present[0]} to {present[-1]}" if present else "the targets are not in numbered layers")
-        )
-    return [path for path in paths if found.get(path) in indices]
 
 
 def _copied(modules: Modules, config: PeftConfig, faults: list[str]) -> list[str]:
@@ -252,7 +228,7 @@ def _copied(modules: Modules, config: PeftConfig, faults: list[str]) -> list[str
     for name in wanted:
         found = [path for path in modules if path and path.endswith(name)]
         if not found and not (heads and name in HEAD_NAMES):  # the ecosystem's files name every usual head
-            faults.append(f'modules_to_save: no module matches "{name}"; {_nearest_modules(name, modules)}')
+            faults.append(Unmatched(f'modules_to_save: no module matches "{name}"; {nearest_modules(name, modules)}'))
         paths += found
     if heads:
         paths += [path for path in modules if path in HEAD_NAMES]
@@ -268,11 +244,14 @@ def _trained_twice(config: TargetedConfig, paths: list[str], free: list[str]) ->
     return [name for name, named in by_name.items() if named and not set(named) & set(free)]
 
 
-def _unmatched_pattern_keys(config: TargetedConfig, paths: list[str]) -> Iterator[str]:
+def _unmatched_pattern_keys(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str]:
+    attentions = [path for path in plan.parameters if isinstance(modules[path], nn.MultiheadAttention)]
+    paths = [*plan.adapted, *attentions, *(f"{path}.{name}" for path, names in plan.parameters.items() for name in names)]
     for name, keys in config.pattern_keys().items():
         for key in keys:
             if not any(matches(path, key) for path in paths):
-                yield f'{name} key "{key}" matches no target{did_you_mean(key, {p.rpartition(".")[2] for p in paths})}'
+                nearby = did_you_mean(key, {path.rpartition(".")[2] for path in paths})
+                yield Unmatched(f'{name} key "{key}" matches no target{nearby}')
 
 
 def _unfit(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str]:
@@ -288,15 +267,27 @@ def _unfit(modules: Modules, config: TargetedConfig, plan: Plan) -> Iterator[str
             continue
         else:
             view = view_of(module)
-            reason = view.storage_fault() or adapter.fault(view, config, settings)
+            reason = _router_fault(module) or view.storage_fault() or adapter.fault(view, config, settings)
         if reason:
             yield f"{path}: {reason}"
     for name, paths in by_type.items():
         others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
         yield (
             f"{paths[0]}{others} is a {name}, which cannot carry {adapter.__name__}; "
-            "name Linear, Conv1D, Embedding or Conv2d modules"
+            "name Linear, Conv1D, Embedding or convolution modules"
         )
+
+
+def _router_fault(module: nn.Module) -> str | None:
+    """A router that is a linear module by class answers scores and choices, to which no change can be added."""
+    return "it is a router, which answers more than a product; leave it out" if architecture.is_router(module) else None
+
+
+def _unfit_attentions(modules: Modules, config: TargetedConfig, attentions: ParameterPlan) -> Iterator[str]:
+    for path, settings in attentions.items():
+        reason = part_type("_parameters_changed").fault(modules[path], config, settings)
+        if reason:
+            yield f"{path}: {reason}"
 
 
 def _biases(modules: Modules, config: TargetedConfig, plan: Plan) -> list[str]:
@@ -305,21 +296,3 @@ def _biases(modules: Modules, config: TargetedConfig, plan: Plan) -> list[str]:
         return []
     paths = modules if which == "all" else plan.adapted  # "lora_only", "vera_only", ...
     return [path for path in paths if modules[path]._parameters.get("bias") is not None and not _is_copied(path, plan)]
-
-
-def _nearest_modules(name: str, modules: Modules) -> str:
-    """`nearest: "q_proj" (32 modules), "k_proj" (32 modules)`."""
-    counts: dict[str, int] = {}
-    for path, module in modules.items():
-        if path and view_type(module) is not None:
-            leaf = path.rpartition(".")[2]
-            counts[leaf] = counts.get(leaf, 0) + 1
-    close = nearest(name.rpartition(".")[2], counts)
-    if close:
-        return "nearest: " + ", ".join(f'"{leaf}" ({counts[leaf]} modules)' for leaf in close)
-    return f"there are {_summary(modules)}"
-
-
-def _summary(modules: Modules) -> str:
-    leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if path and view_type(module))
-    return ", ".join(f'"{leaf}"' for leaf in list(leaves)[:12]) or "no modules that can carry an adapter"

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from ..bases.stored_tensors import FLOAT8, shape_of
 from ..config import Settings
-from ..errors import did_you_mean
+from ..errors import Unmatched, did_you_mean
 from ..paths import ends_with
 
+ATTENTION_WEIGHTS = ("in_proj_weight", "out_proj.weight")  # as the ecosystem's files adapt them
 ParameterPlan = dict[str, dict[str, Settings]]  # {module path: {parameter: settings}}
 
 
@@ -34,15 +36,23 @@ def plan_parameters(modules: dict[str, nn.Module], config: Any, faults: list[str
             if reason:
                 faults.append(f"target_parameters: {full} {reason}")
     for ending in sorted(set(wanted) - found):
-        faults.append(f'target_parameters: no parameter matches "{ending}"{did_you_mean(ending, known)}')
+        faults.append(Unmatched(f'target_parameters: no parameter matches "{ending}"{did_you_mean(ending, known)}'))
     return plan
+
+
+def take_attentions(modules: dict[str, nn.Module], config: Any, adapted: dict[str, Settings]) -> ParameterPlan:
+    """Move each `nn.MultiheadAttention` from the targets to the parameters: no module computes with its weights alone."""
+    if not hasattr(config, "target_parameters"):
+        return {}
+    paths = [path for path in adapted if isinstance(modules[path], nn.MultiheadAttention)]
+    return {path: dict.fromkeys(ATTENTION_WEIGHTS, adapted.pop(path)) for path in paths}
 
 
 def _fault(path: str, parameter: nn.Parameter) -> str | None:
     if not path:
         return "belongs to the model itself rather than to a module inside it; move it into a submodule"
-    if parameter.dim() not in (2, 3):
-        return f"has the shape {tuple(parameter.shape)}; only matrices and stacks of them (experts) can be adapted"
-    if not parameter.is_floating_point():
+    if len(shape_of(parameter)) not in (2, 3):
+        return f"has the shape {tuple(shape_of(parameter))}; only matrices and stacks of them (experts) can be adapted"
+    if not parameter.is_floating_point() or parameter.dtype in FLOAT8:
         return f"is stored as {parameter.dtype}, which cannot be adapted"
     return None

@@ -18,7 +18,7 @@ class Branch(nn.Module):
     What sits at a node hangs under it by kind, in the order in which the kinds act on a module.
     """
 
-    KINDS = ("_biases", "_tokens", "_parameters_changed", "_adapter", "_copy")
+    KINDS = ("_stored", "_biases", "_tokens", "_parameters_changed", "_adapter", "_tied", "_copy")
 
     def add(self, path: str, kind: str, adapter: Adapter) -> None:
         assert kind in self.KINDS
@@ -70,6 +70,11 @@ class AdapterTree(Branch):
         found = self.at("_prompt")
         assert found is None or isinstance(found, PromptAdapter)
         return found
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether virtual tokens are computed by an encoder, because they are being trained."""
+        return self.prompt is not None and self.prompt.encoder is not None
 
     def adapted(self) -> dict[str, Adapter]:
         """The method's own adapters, by path; not what hangs beside them."""

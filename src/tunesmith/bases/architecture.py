@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .stored_tensors import shape_of
 
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
-# Config fields that cap or scale the logits.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _ROPES_BY_LENGTH = ("dynamic", "longrope")  # the longest text of a call decides the rotation for all of them
 _TABLE, _ATTENTION = "ALL_ATTENTION_FUNCTIONS", "_attn_implementation"
-CHECKPOINTING_FUNCTION = "_gradient_checkpointing_func"  # attribute of a module that recomputes its layers
+RECOMPUTES = "gradient_checkpointing"  # attribute of a module that can compute its layers again in the backward pass
 
 
 # --- what kind of model ---------------------------------------------------------------------------------------------
@@ -107,6 +110,22 @@ def vocabulary(config: Any) -> int:
     return count
 
 
+def vocabulary_of(model: Any, published: str | None = None) -> int | None:
+    """What a model's configuration gives as its vocabulary's size; None if it gives none.
+
+    Args:
+        published: a folder or Hub id to read the configuration from, in place of the model's own; nothing is downloaded.
+    """
+    config = config_of(model)
+    if published is not None and hasattr(type(config), "from_pretrained"):
+        try:
+            config = type(config).from_pretrained(published, local_files_only=True)
+        except (OSError, ValueError):
+            return None
+    size: int | None = getattr(config, "vocab_size", None)
+    return size
+
+
 def spectrogram_shape(config: Any) -> tuple[int, int]:
     """`(mel bins, frames)` of the spectrogram that a speech model reads."""
     return config.num_mel_bins, 2 * config.max_source_positions
@@ -174,6 +193,65 @@ def position_table(model: nn.Module) -> nn.Embedding | None:
     return next(tables, None)
 
 
+def counts_image_positions(model: Any) -> bool:
+    """Whether the model counts positions along several axes, from ids and the sizes of images (Qwen-VL)."""
+    return _counts_positions(model) is not None
+
+
+def _counts_positions(model: Any) -> Any:
+    return next((one for one in (model, getattr(model, "model", None)) if hasattr(one, "get_rope_index")), None)
+
+
+def image_positions(model: Any, inputs: dict[str, Any], seen: int) -> Tensor | None:
+    """The positions of a text with images, `(3, B, T)`, counted without virtual tokens; None if it has none.
+
+    The model keeps for later steps by how much they differ from a count of tokens.
+
+    Args:
+        seen: number of tokens before those of the call.
+
+    Raises:
+        UsageError: they cannot be told from what is given.
+    """
+    inner = _counts_positions(model)
+    tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+    rows, length = tokens.shape[:2]
+    if seen:
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            positions = torch.arange(seen, seen + length, device=tokens.device).expand(rows, -1)
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        if inner.rope_deltas is not None:
+            positions = positions + inner.rope_deltas.repeat_interleave(rows // len(inner.rope_deltas), 0)
+        return positions.expand(3, -1, -1)
+    if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
+        inner.rope_deltas = torch.zeros((rows, 1), dtype=torch.long, device=tokens.device)
+        return None
+    names = inspect.signature(inner.get_rope_index).parameters
+    missing = [name for name in ("input_ids", "mm_token_type_ids") if name in names and inputs.get(name) is None]
+    if missing:
+        raise UsageError(f"positions of images are counted from {' and '.join(missing)}; give them, or position_ids")
+    found, inner.rope_deltas = inner.get_rope_index(**{name: inputs[name] for name in names if inputs.get(name) is not None})
+    return cast(Tensor, found)
+
+
+def column_window(config: Any) -> int | None:
+    """Over how many columns of text, padding among them, a token's attention is the same; None if over all of them."""
+    config = text_config(config)
+    if getattr(getattr(config, "attn_config", None), "alibi", False):
+        return 0  # MPT counts the distance in columns
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"]
+    sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    found = [size for kind, name in sizes.items() if kind in kinds and (size := getattr(config, name, None)) is not None]
+    return min(found, default=None)
+
+
+def reads_ids_in_layers(config: Any) -> bool:
+    """Whether layers look tokens up in embeddings of their own (Gemma 3n), so that they need ids."""
+    return bool(getattr(text_config(config), "hidden_size_per_layer_input", 0))
+
+
 def positions_behind_padding(table: nn.Embedding) -> bool:
     """Whether positions are counted from the padding id, as in RoBERTa."""
     return getattr(table, "padding_idx", None) is not None
@@ -188,6 +266,14 @@ def rope_depends_on_length(config: Any) -> bool:
 # --- head and embeddings --------------------------------------------------------------------------------------------
 
 
+def input_embeddings(model: Any) -> Any:
+    """The table of word embeddings; None if the model has none."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers' answer for models without words
+        return None
+
+
 def output_head(model: Any) -> Any:
     """The map from hidden states to logits; None if the model has none."""
     return getattr(model, "get_output_embeddings", lambda: None)()
@@ -196,13 +282,27 @@ def output_head(model: Any) -> Any:
 def embedding_width(model: Any) -> int:
     """Dimension of the token embeddings."""
     table = model.get_input_embeddings()
-    width: int = getattr(table, "embedding_dim", None) or table.weight.shape[1]
+    width: int = getattr(table, "embedding_dim", None) or shape_of(table.weight)[1]
     return width
 
 
-def changes_logits(config: Any) -> bool:
-    """Whether logits are capped or scaled after the output head."""
-    return any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_CHANGES)
+def caps_logits(config: Any) -> bool:
+    """Whether logits are capped after the output head, as in Gemma 2."""
+    return getattr(config, "final_logit_softcapping", None) is not None
+
+
+def adds_router_loss(config: Any) -> bool:
+    """Whether a mixture of experts adds its routers' load-balancing loss to the loss of its labels."""
+    return bool(getattr(config, "output_router_logits", False))
+
+
+def has_plain_loss(model: Any) -> bool:
+    """Whether the loss function of a language model is transformers' own: the cross-entropy of its logits, nothing added."""
+    from transformers.loss import loss_utils
+
+    own = {(function, loss_utils.__name__) for function in ("ForCausalLMLoss", "fixed_cross_entropy")}
+    used = (model.loss_function, loss_utils.fixed_cross_entropy)
+    return {(getattr(f, "__name__", ""), getattr(f, "__globals__", {}).get("__name__")) for f in used} == own
 
 
 def ties_embeddings(config: Any) -> bool:
@@ -223,11 +323,6 @@ def reads_last_token(model: nn.Module) -> bool:
 def pools_first_token(model: nn.Module) -> bool:
     """Whether the first position is pooled, in addition to the outputs for each token."""
     return getattr(model, "pooler", None) is not None
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether an encoder-decoder has a public method that makes decoder inputs from labels."""
-    return hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
 # --- layers and attentions ------------------------------------------------------------------------------------------
@@ -297,14 +392,9 @@ def caches_by_default(config: Any) -> bool:
 # --- gradient checkpointing -----------------------------------------------------------------------------------------
 
 
-def checkpointing_modules(model: nn.Module) -> list[Any]:
-    """The modules that support gradient checkpointing, which recomputes their layers in the backward pass."""
-    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-
-
 def recomputes(module: Any) -> bool:
-    """Whether gradient checkpointing is enabled on such a module."""
-    return bool(getattr(module, "gradient_checkpointing", False))
+    """Whether gradient checkpointing is enabled on a module."""
+    return bool(getattr(module, RECOMPUTES, False))
 
 
 def enable_recomputing(model: Any, settings: dict[str, Any] | None = None) -> None:
@@ -338,3 +428,97 @@ def drop_quantised_marks(model: Any) -> None:
 def configs(model: nn.Module) -> Iterator[Any]:
     """Every configuration held by a module of the model, once each."""
     return iter({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+
+
+# --- experts, and the names of earlier releases -----------------------------------------------------------------------
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module of transformers chooses experts with a matrix of its own, and so answers more than a product.
+
+    Llama 4's and Phi-MoE's are `nn.Linear` by class.
+    """
+    kind, weight = type(module), module._parameters.get("weight")
+    return "Router" in kind.__name__ and kind.__module__.startswith("transformers") and weight is not None and weight.dim() == 2
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of parameters that hold the weights of all experts of a layer: stacks, and DBRX's matrices."""
+    named = "Expert" in type(module).__name__
+    own = {name: p for name, p in module._parameters.items() if p is not None and p.is_floating_point() and "bias" not in name}
+    return [name for name, p in own.items() if len(p) > 1 and (p.dim() == 3 or (named and p.dim() == 2))]
+
+
+class FormerNames:
+    """What transformers 4 called a model's weights: its successor's own table for reading checkpoints, in both directions.
+
+    Only tables that rename, or that stack the linear maps of experts, are used: what they do to a weight can be done to a
+    change of that weight, too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        table = _checkpoint_table(model)
+        back = [reverse for transform in reversed(table) if (reverse := _reversed(transform)) is not None]
+        self.renamings, self.stackings = _split(table)
+        self.back_renamings, self.back_stackings = _split(back)
+
+    def current(self, name: str) -> tuple[str, int | None]:
+        """A weight's name now; if it has become an expert's share of a parameter, which of that expert's parts it is."""
+        name = _renamed(name, self.renamings)
+        for stacking in self.stackings:
+            found, pattern = stacking.rename_source_key(name)
+            if pattern is not None:
+                return found, stacking.source_patterns.index(pattern)
+        return name, None
+
+    def former(self, name: str) -> list[str]:
+        """Names that the parts of a weight had, with `*` for the number of the expert."""
+        names = [name]
+        for stacking in self.back_stackings:
+            found, pattern = stacking.rename_source_key(name)
+            if pattern is not None:
+                targets = stacking.target_patterns
+                names = [found.replace(targets[0], target, 1) for target in targets]
+                break
+        names = [_renamed(former, self.back_renamings) for former in names]
+        back = [self.current(former.replace("*", "0")) for former in names]
+        return names if back == [(name, part if "*" in former else None) for part, former in enumerate(names)] else [name]
+
+
+def _checkpoint_table(model: nn.Module) -> list[Any]:
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model, add_legacy=False) if isinstance(model, PreTrainedModel) else []
+
+
+def _reversed(transform: Any) -> Any:
+    """The transform for writing; None where there is none, or where it needs to know how a checkpoint was read."""
+    if hasattr(transform, "prefix_to_add"):
+        return None
+    try:
+        return transform.reverse_transform()
+    except (ValueError, NotImplementedError, AttributeError):
+        return None
+
+
+_STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])  # when reading; the inverses when writing
+_UNSTACKING = (["SplitModulelist"], ["Chunk", "SplitModulelist"])
+
+
+def _split(table: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Transforms that rename, and those that stack experts; renamings that depend on other keys are left out."""
+    renamings, stackings = [], []
+    for transform in table:
+        steps = [type(step).__name__ for step in getattr(transform, "operations", ())]
+        if not steps and type(transform).__name__ != "GroupWeightRename":
+            renamings.append(transform)
+        elif steps in (*_STACKING, *_UNSTACKING):
+            stackings.append(transform)
+    return renamings, stackings
+
+
+def _renamed(name: str, renamings: Sequence[Any]) -> str:
+    for renaming in renamings:
+        name = renaming.rename_source_key(name)[0]
+    return name

@@ -5,11 +5,14 @@ Only the base's dtype changes; adapters keep float32 values and gradients.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .stored_tensors import computing_type
 from .view import compute_dtype
 
 MIN_SIZE_FOR_ADVICE = 50_000_000  # float32 parameters
@@ -32,6 +35,21 @@ def dtype_named(name: str) -> torch.dtype | None:
     return fast_dtype() if name == "auto" else getattr(torch, name)
 
 
+def usual_dtype(base: nn.Module) -> torch.dtype:
+    """The 16- or 32-bit type of most numbers in a base's parameters; float32 if it has none of such a type."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in base.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            sizes[parameter.dtype] += parameter.numel()
+    return next((dtype for dtype, _ in sizes.most_common(1)), torch.float32)
+
+
+def convert(base: nn.Module, types: Mapping[torch.dtype, torch.dtype]) -> None:
+    """Convert parameters and buffers of these types; what a base keeps in another type on purpose stays."""
+    for tensor in (*base.parameters(), *base.buffers()):
+        tensor.data = tensor.data.to(types.get(tensor.dtype, tensor.dtype))
+
+
 def slower_than_need_be(base: nn.Module, device: torch.device) -> str | None:
     """Advice on a base whose dtype is slow on `device`; None if it is small or there is nothing to improve."""
     sizes: dict[torch.dtype, int] = {}
@@ -52,6 +70,7 @@ def adapter_dtype(module: nn.Module, full_precision: bool) -> torch.dtype:
 
 
 def master_dtype(dtype: torch.dtype, full_precision: bool) -> torch.dtype:
+    dtype = computing_type(dtype)
     return torch.float32 if full_precision and dtype in (torch.float16, torch.bfloat16) else dtype
 
 

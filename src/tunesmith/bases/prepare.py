@@ -60,6 +60,19 @@ def prepare_model_for_kbit_training(
     return model
 
 
+def require_input_gradients(model: Any) -> None:
+    """Let what a model's embeddings give require gradients, which reentrant checkpointing needs; a hook on the model does so.
+
+    A quantised model is left alone: `prepare_model_for_kbit_training` has done it.
+    """
+    if architecture.is_quantised(model):
+        return
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
 def restore_dtypes(model: nn.Module) -> None:
     """Convert parameters back to the dtypes they had before `prepare_model_for_kbit_training`."""
     before: dict[str, torch.dtype] = model.__dict__.pop(WIDENED, {})

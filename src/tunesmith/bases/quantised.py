@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..kernels.decoded_linear import Decoded, decoded_linear
 from . import repacked, scratch
 from .dense import LinearView
+from .stored_tensors import copied, shape_of
 from .view import class_forward, register_view, view_type
 
 logger = logging.getLogger(__name__)
@@ -299,9 +300,9 @@ def release(model: nn.Module) -> None:
 
 
 def logical_size(parameter: Tensor) -> int:
-    """Number of model parameters that a tensor stands for: two 4-bit ones share a byte."""
+    """Number of model parameters that a tensor stands for: two 4-bit ones share a byte, partitioned ones are elsewhere."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+    return shape_of(parameter if state is None else state).numel()
 
 
 def dense_module(view: QuantisedView, dtype: torch.dtype) -> nn.Module:
@@ -326,10 +327,10 @@ def dense_module(view: QuantisedView, dtype: torch.dtype) -> nn.Module:
 
 def dense_copy(module: nn.Module) -> nn.Module:
     """A deep copy in which quantised modules are dense, in the dtype they compute in."""
-    copied = copy.deepcopy(module)
-    for path, view in list(quantised_views(copied)):
+    found = copied(module)
+    for path, view in list(quantised_views(found)):
         dense = dense_module(view, view.dtype)
         if not path:
             return dense
-        copied.set_submodule(path, dense)
-    return copied
+        found.set_submodule(path, dense)
+    return found

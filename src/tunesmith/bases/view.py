@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
+from .stored_tensors import FLOAT8, computing_type, shape_of, whole
+
 
 class BaseView:
     """One linear map `y = W x + b`, seen independently of how the module stores it.
@@ -23,7 +26,9 @@ class BaseView:
     """
 
     tokens_in: ClassVar[bool] = False  # the input holds token ids, so it cannot be dropped out or scaled
+    plain_forwards: ClassVar[tuple[Any, ...]] = ()  # of classes that compute the product of their weight and the input
     plain_types: ClassVar[tuple[type, ...]] = ()  # subclasses of these may store or compute something else
+    names: ClassVar[tuple[str, str]] = ("weight", "bias")  # of the module's parameters
     computes: ClassVar[bool] = False  # under a handle the view's call replaces the class's forward, adapters or not
 
     def __init__(self, module: nn.Module) -> None:
@@ -31,7 +36,12 @@ class BaseView:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output, bit for bit."""
-        return class_forward(self.module)(x, *args, **kwargs)
+        y: Tensor = class_forward(self.module)(x, *args, **kwargs)
+        if isinstance(y, tuple):
+            raise UsageError(
+                f"{type(self.module).__name__} answers a tuple, so no change can be added; leave it out of target_modules"
+            )
+        return y
 
     @property
     def is_matrix(self) -> bool:
@@ -40,7 +50,7 @@ class BaseView:
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+        return own_parameter(self.module, self.names[1])
 
     @property
     def output_scale(self) -> Any:
@@ -49,8 +59,9 @@ class BaseView:
 
     def weight(self) -> Tensor:
         """The dense weight, `(out, in, ...)`."""
-        weight: Tensor = self.module.weight
-        return weight
+        weight: Tensor = own_parameter(self.module, self.names[0])
+        elsewhere = weight.dtype in FLOAT8 or hasattr(weight, "ds_shape")
+        return whole(weight).to(self.dtype) if elsewhere else weight
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The dense weight in this dtype; a quantised one is decoded to it directly, without rounding in between."""
@@ -59,19 +70,25 @@ class BaseView:
     @property
     def shape(self) -> torch.Size:
         """The shape of `weight()`."""
-        return self.weight().shape
+        return shape_of(self.module.weight)
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point dtype that the module computes in."""
-        return self.weight().dtype
+        return computing_type(self.module.weight.dtype)
 
     def storage_fault(self) -> str | None:
         """Why no dense weight can be read from what the module stores; None if one can."""
-        weight = self.module.weight
-        return (
-            None if weight.is_floating_point() else f"its weight is stored as {weight.dtype}, which this version cannot adapt"
-        )
+        weight, values = self.module.weight, dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        if not weight.is_floating_point():
+            return f"its weight is stored as {weight.dtype}, which this version cannot adapt"
+        others = sorted(values.keys() - {"weight", "bias"})
+        if weight.dtype in FLOAT8 and others:
+            return (
+                f"its weight is stored as {weight.dtype} with {', '.join(others)} beside it, a form that this version cannot "
+                "decode; load the base dequantised"
+            )
+        return None
 
     @property
     def is_plain(self) -> bool:
@@ -121,6 +138,12 @@ class BaseView:
     def compose_fault(self) -> str | None:
         """Why `compose` is not defined for this module; None if it is."""
         return None
+
+
+def own_parameter(module: nn.Module, name: str) -> Any:
+    """The module's own parameter, which `module.name` need not be in a handle's call (`runtime/reads.py`)."""
+    own = module._parameters
+    return own.get(name) if name in own else getattr(module, name, None)
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:
@@ -186,7 +209,9 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     weight = getattr(module, "weight", None)
     if weight is None:
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return torch.float32
+    return computing_type(weight.dtype)
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -3,51 +3,113 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..attach.plan import Plan
 from ..attach.tree import AdapterTree
-from ..config import PeftConfig, PromptConfig, TargetedConfig
+from ..config import PeftConfig, PromptConfig
 from ..errors import AdapterFileError, bullet_list, did_you_mean
 from ..storage.folder import ENCODER_FILE, AdapterFolder
-from .names import current_name, encoder_tensors, named_tensors
+from . import vocabulary
+from .names import IN_BASE, current_name, encoder_tensors, named_tensors, second_names
 from .save import materialize
 
 logger = logging.getLogger(__name__)
 
 
-def into(tree: AdapterTree, config: PeftConfig, folder: AdapterFolder, base: nn.Module) -> None:
-    """Copy a folder's tensors into an adapter built from its configuration.
+class LoadResult(NamedTuple):
+    """What a file does not hold of what its configuration says, under the names that readers of the ecosystem use.
+
+    Args:
+        missing_keys: paths of targeted modules of which the file holds nothing; they carry no adapter.
+        unexpected_keys: always empty, because a tensor that belongs to nothing is an error.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass
+class Stored:
+    """An adapter's files, read.
+
+    Args:
+        config: what it is said to be.
+        tensors: by their current names.
+    """
+
+    folder: AdapterFolder
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: AdapterFolder, config: PeftConfig) -> Stored:
+        return cls(folder, config, {current_name(key): tensor for key, tensor in folder.tensors().items()})
+
+    def paths(self, base: nn.Module) -> set[str]:
+        """Paths of the base's modules that own a tensor of the file."""
+        modules = {path for path, _ in base.named_modules()}
+        return {_owner(key, modules) for key in self.tensors}
+
+
+def _owner(key: str, modules: Collection[str]) -> str:
+    """The innermost module to whose path the name of a tensor leads."""
+    path = key.removeprefix(IN_BASE)
+    while path not in modules:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def into(tree: AdapterTree, config: PeftConfig, stored: Stored, base: nn.Module, plan: Plan) -> LoadResult:
+    """Copy a file's tensors into an adapter built from its configuration; what the configuration says beyond them is one
+    warning.
 
     Raises:
         AdapterFileError: missing, unknown or misshapen tensors, wrong dtypes or values that are not finite, all of them
             at once; nothing is then copied.
     """
-    stored = {current_name(key): tensor for key, tensor in folder.tensors().items()}
+    folder, tensors = stored.folder, dict(stored.tensors)
     expected = {in_file: tensor for in_file, _, tensor in named_tensors(tree, config, base)}
     encoder = {in_file: tensor for in_file, _, tensor in encoder_tensors(tree)}
-    faults = []
+    faults, notes = [], list(plan.unmatched)
     if encoder:
-        tokens, encoder_stored = stored.pop("prompt_embeddings", None), folder.encoder_tensors()
+        tokens, encoder_stored = tensors.pop("prompt_embeddings", None), folder.encoder_tensors()
         if not folder.holds_encoder():
             faults = [f"{ENCODER_FILE} is missing; load the adapter under another name to do without it"]
         else:
             faults = _differences(encoder_stored, encoder) or _belongs(tree.prompt, encoder_stored, tokens)
-    stored = _without_copies_of_the_base(stored, expected, base)
-    faults += _differences(stored, expected)
+    tensors = _without_copies_of_the_base(tensors, expected, base)
+    for key in second_names(tree) & tensors.keys():
+        if any(torch.equal(tensors[key], other.T) for other in tensors.values() if other.dim() == 2):
+            del tensors[key]
+    notes += vocabulary.fill_up(tensors, expected, base, plan)
+    faults += _differences(tensors, expected)
     if faults:
+        advice = vocabulary.advice(tensors, expected, base) or "use the base it was made for, or download or save it again"
         raise AdapterFileError(
-            f'"{folder.name}"{made_for(config)} does not fit {type(base).__name__}, so nothing was loaded; '
-            "use the base it was made for, or download or save it again:\n" + bullet_list(sorted(faults))
+            f'"{folder.name}"{made_for(config)} does not fit {type(base).__name__}, so nothing was loaded; {advice}:\n'
+            + bullet_list(sorted(faults) + notes)
         )
     with torch.no_grad():
         for key, tensor in expected.items():
-            tensor.copy_(stored[key])
+            tensor.copy_(tensors[key])
         for key, tensor in encoder.items():
             tensor.copy_(encoder_stored[key])
+    if plan.absent:
+        notes.append("the file holds nothing for these targets, so they carry no adapter: " + ", ".join(plan.absent))
+    if notes:
+        logger.warning(
+            '"%s"%s was loaded, and every tensor has its place, but its configuration says more:\n%s',
+            folder.name,
+            made_for(config),
+            bullet_list(notes),
+        )
+    return LoadResult(list(plan.absent), [])
 
 
 def is_materialized(config: PeftConfig, folder: AdapterFolder) -> bool:
@@ -91,33 +153,6 @@ def made_for(config: PeftConfig) -> str:
     return f' (made for "{config.base_model_name_or_path}")' if config.base_model_name_or_path else ""
 
 
-def check_alike(tree: AdapterTree, config: PeftConfig, plan: Plan, stored: PeftConfig, folder: AdapterFolder) -> None:
-    """Check that the values of an adapter can be replaced by stored ones, which needs the same method and settings.
-
-    Raises:
-        AdapterFileError: the stored adapter's method or a setting (rank, scale) differs.
-    """
-    faults = []
-    if stored.peft_type != config.peft_type:
-        faults.append(f"its method is {stored.method}, the adapter's is {config.method}")
-    elif isinstance(config, TargetedConfig):
-        parameters = {f"{path}.{name}": each for path, named in plan.parameters.items() for name, each in named.items()}
-        stored_settings = plan.adapted | parameters
-        settings = {path: config.settings(path) for path in (*tree.adapted(), *parameters)}
-        for path in sorted(settings.keys() | stored_settings.keys()):
-            found, expected = stored_settings.get(path, "not adapted"), settings.get(path, "not adapted")
-            if found != expected:
-                faults.append(f"{path}: {found} in the file, {expected} in the adapter")
-    in_file, in_use = (getattr(one, "trainable_token_indices", None) for one in (stored, config))
-    if in_file != in_use:
-        faults.append(f"trainable tokens: {in_file} in the file, {in_use} in the adapter")
-    if faults:
-        raise AdapterFileError(
-            f'"{folder.name}" cannot replace an adapter with other settings; load it under another name:\n'
-            + bullet_list(faults)
-        )
-
-
 def _faults(key: str, found: Tensor, expected: Tensor) -> list[str]:
     if found.shape != expected.shape:
         return [f'"{key}" has the shape {tuple(found.shape)}, the base needs {tuple(expected.shape)}']
@@ -132,7 +167,7 @@ def _without_copies_of_the_base(stored: dict[str, Tensor], expected: dict[str, T
     """Leave out what some writers add: second names of copied modules' biases, and frozen weights equal to this base's."""
     kept = {key: tensor for key, tensor in stored.items() if not _is_second_name(key, stored)}
     for key, tensor in list(kept.items()):
-        path, _, leaf = key.removeprefix("base_model.model.").rpartition(".")
+        path, _, leaf = key.removeprefix(IN_BASE).rpartition(".")
         path = path.removesuffix(".base_layer")
         if key in expected or leaf != "weight" or not isinstance(_submodule(base, path), nn.Embedding | nn.Linear):
             continue

@@ -13,20 +13,30 @@ from torch import Tensor, nn
 from ..attach.tree import AdapterTree
 from ..config import PeftConfig
 
+IN_BASE = "base_model.model."  # before a path of the base
 _ENCODER = "encoder."  # of a prompt adapter
 
 # Suffixes in older files, and the current ones.
 _OLDER = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+# What torch.compile, FSDP and checkpoint wrappers put into the names of a model that is saved inside them.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def current_name(key: str) -> str:
-    """The current name of a tensor, which may come from an older file."""
+    """The current name of a tensor, which may come from an older file or out of a wrapped model."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
     return next((key.removesuffix(old) + new for old, new in _OLDER.items() if key.endswith(old)), key)
+
+
+def prefix_of(config: PeftConfig) -> str:
+    """What the path of a module of the base follows in a tensor's name."""
+    return "base_model." if config.is_prompt_learning else IN_BASE
 
 
 def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """`(name in files, name in the tree, tensor)` of everything the adapter owns."""
-    prefix = "base_model." if config.is_prompt_learning else "base_model.model."
+    prefix = prefix_of(config)
     owned = {tensor: name for name, tensor in tree.state_dict(keep_vars=True).items()}
     if tree.prompt is not None:
         for name, tensor in tree.prompt.state_dict(keep_vars=True).items():
@@ -40,6 +50,11 @@ def named_tensors(tree: AdapterTree, config: PeftConfig, base: nn.Module) -> Ite
         beside = tree.node(path).own not in (None, adapter)
         for name, tensor in adapter.in_file(beside).items():
             yield f"{prefix}{path}.{name}", owned[tensor], tensor
+
+
+def second_names(tree: AdapterTree) -> set[str]:
+    """Names in files of tensors that stand there a second time, transposed."""
+    return {f"base_model.model.{path}.{name}" for path, adapter in tree.items() for name in adapter.second_names()}
 
 
 def encoder_tensors(tree: AdapterTree) -> Iterator[tuple[str, str, Tensor]]:

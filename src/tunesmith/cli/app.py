@@ -10,6 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DataError, DivergedError, InterruptedRun, OutOfMemoryError, TunesmithError
+from ..jobs.processes import check_alone
 from . import (
     chat,
     demo,
@@ -74,11 +75,17 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+# Commands that several processes may run: they share the work out, or write nothing.
+IN_PROCESSES = {"train", "validate", "plan", "inspect", "methods", "doctor"}
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
 ) -> None:
-    pass
+    if context.invoked_subcommand not in IN_PROCESSES:
+        check_alone(str(context.invoked_subcommand))
 
 
 def main(arguments: list[str] | None = None) -> None:

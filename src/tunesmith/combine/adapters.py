@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attach.build import replace_stored, stored_in
 from ..attach.plan import match
 from ..attach.tree import AdapterTree
 from ..config import Settings, TargetedConfig
@@ -43,14 +45,17 @@ def combined(base: Any, members: list[Member], recipe: Recipe) -> tuple[Any, lor
 
 
 def fill(tree: AdapterTree, values: lora.Values, members: list[Member]) -> None:
-    """Put the values, and the one member's copies of whole modules and biases, into a tree just built."""
+    """Put the values, and what the one member has of its own beside its factors, into a tree just built."""
     with torch.no_grad():
         for path, named in values.items():
             adapter: Any = tree.node(path).own if path else tree.prompt
             for name, value in named.items():
                 getattr(adapter, name).copy_(value)
+    replace_stored(tree, copy.deepcopy(stored_in(_owner(members).tree)))
     for path, private in _extras(_owner(members)).items():
         for kind, module in private.items():
+            if kind == "_stored":
+                continue
             tree.node(path)._modules[kind].load_state_dict(module.state_dict())  # type: ignore[union-attr]
 
 
@@ -87,7 +92,7 @@ def _united(base: Any, members: list[Member], config: Any) -> Any:
     for changes in (by_name, by_path):
         united = dataclasses.replace(config, **changes)
         try:
-            plan, _ = match(base, dataclasses.replace(united, **_without_patterns(united)))
+            plan, _ = match(base, dataclasses.replace(united, **_without_patterns(united)), current_names=True)
         except TargetError:
             continue
         if {path: _scales_input(settings) for path, settings in plan.adapted.items()} == wanted:
@@ -149,17 +154,19 @@ def _owner(members: list[Member]) -> Member:
     if len(owners) > 1:
         names = ", ".join(f'"{member.name}"' for member in owners.values())
         raise UsageError(
-            f"{names} each train modules or biases of their own (modules_to_save, bias, or the task's head), "
+            f"{names} each have modules or biases of their own (modules_to_save, bias, the task's head, stored embeddings), "
             "which cannot be combined; at most one of the adapters may"
         )
     return next(iter(owners.values()), members[0])
 
 
 def _extras(member: Member) -> dict[str, dict[str, Any]]:
-    """`{path: {kind: module}}` of biases and modules that the member trains as private copies."""
+    """`{path: {kind: module}}` of biases, embeddings and modules that the member has private values of."""
     found: dict[str, dict[str, Any]] = {}
     for path in dict.fromkeys(path for path, _ in member.tree.items()):
-        private = {kind: module for kind, module in member.tree.node(path)._modules.items() if kind in ("_biases", "_copy")}
+        private = {
+            kind: module for kind, module in member.tree.node(path)._modules.items() if kind in ("_stored", "_biases", "_copy")
+        }
         if private:
             found[path] = private
     return found

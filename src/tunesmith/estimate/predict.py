@@ -149,7 +149,7 @@ class Steps:
 
     Attributes:
         activations: bytes held between the two passes.
-        flops, moved: the work of one step, without the comparison of losses in the first one.
+        flops, moved: the work of one step.
     """
 
     def __init__(self, handle: PeftModel, ledger: Ledger, device: str) -> None:
@@ -157,27 +157,25 @@ class Steps:
         self.ledger = ledger
         self.trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
         self.activations = self.flops = self.moved = 0
-        self._loss_of = FusedLoss(handle, self._comparing, tile_on(device))
+        self._loss_of = FusedLoss(handle, tile_on(device))
         self._held = ledger.live
-        self._work_before = (0, 0)
         ledger.slack = GAPS[device]
 
     @property
     def transient(self) -> int:
-        """Bytes that come and go within a step, the comparison of losses included."""
-        return max(self.ledger.peaks["check"], self.ledger.peaks["step"]) - self._held
+        """Bytes that come and go within a step."""
+        return self.ledger.peaks["step"] - self._held
 
     def take(self, inputs: dict[str, Any]) -> None:
         """One step; the attributes are those of the largest step so far."""
         ledger = self.ledger
-        self._work_before = (ledger.flops, ledger.moved)
+        flops, moved = ledger.flops, ledger.moved
         with ledger, ledger.phase("step"):
             loss = self._loss_of(inputs)
             if loss is None:
                 loss = self.handle(**inputs).loss
             between = ledger.live - self._held
             loss.backward()
-        flops, moved = self._work_before
         self.activations = max(self.activations, between)
         self.flops, self.moved = max(self.flops, ledger.flops - flops), max(self.moved, ledger.moved - moved)
         for parameter in self.trained:
@@ -191,19 +189,10 @@ class Steps:
             mean_loss(self.handle, rows, 0)
         return self.ledger.peaks["evaluation"] - self._held
 
-    @contextmanager
-    def _comparing(self) -> Iterator[None]:
-        """The comparison of losses in the first step is counted apart: no memory was freed before it."""
-        ledger, slack = self.ledger, self.ledger.slack
-        ledger.slack = 0.0
-        with ledger.phase("check"):
-            yield
-        ledger.slack, self._work_before = slack, (ledger.flops, ledger.moved)
-
 
 def _collated(handle: PeftModel, packing: bool | None, batch: Sequence[Example]) -> dict[str, Any]:
     """A batch as a job makes it; rows of encoder-decoders and of speech models have a source and a target."""
-    config: Any = handle.base_model.config
+    config: Any = handle.bare_base.config
     if not architecture.is_encoder_decoder(config):
         collator = batching(handle, packing, 0)[1]
         assert isinstance(collator, (PackedCollator, PadRight))
@@ -213,7 +202,7 @@ def _collated(handle: PeftModel, packing: bool | None, batch: Sequence[Example])
     labels = PadRight(IGNORED)([{"input_ids": row["labels"]} for row in batch])["input_ids"]
     if architecture.is_speech_model(config):
         sound = torch.empty(len(batch), *architecture.spectrogram_shape(config), device="meta")
-        return {"input_features": sound.to(handle.base_model.dtype), "labels": labels}
+        return {"input_features": sound.to(handle.bare_base.dtype), "labels": labels}
     return {**inputs, "labels": labels}
 
 

@@ -55,9 +55,9 @@ class Combining(Adding):
             combination_type = "svd" if members[0].config.method == "LORA" else "linear"
         options = {"full_matrices": svd_full_matrices, "driver": svd_driver}
         recipe = Recipe("linear" if alone else combination_type, svd_rank, svd_clamp, options, density, majority_sign_method)
-        config, values = combined(self.base_model, members, recipe)
-        plan, config = self.plan_adapter(config)
+        config, values = combined(self.bare_base, members, recipe)
+        plan, config = self.plan_adapter(config, current_names=True)
         wide = any(p.dtype == torch.float32 for member in members for p in member.tree.parameters())
-        tree = build(self.base_model, config, plan, full_precision=wide, initialise=False)
+        tree = build(self.bare_base, config, plan, full_precision=wide, initialise=False)
         fill(tree, values, members)
         self.take_adapter(adapter_name, config, tree)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
+from ..bases.quantised import logical_size
 from ..config import PeftConfig, PromptConfig, TargetedConfig
 from .state import HandleState
 
@@ -22,8 +23,8 @@ def described(handle: HandleState) -> str:
       - brief   PROMPT_TUNING num_virtual_tokens=4, CAUSAL_LM, 2,560 parameters, not active
           inputs  4 virtual tokens
     """
-    base = handle.base_model
-    size = sum(p.numel() for p in base.parameters())
+    base = handle.bare_base
+    size = sum(logical_size(p) for p in base.parameters())
     lines = [f"{type(handle).__name__} on {type(base).__name__} ({size:,} parameters, frozen)"]
     width = max((len(name) for name in handle.peft_config), default=0)
     for name in handle.peft_config:
@@ -40,7 +41,7 @@ def _summary(handle: HandleState, name: str) -> str:
         "switched off" if handle._disabled else "",
         "trains" if any(p.requires_grad for p in parameters) else "",
     ]
-    count = f"{sum(p.numel() for p in parameters):,} parameters"
+    count = f"{sum(logical_size(p) for p in parameters):,} parameters"
     return ", ".join(filter(None, [" ".join([str(config.method), *_settings(config)]), task, count, *state]))
 
 
@@ -58,7 +59,7 @@ def _settings(config: PeftConfig) -> Iterable[str]:
 def _places(handle: HandleState, name: str) -> list[str]:
     """One line per pattern of paths: `model.layers.{0-5}.self_attn.{q_proj,v_proj}  12 x Linear`."""
     config: Any = handle.peft_config[name]
-    tree, base = handle.tree(name), handle.base_model
+    tree, base = handle.tree(name), handle.bare_base
     lines = [] if tree.prompt is None else [f"inputs  {config.num_virtual_tokens} virtual tokens"]
     kinds = {"_biases": "bias of ", "_copy": "copy of ", "_adapter": ""}
     for kind, word in kinds.items():
@@ -66,6 +67,9 @@ def _places(handle: HandleState, name: str) -> list[str]:
         for pattern, members in collapsed(paths).items():
             types = Counter(type(base.get_submodule(path)).__name__ for path in members)
             lines.append(f"{pattern}  " + ", ".join(f"{count} x {word}{type_}" for type_, count in types.items()))
+    changed = ((path, tree.node(path).at("_parameters_changed")) for path, _ in tree.items())
+    parameters = {f"{path}.{parameter}": None for path, at in changed if at is not None for parameter in at.names}  # type: ignore[union-attr]
+    lines += [f"{pattern}  {len(members)} x parameter" for pattern, members in collapsed(parameters).items()]
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from . import schedules
 from .state import HandleState
 
 BySite = dict[Place, tuple[Adapter | Around | Replacement, ...]]
+Prompts = tuple[tuple[PromptAdapter, int], ...]
 SINGLE_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # a module of a list of experts
 
 
@@ -28,13 +29,14 @@ class Frames(HandleState):
     Attributes:
         effective_frame: the frame of the effective adapters. Calls only read it: reading names there would compile one graph
             per name (the limit is 8).
-        _checked: what `preflight` has checked: names of adapters, and whether they trained.
+        _checked: what `preflight` has checked: names of adapters, whether they trained, and the method that was called.
     """
 
     effective_frame: Frame
-    _checked: set[tuple[tuple[str, ...], bool]]
-    _frames: dict[tuple[str, ...], Frame]
+    _checked: set[tuple[tuple[str, ...], bool, str]]
+    _frames: dict[tuple[tuple[str, ...], bool], Frame]
     _single_experts: dict[str, list[str]]  # per adapter, the paths that keep it out of mixed batches
+    _ways: list[tuple[Mapping[str, Any], str, Any]]  # a module's children, a name, the child: each step to adapted modules
     _conflict: str | None
 
     def _settle(self) -> None:
@@ -45,17 +47,32 @@ class Frames(HandleState):
     def _forget(self) -> None:
         """Discard what is derived from adapters and base, and derive it again."""
         self._frames = {}
+        self._ways = list(self._steps())
         self._single_experts = {}
         self._checked = set()
         self._settle()
 
+    def _steps(self) -> Iterator[tuple[Mapping[str, Any], str, Any]]:
+        seen = set()
+        for path in (path for name in self.adapters for path, _ in self.tree(name).items()):
+            module = self.bare_base
+            for name in path.split(".") if path else ():
+                children, module = module._modules, module._modules[name]
+                if module not in seen:
+                    seen.add(module)
+                    yield children, name, module
+
     def _frame_of(self, names: tuple[str, ...]) -> Frame:
         """The frame in which these adapters are in effect together."""
-        if names not in self._frames:
+        key = names, self.training
+        if key not in self._frames:
             prompts = tuple(prompt for name in names if (prompt := self._prompt(name)) is not None)
             penalties = schedules.penalties(self, names)
-            self._frames[names] = Frame(self._by_site(names), prompts, penalties=penalties, names=names)
-        return self._frames[names]
+            self._frames[key] = self._frame(self._by_site(names), prompts, penalties=penalties, names=names)
+        return self._frames[key]
+
+    def _frame(self, adapters: BySite, prompts: Prompts, **more: Any) -> Frame:
+        return Frame(adapters, prompts, owner=self._owner, state=self._own, training=self.training, **more)
 
     def _prompt(self, name: str) -> tuple[PromptAdapter, int] | None:
         """An adapter's virtual tokens and their number, if it has any."""
@@ -104,7 +121,7 @@ class Frames(HandleState):
         prompts = tuple(prompt for frame in frames for prompt in frame.prompts)
         penalties = tuple(penalty for frame in frames for penalty in frame.penalties)
         effective = tuple(sorted(rows_of.keys() - {BASE_ROW}))
-        return Frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=effective)
+        return self._frame({}, prompts, mixture=Mixture(frames, groups), penalties=penalties, names=effective)
 
     def _check_no_single_experts(self, name: str) -> None:
         """Modules of a list of experts get tokens of any rows in any order, so their inputs cannot be split by rows."""
@@ -122,12 +139,15 @@ class Frames(HandleState):
         for name in names:
             for path, adapter in self.tree(name).items():
                 self._add(found, path, adapter)
+                for inner, part in adapter.parts():
+                    if site.fault(self.bare_base.get_submodule(f"{path}.{inner}")) is None:
+                        self._add(found, f"{path}.{inner}", part)
             prompt = self.tree(name).prompt
             if prompt is not None and prompt.in_cache:
-                for path, around in prefix.places(prompt, self.base_model):
+                for path, around in prefix.places(prompt, self.bare_base):
                     self._add(found, path, around)
         return found
 
     def _add(self, found: BySite, path: str, adapter: Adapter | Around) -> None:
-        at = site.install(self.base_model.get_submodule(path))
+        at = site.install(self.bare_base.get_submodule(path))
         found[at] = (*found.get(at, ()), adapter)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..seen_as import SeenAs
 from .base_methods import BaseMethods
 
 
@@ -26,10 +27,10 @@ class Mirrored:
         self.class_value = class_value
 
     def __get__(self, handle: Any, owner: type) -> Any:
-        return self.class_value if handle is None else getattr(handle.base_model, self.name)
+        return self.class_value if handle is None else getattr(handle._root(), self.name)
 
     def __set__(self, handle: Any, value: Any) -> None:
-        setattr(handle.base_model, self.name, value)
+        setattr(handle._root(), self.name, value)
 
 
 def handle_class(task_class: Any, base_class: Any) -> Any:
@@ -42,6 +43,7 @@ def _made(task_class: Any, base_class: Any) -> Any:
     from transformers import PreTrainedModel
 
     namespace: dict[str, Any] = {
+        "__class__": SeenAs("PeftModel"),
         "__module__": task_class.__module__,
         "__qualname__": task_class.__qualname__,
         "__doc__": task_class.__doc__,

@@ -11,7 +11,7 @@ from ..runtime.frame import Frame
 def packing_fault(model: Any) -> str | None:
     """Why texts of one row cannot be kept apart with a handle's effective adapters; None if they can."""
     if hasattr(model, "peft_config"):  # also a handle inside the wrapper of torch.compile, which passes attributes on
-        return packed_row.fault(model.base_model, model.effective_frame)
+        return packed_row.fault(model.bare_base, model.effective_frame)
     return packed_row.fault(model, Frame({}))
 
 

@@ -122,5 +122,10 @@ def _run(handle: HandleState, name: str, step: int, observe: bool) -> None:
     kind.allocate(adapters, config, step)
 
 
+def go_on(old: AdapterTree, new: AdapterTree) -> None:
+    """Let an adapter's schedule go on where that of the one whose place it takes is."""
+    new.__dict__["progress"] = _progress(old)
+
+
 def _progress(tree: AdapterTree) -> Progress:
     return cast(Progress, tree.__dict__.setdefault("progress", Progress()))

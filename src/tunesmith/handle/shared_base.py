@@ -36,7 +36,7 @@ def handles_of(base: nn.Module) -> list[HandleState]:
 
 def join(handle: HandleState) -> SharedBase:
     """Register `handle` with its base; the first one records which parameters were trainable."""
-    base = handle.base_model
+    base = handle.bare_base
     if base not in _by_base:
         _by_base[base] = SharedBase({name: p.requires_grad for name, p in base.named_parameters()})
     _by_base[base].handles.add(handle)
@@ -45,7 +45,7 @@ def join(handle: HandleState) -> SharedBase:
 
 def adopt(handle: HandleState, shared: SharedBase) -> None:
     """Register a copied or unpickled handle with its own base; `shared` was copied with them."""
-    _by_base[handle.base_model] = shared
+    _by_base[handle.bare_base] = shared
     shared.handles.add(handle)
 
 
@@ -54,5 +54,5 @@ def leave(handle: HandleState, shared: SharedBase) -> bool:
     shared.handles.discard(handle)
     if shared.handles:
         return False
-    _by_base.pop(handle.base_model, None)
+    _by_base.pop(handle.bare_base, None)
     return True

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ..attach.tree import AdapterTree
-from ..bases import architecture
 from ..config import PeftConfig
 from ..errors import AdapterNameError, did_you_mean
 from ..merge.weights import Originals
+from ..runtime import recompute
+from ..runtime.own_state import OwnState
 from ..runtime.virtual_tokens import InputSpec, input_spec_of
 
 NAMES_SHOWN = 20  # in an error that lists the adapters of a handle
@@ -32,7 +33,9 @@ class HandleState(nn.Module):
         merged_adapters: for each adapter merged into the base's weights, the tensors that it replaced.
         _accepts: names of the parameters of the base's forward.
         input_spec: what must be known about the base to put virtual tokens in front of its input.
-        checkpointing_modules: modules of the base that support gradient checkpointing.
+        bare_base: the base itself, as it was given: called, it runs without adapters.
+        _own: what this handle sets on the base's modules while it runs.
+        _owner: identifies this handle in its frames.
     """
 
     # Set by the task classes, for virtual tokens; see `InputSpec`.
@@ -46,12 +49,17 @@ class HandleState(nn.Module):
     merged_adapters: dict[str, Originals]
     _accepts: tuple[str, ...]
     input_spec: InputSpec
-    checkpointing_modules: list[Any]
+    bare_base: Any
+    _own: OwnState
+    _owner: object
 
     def _init_state(self, model: nn.Module) -> None:
         """Start with `model` and no adapters. (`__init__` would run `PreTrainedModel`'s; handles are such in name only.)"""
         nn.Module.__init__(self)
-        self._modules["base_model"] = model  # add_module refuses the names of properties
+        self.__dict__["bare_base"] = model  # no submodule of the handle, which has proxies of it instead
+        self._own = OwnState(model)
+        self._owner = object()
+        recompute.install()
         self.adapters = nn.ModuleDict()
         self.peft_config = {}
         self._active = ()
@@ -61,15 +69,6 @@ class HandleState(nn.Module):
         self.input_spec = input_spec_of(
             model, frozenset(self._accepts), labels_per_token=self.labels_per_token, classifies=self.classifies
         )
-        self._find_checkpointing_modules()
-
-    def _find_checkpointing_modules(self) -> None:
-        self.checkpointing_modules = architecture.checkpointing_modules(self.base_model)
-
-    @property
-    def base_model(self) -> Any:
-        """The base itself, as it was given."""
-        return self._modules["base_model"]
 
     @property
     def _effective(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def get_layer_status(model: HandleState) -> list[TunerLayerStatus]:
     for name in handle.peft_config:
         for path, module in _parts(handle.tree(name)):
             here.setdefault(path, {}).setdefault(name, []).append(module)
-    order = {path: i for i, (path, _) in enumerate(handle.base_model.named_modules())}
+    order = {path: i for i, (path, _) in enumerate(handle.bare_base.named_modules())}
     return [_status(handle, path, here[path]) for path in sorted(here, key=lambda path: order.get(path, -1))]
 
 
@@ -97,7 +97,7 @@ def get_model_status(model: HandleState) -> TunerModelStatus:
     trainable, total = parameter_counts(handle)
     names = sorted(handle.peft_config)
     return TunerModelStatus(
-        base_model_type=type(handle.base_model).__name__,
+        base_model_type=type(handle.bare_base).__name__,
         adapter_model_type=type(handle).__name__,
         peft_types={name: str(config.method) for name, config in handle.peft_config.items()},
         trainable_params=trainable,
@@ -141,7 +141,7 @@ class Reporting(HandleState):
 
     def _get_name(self) -> str:
         """The base's class name: transformers' Trainer decides by it whether to shift labels when it smooths them."""
-        return str(self.base_model._get_name())
+        return str(self.bare_base._get_name())
 
     def __repr__(self) -> str:
         return described(self)
@@ -159,7 +159,7 @@ def _parts(tree: Any) -> Iterator[tuple[str, nn.Module]]:
 def _status(handle: HandleState, path: str, adapters: dict[str, list[nn.Module]]) -> TunerLayerStatus:
     parts = {name: [p for module in modules for p in module.parameters()] for name, modules in adapters.items()}
     kinds = dict.fromkeys(_kind(handle, name, module) for name, modules in adapters.items() for module in modules)
-    module = next(iter(adapters.values()))[0] if path == INPUTS else handle.base_model.get_submodule(path)
+    module = next(iter(adapters.values()))[0] if path == INPUTS else handle.bare_base.get_submodule(path)
     return TunerLayerStatus(
         name=path,
         module_type=f"{'+'.join(kinds)}.{type(module).__name__}",

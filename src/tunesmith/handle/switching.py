@@ -19,6 +19,15 @@ class Switching(Frames):
             trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
             self.tree(name).requires_grad_(trains)
 
+    def set_requires_grad(self, adapter_names: str | list[str] | tuple[str, ...], requires_grad: bool = True) -> None:
+        """Let these adapters train, active or not, or freeze them; until `set_adapter` decides again.
+
+        Raises:
+            AdapterNameError: this handle has no adapter of one of the names.
+        """
+        for name in self._named(adapter_names):
+            self.tree(name).requires_grad_(requires_grad)
+
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove adapters; if no active one is left, the first remaining one becomes active."""
         names = self._named(adapter_name)
@@ -55,6 +64,11 @@ class Switching(Frames):
     @property
     def peft_type(self) -> PeftType | str | None:
         return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of modules that some adapter of this handle trains whole; None where none does."""
+        return {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()} or None
 
     @property
     def has_active_enabled_adapter(self) -> bool:

@@ -12,18 +12,24 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..estimate.machine import peak_memory
+from . import processes
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class RecordMetrics(TrainerCallback):
-    """Writes every record of a run into `metrics.jsonl`, a line each; a resumed run continues from its checkpoint's records."""
+    """Writes every record of a run into `metrics.jsonl`, a line each; a resumed run continues from its checkpoint's records.
+
+    Of several processes one writes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.monotonic()
+        if not processes.is_main():
+            return
         kept = [record for record in read_metrics(self.path) if 0 < record.get("step", 0) <= state.global_step]
         self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
@@ -35,6 +41,8 @@ class RecordMetrics(TrainerCallback):
 
     def write(self, **values: Any) -> None:
         """Append one record."""
+        if not processes.is_main():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -74,5 +82,6 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received:
+        if processes.agreed(self.received):
+            self.received = True
             control.should_save = control.should_training_stop = True

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..storage.folder import flush
+from . import processes
 
 STAGING = ".checkpoint-staging"
 STATE_FILE = "trainer_state.json"
@@ -37,15 +39,11 @@ class WholeCheckpoints:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(self.args.output_dir)
-        shutil.rmtree(run / STAGING, ignore_errors=True)
+        self._only_main(self._clear_staging)
         self._folder = run / STAGING
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            (made,) = self._folder.glob("checkpoint-*")
-            for path in (*made.rglob("*"), made):
-                flush(path)
-            shutil.rmtree(run / made.name, ignore_errors=True)
-            made.rename(run / made.name)
+            self._only_main(self._commit)
         except (OSError, RuntimeError, ValueError) as error:
             step = self.state.global_step
             raise UsageError(
@@ -54,6 +52,28 @@ class WholeCheckpoints:
             ) from error
         finally:
             self._folder = None
-            shutil.rmtree(run / STAGING, ignore_errors=True)
-        for old in checkpoints(run)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if processes.is_main():
+                self._clear_staging()
+        if processes.is_main():
+            for old in checkpoints(run)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    @staticmethod
+    def _only_main(act: Callable[[], None]) -> None:
+        """One process acts, between what all have done before and what all do afterwards."""
+        processes.wait()
+        if processes.is_main():
+            act()
+        processes.wait()
+
+    def _clear_staging(self) -> None:
+        shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
+
+    def _commit(self) -> None:
+        """Flush a staged checkpoint, to which every process has added its random states, and move it into place."""
+        run = Path(self.args.output_dir)
+        (made,) = (run / STAGING).glob("checkpoint-*")
+        for path in (*made.rglob("*"), made):
+            flush(path)
+        shutil.rmtree(run / made.name, ignore_errors=True)
+        made.rename(run / made.name)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def to_accelerator(model: Any) -> Any:
-    """The model, moved to the first accelerator; left where it is without one, or if it was loaded in parts."""
+    """The model, moved to this process's accelerator; left where it is without one, or if it was loaded in parts."""
     import torch
 
     if not torch.accelerator.is_available() or hasattr(model, "hf_device_map"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DivergedError
+from . import processes
 
 
 class Divergence:
@@ -78,6 +79,7 @@ class StopsWhenDiverging:
     def _read_losses(self) -> None:
         unread, self._unread = self._unread, []
         losses = torch.stack([loss.float() for *_, loss in unread]).tolist() if unread else []
+        losses = [processes.agreed(loss) for loss in losses]
         for (step, weights, _), loss in zip(unread, losses):
             if reason := self._divergence.reason(loss):
                 raise self._lost(step, reason)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from ..data.text import mean_loss, perplexity
 from ..model import PeftModel
 from ..train.trainer import load_all
+from . import processes
 from .callbacks import METRICS_FILE, RecordMetrics, read_metrics
 from .settings import Settings
 
@@ -49,6 +50,7 @@ class MeasureHeldOut(TrainerCallback):
         return min((at for at in self.measured if math.isfinite(at[1])), key=lambda at: at[1], default=(0, math.inf))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        processes.wait()  # for the one that writes
         records = read_metrics(self.folder.parent / METRICS_FILE)
         self.measured = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
 
@@ -59,11 +61,11 @@ class MeasureHeldOut(TrainerCallback):
             self._measure(state, control)
 
     def _measure(self, state: Any, control: Any) -> None:
-        loss, best = mean_loss(self.handle, self.rows, self.pad_id), self.best[1]
+        loss, best = processes.agreed(mean_loss(self.handle, self.rows, self.pad_id)), self.best[1]
         self.measured.append((state.global_step, loss))
         self.record.write(step=state.global_step, eval_loss=loss)
         if loss < best and self.settings.load_best_model_at_end:
-            self.handle.save_pretrained(str(self.folder))
+            self.handle.save_pretrained(str(self.folder), is_main_process=processes.is_main())
         patience = self.settings.early_stopping_patience
         since = sum(step > self.best[0] for step, _ in self.measured)
         if patience is not None and since >= patience:
@@ -82,6 +84,7 @@ class MeasureHeldOut(TrainerCallback):
         """Load the best adapter where that was asked for; returns a sentence about it."""
         if not self._takes_best():
             return None
+        processes.wait()  # for the one that writes
         load_all(self.handle, str(self.folder))
         step, loss = self.best
         return f"kept the adapter of step {step}, the best on held-out rows: perplexity {perplexity(loss):.1f}"

@@ -21,6 +21,7 @@ from ..errors import DataError, DivergedError, InterruptedRun
 from ..model import PeftModel, get_peft_model
 from ..train.batching import BucketTrainer, batching
 from ..train.trainer import Trainer
+from . import processes
 from .callbacks import RecordMetrics, StopOnSignal
 from .checkpoints import WholeCheckpoints
 from .divergence import StopsWhenDiverging
@@ -219,6 +220,7 @@ def _arguments(job: Job, folder: Path, keeps: bool) -> TrainingArguments:
         data_seed=settings.seed,
         report_to=settings.reporters if keeps else [],
         disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),  # or the processes of a run on CPUs would not find each other
     )
 
 
@@ -246,7 +248,7 @@ def _kept(error: DivergedError, handle: PeftModel, run: RunFolder | None) -> Div
     if run is None or error.good_step is None:
         return DivergedError(f"{error}; {advice}")
     folder = run.path / "last-good"
-    handle.save_pretrained(str(folder))
+    handle.save_pretrained(str(folder), is_main_process=processes.is_main())
     return DivergedError(f"{error}; the adapter as of step {error.good_step} is in {folder}; {advice}")
 
 

@@ -67,7 +67,11 @@ def from_values(values: dict[str, Any], resume: bool) -> Result:
 
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    from . import processes
+
+    processes.connect()
+    processes.wait()  # all have looked into the folder before one of them writes there
+    console = Console(highlight=False, soft_wrap=True, quiet=not processes.is_main())
     if resume and run.resume_from is None:
         console.print(f"no checkpoint in {folder} yet; starting from the beginning")
     if data.faults:
@@ -86,7 +90,7 @@ def start(settings: Settings, data: Examples, run: RunFolder, console: Console) 
     """
     from ..auto import load_tokenizer
     from ..data.templates import chosen
-    from . import job
+    from . import job, processes
     from .progress import JobConsole
     from .sizing import needs_checkpointing
 
@@ -111,10 +115,13 @@ def start(settings: Settings, data: Examples, run: RunFolder, console: Console) 
         )
         trained_with = dataclasses.replace(settings, gradient_checkpointing=True)
     with run.removed_if_unused():
-        run.write_records(settings, data_hash)
+        if processes.is_main():
+            run.write_records(settings, data_hash)
         with _memory_explained(settings):
             result = job.train(model, tokenizer, rows, trained_with, JobConsole(settings.method, console), run)
-    _save(run, settings, result, tokenizer, template, console)
+    if processes.is_main():
+        _save(run, settings, result, tokenizer, template, console)
+    processes.wait()
     return result
 
 
@@ -168,7 +175,7 @@ def _report(folder: Path, settings: Settings, result: Result, tokenizer: Any, te
 
     trainable, total = result.handle.get_nb_trainable_parameters()
     peak = max((record.get("peak_memory_mb", 0.0) for record in read_metrics(folder / METRICS_FILE)), default=0.0)
-    base = result.handle.base_model
+    base = result.handle.bare_base
     facts = {
         "base": f"{settings.base}, {total - trainable:,} parameters in {str(base.dtype).removeprefix('torch.')}",
         "method": f"{settings.method}, {trainable:,} trained parameters",

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..errors import ConfigError, bullet_list
 from ..storage.folder import write_folder, write_text
+from . import processes
 from .checkpoints import checkpoints
 from .recipe import RECIPE_FILE, as_yaml, read_recipe
 from .settings import Settings
@@ -75,11 +76,13 @@ class RunFolder:
         names = [name for name in now if name not in FREE and before.get(name) != now[name]]
         faults = [f"{name}: was {before.get(name)!r}, is {now[name]!r} now" for name in names]
         try:
-            recorded = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("data_sha256")
+            recorded = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            recorded = None
-        if recorded is not None and recorded != data_hash:
+            recorded = {}
+        if recorded.get("data_sha256", data_hash) != data_hash:
             faults.append("the data file has changed")
+        if (before_it := recorded.get("processes", processes.count())) != processes.count():
+            faults.append(f"processes: were {before_it}, are {processes.count()} now")
         if faults:
             raise ConfigError(
                 f"the run in {self.path} was started with other settings; restore them, or choose another --output-dir:\n"
@@ -101,7 +104,7 @@ class RunFolder:
         try:
             yield
         except Exception:
-            if not existed and self.path.exists():
+            if not existed and self.path.exists() and processes.is_main():
                 self._remove_records()
             raise
 
@@ -129,6 +132,7 @@ def environment(settings: Settings, data_hash: str) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "command": sys.argv,
         "data": settings.data,
         "data_sha256": data_hash,

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import PeftConfig, TaskType
 from ..errors import ConfigError, did_you_mean
 from ..train.named_optimizers import check_optimizer
+from . import processes
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EVAL_STRATEGIES = ("epoch", "steps", "no")
@@ -209,7 +210,7 @@ class Settings:
 
     def steps(self, rows: int) -> int:
         """Optimiser steps of a run on this many rows."""
-        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes.count()
         by_epochs = int(math.ceil(rows / batch) * self.num_train_epochs)
         return max(self.max_steps if self.max_steps > 0 else by_epochs, 1)
 

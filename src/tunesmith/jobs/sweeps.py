@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .processes import check_alone
 from .recipe import FIELDS, SYNONYMS, read_recipe, resolve
 
 NOT_VARIED = {"data", "output_dir", "columns", "options"}
@@ -63,10 +64,12 @@ def run_all(recipe: Path, flags: dict[str, Any]) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: see `combinations`.
+        UsageError: a launcher has started several processes.
         TunesmithError: a run failed; those before it are kept, and the same command resumes the sweep.
     """
     from . import run
 
+    check_alone("sweep")
     runs = combinations(recipe, flags)
     folder = Path(runs[0][1].get("output_dir", FIELDS["output_dir"].default))
     rows = []

@@ -55,7 +55,30 @@ def decoded_linear(x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
     return result
 
 
+def with_gradient(y: Tensor, x: Tensor, weight: Decoded) -> Tensor:
+    """`y`, a product of `x` and `weight` that was computed out of autograd's sight, with its gradient `dx = dy W`."""
+    result: Tensor = _WithGradient.apply(x, y, weight)
+    return result
+
+
+class _WithGradient(torch.autograd.Function):
+    calls_no_modules = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Decoded) -> Tensor:
+        ctx.weight = weight
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = upstream
+        weight = ctx.weight()
+        return dy.to(weight.dtype) @ weight, None, None
+
+
 class _DecodedLinear(torch.autograd.Function):
+    calls_no_modules = True
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Decoded, bias: Tensor | None) -> Tensor:
         ctx.weight = weight

@@ -67,6 +67,8 @@ class _Head:
 
 
 class _FrozenHead(torch.autograd.Function):
+    calls_no_modules = True
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float, tile: int

@@ -55,6 +55,8 @@ def applies(x: Tensor, weight: Tensor | Decoded, bias: Tensor | None) -> bool:
 class _LoraLinear(torch.autograd.Function):
     """`(y, h)`; h is an output so that gradients of gradients know what it depends on."""
 
+    calls_no_modules = True
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | Decoded, bias: Tensor | None, a: Tensor, b: Tensor, scale: float

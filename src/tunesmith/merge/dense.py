@@ -17,11 +17,11 @@ from torch import nn
 from ..adapter import Adapter, LinearAdapter, ModuleCopy
 from ..attach.tree import AdapterTree
 from ..bases.architecture import drop_quantised_marks
+from ..bases.precision import usual_dtype
 from ..bases.prepare import WIDENED, restore_dtypes
 from ..bases.quantised import dense_module, quantised_views
-from ..errors import UsageError
 from ..paths import is_inside
-from .weights import into_weights
+from .weights import check_finite, into_weights
 
 logger = logging.getLogger(__name__)
 
@@ -46,25 +46,25 @@ def changed(base: nn.Module, trees: Iterable[AdapterTree]) -> list[str]:
     return [p for p in quantised if p in linear or any(is_inside(p, block) for block in whole)]
 
 
-def into_dense(base: Any, trees: list[AdapterTree], safe: bool, dtype: torch.dtype | None = None) -> None:
+def into_dense(base: Any, trees: list[AdapterTree], dtype: torch.dtype | None = None) -> None:
     """Replace every quantised module of `base` by a dense one, and merge checked `trees` on the way.
 
     Args:
         dtype: of the dense weights; by default the type that each had before it was quantised.
 
     Raises:
-        UsageError: with `safe`, a merged value is not finite; the base is then unchanged.
+        UsageError: a merged value is not finite; the base is then unchanged.
     """
-    views = list(quantised_views(base))
+    views, usual = list(quantised_views(base)), _usual(base)
     paths = {path for path, _ in views}
     replaced: list[tuple[str, nn.Module]] = []
     try:
         for path, view in views:
             base.set_submodule(path, dense_module(view, torch.float32))
             replaced.append((path, view.module))
-            into_weights(base, [Part(tree, {path}, inside=True) for tree in trees], safe, keep=False)
-            _round(base.get_submodule(path), path, dtype or view.stored_dtype() or _usual(base), safe)
-        into_weights(base, [Part(tree, paths, inside=False) for tree in trees], safe, keep=False)
+            into_weights(base, [Part(tree, {path}, inside=True) for tree in trees], keep=False)
+            _round(base.get_submodule(path), path, dtype or view.stored_dtype() or usual)
+        into_weights(base, [Part(tree, paths, inside=False) for tree in trees], keep=False)
     except Exception:
         for path, module in replaced:
             base.set_submodule(path, module)
@@ -73,15 +73,14 @@ def into_dense(base: Any, trees: list[AdapterTree], safe: bool, dtype: torch.dty
     drop_quantised_marks(base)
 
 
-def _round(module: nn.Module, path: str, dtype: torch.dtype, safe: bool) -> None:
+def _round(module: nn.Module, path: str, dtype: torch.dtype) -> None:
     for name, parameter in module.named_parameters():
         rounded = parameter.data.to(dtype)
-        if safe and not torch.isfinite(rounded).all():
-            raise UsageError(f"merging produces non-finite values in {path}.{name}; nothing was merged")
+        check_finite(f"{path}.{name}", rounded, parameter.data)
         parameter.data = rounded
 
 
 def _usual(base: Any) -> torch.dtype:
     """The type that the base was loaded in, where the stored form does not say it."""
-    before = next(iter(base.__dict__.get(WIDENED, {}).values()), None)
-    return before or getattr(getattr(base, "config", None), "dtype", None) or torch.float16
+    before: torch.dtype | None = next(iter(base.__dict__.get(WIDENED, {}).values()), None)
+    return before or usual_dtype(base)

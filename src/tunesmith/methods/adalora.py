@@ -154,7 +154,7 @@ class AdaLora(LinearAdapter, ScheduledAdapter):
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         y = base(x, *args, **kwargs)
         inputs = self.dropout(x.to(y.dtype))
-        if len(base.shape) == 4:
+        if not base.is_matrix:
             return y + base.product(inputs, self._change(base).to(y.dtype))
         scaled = (self.lora_A * self.lora_E * self.scale).to(y.dtype)
         return y + inputs @ scaled.T @ self.lora_B.to(y.dtype).T

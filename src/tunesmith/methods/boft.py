@@ -97,7 +97,7 @@ class BOFT(LinearAdapter):
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
         rotations = self._kept(self._rotations())
-        if len(base.shape) == 4:
+        if not base.is_matrix:
             return convolved(base, x, self._mapped(base.weight(), rotations))
         scale, bias = self.boft_s.flatten().to(x.dtype), base.bias
         for shuffles in reversed(range(len(rotations))):

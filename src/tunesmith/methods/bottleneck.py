@@ -232,5 +232,5 @@ def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     if view_type(module) is None:
         return None
     view = view_of(module)
-    weight = view.weight()
-    return None if view.tokens_in or weight.dim() != 2 else (weight.shape[1], weight.shape[0])
+    shape = view.shape
+    return None if view.tokens_in or len(shape) != 2 else (shape[1], shape[0])

@@ -25,7 +25,7 @@ from .lora_config import LoraConfig, LoraSettings
 
 @register(LoraConfig, flag="use_dora")
 class Dora(Lora):
-    """LoRA's factors and the sizes: `(out,)`, for convolutions `(1, out, 1, 1)`, for embeddings `(dim,)`."""
+    """LoRA's factors and the sizes: `(out,)`, for convolutions `(1, out, 1, ...)`, for embeddings `(dim,)`."""
 
     @classmethod
     def fault(cls, base: BaseView, config: LoraConfig, settings: LoraSettings) -> str | None:
@@ -36,7 +36,7 @@ class Dora(Lora):
     def __init__(self, base: BaseView, config: LoraConfig, settings: LoraSettings) -> None:
         super().__init__(base, config, settings)
         out, spatial = self.lora_B.shape[0], self.lora_A.dim() - 2
-        self.lora_magnitude_vector = nn.Parameter(torch.empty((1, out, 1, 1) if spatial else (out,)))
+        self.lora_magnitude_vector = nn.Parameter(torch.empty((1, out, *[1] * spatial) if spatial else (out,)))
 
     def reset_parameters(self, base: BaseView) -> None:
         super().reset_parameters(base)

@@ -76,7 +76,7 @@ class HRA(LinearAdapter):
                 self.hra_u[:, 1::2] = self.hra_u[:, ::2]
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
-        if len(base.shape) == 4:
+        if not base.is_matrix:
             return convolved(base, x, self.merge(base.weight(), None, base)[0])
         u, t = self._reflections()
         u, t = u.to(x.dtype), t.to(x.dtype)

@@ -82,6 +82,7 @@ class IA3Config(TargetedConfig):
     @classmethod
     def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The ecosystem's files name the architecture's usual feed-forward modules, targeted or not."""
+        values = super().understood(values)
         targets, feedforward = values.get("target_modules"), values.get("feedforward_modules")
         if isinstance(targets, list) and isinstance(feedforward, list):
             return {**values, "feedforward_modules": [name for name in feedforward if _is_among(name, targets)]}
@@ -107,7 +108,7 @@ def _is_among(name: str, targets: Iterable[str] | None) -> bool:
 
 @register(IA3Config)
 class IA3(LinearAdapter):
-    """One module's factors: `(1, in)` on the input or `(out, 1)` on the output, of a convolution `(1, channels, 1, 1)`."""
+    """One module's factors: `(1, in)` on the input or `(out, 1)` on the output, of a convolution `(1, channels, 1, ...)`."""
 
     @classmethod
     def fault(cls, base: BaseView, config: IA3Config, settings: IA3Settings) -> str | None:
@@ -120,7 +121,7 @@ class IA3(LinearAdapter):
         self.scales_input = settings.scales_input
         self.starts_at_one = config.init_ia3_weights
         if kernel:
-            shape: tuple[int, ...] = (1, inner * self.groups if self.scales_input else out, 1, 1)
+            shape: tuple[int, ...] = (1, inner * self.groups if self.scales_input else out, *(1 for _ in kernel))
         else:
             shape = (1, inner) if self.scales_input else (out, 1)
         self.ia3_l = nn.Parameter(torch.empty(shape))
@@ -132,7 +133,7 @@ class IA3(LinearAdapter):
             nn.init.normal_(self.ia3_l)
 
     def forward(self, x: Tensor, base: BaseView, *args: Any, **kwargs: Any) -> Tensor:
-        factors = self.ia3_l[0] if self.ia3_l.dim() == 4 else self.ia3_l.flatten()  # (channels, 1, 1) or (features,)
+        factors = self.ia3_l[0] if self.ia3_l.dim() > 2 else self.ia3_l.flatten()  # (channels, 1, ...) or (features,)
         if self.scales_input:
             return base(x * factors.to(x.dtype), *args, **kwargs)
         y = base(x, *args, **kwargs)

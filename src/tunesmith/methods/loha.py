@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..bases.view import BaseView
 from ..config import config_class
 from ..registry import register
-from .lycoris import LycorisAdapter, LycorisConfig, through_kernel
+from .lycoris import LycorisAdapter, LycorisConfig, core_shape, through_kernel
 from .parts import RankSettings
 
 
@@ -37,7 +37,7 @@ class LoHaConfig(LycorisConfig):
 
 @register(LoHaConfig)
 class LoHa(LycorisAdapter):
-    """One module's factors: a `(out, r)` and b `(r, in)`; with kernel cores t `(r, r, kh, kw)`: a `(r, out)`, b `(r, in)`."""
+    """One module's factors: a `(out, r)` and b `(r, in)`; with kernel cores t `(r, r, *kernel)`: a `(r, out)`, b `(r, in)`."""
 
     def __init__(self, base: BaseView, config: LoHaConfig, settings: RankSettings) -> None:
         super().__init__(base, config, settings)
@@ -48,8 +48,8 @@ class LoHa(LycorisAdapter):
         self.hada_w1_a, self.hada_w1_b = nn.Parameter(torch.empty(a_shape)), nn.Parameter(torch.empty(b_shape))
         self.hada_w2_a, self.hada_w2_b = nn.Parameter(torch.empty(a_shape)), nn.Parameter(torch.empty(b_shape))
         if self.has_cores:
-            self.hada_t1 = nn.Parameter(torch.empty(r, r, *kernel))
-            self.hada_t2 = nn.Parameter(torch.empty(r, r, *kernel))
+            self.hada_t1 = nn.Parameter(torch.empty(core_shape(r, kernel)))
+            self.hada_t2 = nn.Parameter(torch.empty(core_shape(r, kernel)))
 
     def reset_parameters(self, base: BaseView) -> None:
         for parameter in self.parameters():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..bases.view import BaseView
 from ..config import config_class
 from ..registry import register
-from .lycoris import LycorisAdapter, LycorisConfig, through_kernel
+from .lycoris import LycorisAdapter, LycorisConfig, core_shape, through_kernel
 from .parts import RankSettings
 
 
@@ -69,7 +69,7 @@ class LoKr(LycorisAdapter):
         if r >= max(out2, self.in2) / 2:
             self.lokr_w2 = _empty(out2, self.in2, *kernel)
         elif config.use_effective_conv2d and math.prod(kernel) > 1:
-            self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2 = _empty(r, out2), _empty(r, self.in2), _empty(r, r, *kernel)
+            self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2 = _empty(r, out2), _empty(r, self.in2), _empty(*core_shape(r, kernel))
         else:
             self.lokr_w2_a, self.lokr_w2_b = _empty(out2, r), _empty(r, self.in2 * math.prod(kernel))
 
@@ -93,6 +93,8 @@ class LoKr(LycorisAdapter):
 
     def change(self, base: BaseView) -> Tensor:
         smaller, larger = self._smaller(), self._larger()
+        if len(self.kernel) == 1 and "lokr_w2" in self._parameters:
+            return torch.kron(smaller, larger).reshape(base.shape)  # along other axes, as the ecosystem's files mean it
         return torch.kron(smaller.reshape(*smaller.shape, *(1 for _ in self.kernel)), larger)
 
     def _smaller(self) -> Tensor:
@@ -102,7 +104,7 @@ class LoKr(LycorisAdapter):
         if "lokr_w2" in self._parameters:
             return self.lokr_w2
         if "lokr_t2" in self._parameters:
-            return through_kernel(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+            return through_kernel(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b).flatten(2).unflatten(2, self.kernel)
         return (self.lokr_w2_a @ self.lokr_w2_b).unflatten(-1, (self.in2, *self.kernel))
 
 

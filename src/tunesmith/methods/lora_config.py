@@ -113,6 +113,8 @@ class LoraConfig(TargetedConfig):
             (`lora_parameters.py`); `target_modules` may then be empty, and None means none.
         trainable_token_indices: tokens whose embeddings train, too; `{embedding's name: tokens}` for other embeddings than
             the input's (`trainable_tokens.py`).
+        ensure_weight_tying: where the input embedding or a module that holds its weight (a tied output head) is a target or
+            in `modules_to_save`, one adapter or copy serves all of them, so that they stay tied (`lora_tied.py`).
         loftq_config, eva_config: options of the inits of these names; a `LoftQConfig`, an `EvaConfig` or a dictionary.
     """
 
@@ -128,16 +130,19 @@ class LoraConfig(TargetedConfig):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     loftq_config: LoftQConfig | dict | None = None
     eva_config: EvaConfig | dict | None = None
 
     method: ClassVar[str] = "LORA"
+    ours_alone: ClassVar[tuple[str, ...]] = ("ensure_weight_tying",)
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "layer_replication": (),
         "corda_config": (), "use_qalora": (), "qalora_group_size": (16,),
-        "megatron_config": (), "megatron_core": ("megatron.core",), "ensure_weight_tying": (), "alora_invocation_tokens": (),
+        "megatron_config": (), "megatron_core": ("megatron.core",), "alora_invocation_tokens": (),
         "arrow_config": (), "lora_ga_config": (), "runtime_config": ({"ephemeral_gpu_offload": False},),
         "use_bdlora": (), "velora_config": (), "monteclora_config": (), "kasa_config": (),
+        "enable_lora": (), "merge_weights": (True,),  # of early releases: parts of fused weights; merged in eval mode
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -177,6 +182,13 @@ class LoraConfig(TargetedConfig):
             yield from (f"{name} cannot be combined with target_parameters; leave one out" for name in used)
             if init not in (True, False, "gaussian"):
                 yield f'target_parameters needs init_lora_weights=True, False or "gaussian", got {init!r}'
+
+    @classmethod
+    def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Files hold options of inits that were not chosen."""
+        values, init = super().understood(values), values.get("init_lora_weights")
+        idle = [name for name in ("loftq_config", "eva_config") if name.removesuffix("_config") != init]
+        return {name: value for name, value in values.items() if name not in idle}
 
     @property
     def may_target_nothing(self) -> bool:

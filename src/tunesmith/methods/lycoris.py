@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -82,22 +83,25 @@ class LycorisAdapter(LinearAdapter):
         y = base(x, *args, **kwargs)
         product = self.product(x.to(y.dtype), base) * self.scale
         if self.training and (self.rank_dropout or self.module_dropout):
-            product = product * self._kept_rows(y, channels_first=len(base.shape) == 4)
+            product = product * base.per_output(self._kept(base.shape[0], y))
         return y + product
 
     def merge(self, weight: Tensor, bias: Tensor | None, base: BaseView) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * self.change(base).to(weight.dtype), bias
 
-    def _kept_rows(self, y: Tensor, channels_first: bool) -> Tensor:
-        """A random factor per output feature that zeroes dropped ones, in a shape that multiplies `y`."""
-        out = y.shape[-3] if channels_first else y.shape[-1]
+    def _kept(self, out: int, y: Tensor) -> Tensor:
+        """A random factor for each of y's output features that zeroes dropped ones, `(out,)`."""
         kept = (torch.rand(out, device=y.device) >= self.rank_dropout).to(y.dtype)  # (out,)
         if self.rescales:
             kept = kept / kept.mean().clamp(min=1 / out)
-        kept = kept * (torch.rand(1, device=y.device) >= self.module_dropout)
-        return kept[:, None, None] if channels_first else kept
+        return kept * (torch.rand(1, device=y.device) >= self.module_dropout)
+
+
+def core_shape(r: int, kernel: Sequence[int]) -> tuple[int, ...]:
+    """Of a kernel's core, `(r, r, *kernel)`; the ecosystem's files give the only dimension of a Conv1d a second one of 1."""
+    return r, r, *kernel, *(1 for _ in range(2 - len(kernel)))
 
 
 def through_kernel(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`(out, in, kh, kw)` of the core `(r, r, kh, kw)`, `a` `(r, out)` and `b` `(r, in)` (FedPara, proposition 3)."""
-    return torch.einsum("rshw,ro,si->oihw", core, a, b)
+    """`(out, in, *kernel)` of the core `(r, r, *kernel)`, `a` `(r, out)` and `b` `(r, in)` (FedPara, proposition 3)."""
+    return torch.einsum("rs...,ro,si->oi...", core, a, b)

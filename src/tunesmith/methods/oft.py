@@ -112,7 +112,7 @@ class OFT(LinearAdapter):
         rotation = self._kept(self.rotation())
         if base.tokens_in:
             return blockwise(base(x, *args, **kwargs), rotation)
-        if len(base.shape) == 4:
+        if not base.is_matrix:
             return convolved(base, x, self._rotated_weight(base.weight(), rotation, base))
         return base(blockwise(x, rotation), *args, **kwargs)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter import PromptAdapter
 from ..assets import resolve
+from ..bases.stored_tensors import gathered
 from ..config import PromptConfig, config_class
 from ..errors import ConfigError
 from ..registry import register
@@ -85,7 +86,7 @@ class PromptTuning(PromptAdapter):
             ids = torch.randint(0, words.num_embeddings, (rows,))
         else:
             ids = _text_ids(config, rows, words.num_embeddings)
-        with torch.no_grad():
+        with torch.no_grad(), gathered(words.parameters()):
             self.embedding.copy_(words(ids.to(words.weight.device)))
 
 

@@ -32,4 +32,4 @@ def blockwise(x: Tensor, matrices: Tensor) -> Tensor:
 def convolved(base: BaseView, x: Tensor, weight: Tensor) -> Tensor:
     """A convolution's output with another weight in place of its own."""
     y = base.product(x, weight.to(x.dtype))
-    return y if base.bias is None else y + base.bias.to(y.dtype)[:, None, None]
+    return y if base.bias is None else y + base.per_output(base.bias.to(y.dtype))

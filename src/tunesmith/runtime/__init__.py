@@ -18,9 +18,12 @@ What a call can hold besides:
 
 - `mixed_batch.py`: rows with different adapters. A module runs once for each group of rows that share theirs.
 - `virtual_tokens.py`, `rows.py`: embeddings in front of each row, with the masks, positions and labels that go with them.
+- `generation.py`: the same in every call that `generate` makes, and the modes in which that is not exact.
 - `prefix.py`: keys and values in front of each layer's own. They enter through `cache.py`, which alone knows what
   transformers calls its caches.
 - `packed_row.py`, `packed_attention.py`: several texts in one row, none of which attends to another.
 - `adapted.py`: a view of a module with an adapter on it, for the second adapter on the same module.
+- `reads.py`, `lazy_weight.py`: weights that a model reads instead of calling their modules are what merging would make of them.
 - `recompute.py`: layers that gradient checkpointing computes again see the frame of their forward pass.
+- `own_state.py`: what the handle sets on modules of the base (its mode, flags, hooks), there while the frame is current.
 """

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from ..bases.architecture import is_encoder_decoder, text_config
 
 NAMES = ("cache", "past_key_values", "layer_past")
+STATES = "cache_params"  # the same argument of models that keep states instead of keys and values, up to 5.23
 
 KeysAndValues = tuple[Tensor, Tensor]  # of one layer, `(B, heads, n, head_dim)` each
 
@@ -35,7 +37,7 @@ def name_in(forward: Callable[..., Any]) -> str | None:
 
 def given(inputs: dict[str, Any]) -> Any:
     """The cache among a call's keyword arguments, under any of its names; None if there is none."""
-    return next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
+    return next((inputs[name] for name in (*NAMES, STATES) if inputs.get(name) is not None), None)
 
 
 def with_cache(inputs: dict[str, Any], name: str, cache: Any) -> dict[str, Any]:
@@ -49,13 +51,40 @@ def is_cache(value: Any) -> bool:
 
 
 def length(cache: Any) -> int:
-    """Number of tokens in a cache; 0 if there is none."""
-    return int(cache.get_seq_length()) if is_cache(cache) else 0
+    """Number of tokens in a cache; 0 if there is none, or if it keeps states, which have no length."""
+    return int(cache.get_seq_length()) if is_cache(cache) and not _keeps_states(cache) else 0
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether no token went into a cache yet, or there is none."""
+    return not cache.has_previous_state() if is_cache(cache) and _keeps_states(cache) else length(cache) == 0
+
+
+def _keeps_states(cache: Any) -> bool:
+    """Whether all layers of a cache keep a state (Mamba) and none keeps keys."""
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and not any(hasattr(layer, "get_seq_length") for layer in layers)
 
 
 def is_fixed(cache: Any) -> bool:
     """Whether a cache was allocated for a fixed number of tokens, so that it cannot grow."""
-    return bool(getattr(cache, "is_compileable", False))
+    own = getattr(cache, "self_attention_cache", cache)
+    return isinstance(own, StaticCache) or bool(getattr(own, "is_compileable", False))
+
+
+def is_laid_out(implementation: str | None) -> bool:
+    """Whether `generate(cache_implementation=...)` allocates a cache for a fixed number of tokens."""
+    return implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS and implementation != "hybrid"  # which means "dynamic" today
+
+
+def crops_from_the_end() -> bool:
+    """Whether caches are cropped by a number of tokens to remove; in older releases by the length of the text that stays."""
+    return "tokens_to_remove" in inspect.signature(Cache.crop).parameters
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is the one of continuous batching, which keeps the texts of a row apart itself."""
+    return type(cache).__name__ == "PagedAttentionCache"
 
 
 def empty(config: Any) -> Cache:
@@ -67,7 +96,8 @@ def empty(config: Any) -> Cache:
 def layer_count(config: Any) -> int | None:
     """Number of layers that keep keys and values; None if some layers keep something else instead."""
     layers = DynamicCache(config=text_config(config)).layers
-    return len(layers) if all(isinstance(layer, DynamicLayer) for layer in layers) else None
+    keys_alone = all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers)
+    return len(layers) if keys_alone else None
 
 
 def append(cache: Any, layers: Sequence[KeysAndValues]) -> None:
@@ -108,6 +138,21 @@ class HeldLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> KeysAndValues:
         assert self.keys is not None and self.values is not None
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+def without_held(result: Any) -> Any:
+    """A module's result without a cache of fixed keys and values: it holds nothing of the text that a caller would continue."""
+
+    def is_held(value: Any) -> bool:
+        own = getattr(value, "self_attention_cache", value)
+        return isinstance(own, Cache) and any(isinstance(layer, HeldLayer) for layer in own.layers)
+
+    if isinstance(result, tuple):
+        return tuple(value for value in result if not is_held(value))
+    for name in NAMES:
+        if is_held(getattr(result, name, None)):
+            result[name] = None
+    return result
 
 
 def _beside_cross_attention(own: Cache, config: Any) -> Cache:

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import packed_row, virtual_tokens
+from ..bases import architecture
+from . import cache, packed_row, virtual_tokens
 from .frame import Frame, Segments
+from .rows import tokens_of
 from .virtual_tokens import InputSpec
 
 
@@ -20,17 +22,23 @@ def prepare(base: Any, spec: InputSpec, frame: Frame, inputs: dict[str, Any], ta
         inputs: keyword arguments of the handle's forward; not changed.
         task_ids: `(rows,)`, for adapters whose virtual tokens depend on the task.
     """
-    if all(prompt.in_cache for prompt, _ in frame.prompts):
+    mixture, parts = frame.mixture, frame.mixture.frames if frame.mixture else [frame]
+    counts, prefixes = ([virtual_tokens.virtual_counts(part, held) for part in parts] for held in (False, True))
+    begun = virtual_tokens.is_continuation(inputs)
+    if spec.image_positions and inputs.get("position_ids") is None:
+        seen = cache.length(cache.given(inputs)) - max(counts) - max(prefixes) if begun else 0
+        inputs = {**inputs, "position_ids": architecture.image_positions(base, inputs, seen)}
+    if not any(counts):
         return inputs
-    mixture = frame.mixture
-    counts = [virtual_tokens.virtual_counts(part) for part in (mixture.frames if mixture else [frame])]
-    real = mixture.real(counts, mixture.size) if mixture else None
-    if virtual_tokens.is_continuation(inputs):
-        return virtual_tokens.continued(inputs, max(counts), spec, real)
+    inputs = {name: value for name, value in inputs.items() if name != "cache_position"}  # the base reads them off the cache
+    rows = tokens_of(inputs).shape[0]
+    real = mixture.real(counts, rows) if mixture else None
+    if begun:
+        return virtual_tokens.continued(inputs, max(counts), spec, real, max(prefixes))
     if mixture is None:
         virtual = virtual_tokens.virtual_tokens(frame, task_ids)
     else:
-        virtual = virtual_tokens.virtual_tokens_by_rows(mixture, task_ids)
+        virtual = virtual_tokens.virtual_tokens_by_rows(mixture, task_ids, rows)
     return virtual_tokens.extend(inputs, virtual, base.get_input_embeddings(), spec, real)
 
 
@@ -49,23 +57,3 @@ def pack(
         virtual = virtual_tokens.virtual_tokens(frame, task_ids)
         virtual_tokens.check_length(Segments.of(inputs).longest, virtual.shape[-2], spec)
     return packed_row.packed(base, frame, inputs, virtual, multiple_of)
-
-
-def for_generate(
-    base: Any, spec: InputSpec, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], task_ids: Tensor | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the base's `generate`, with the frame's virtual tokens in front of each prompt."""
-    if all(prompt.in_cache for prompt, _ in frame.prompts):
-        return args, kwargs
-    if args:
-        kwargs["input_ids"], *rest = args
-        args = (None, *rest)
-    ids = kwargs.pop("input_ids", kwargs.pop("inputs", None))
-    kwargs = virtual_tokens.generation_inputs(base, ids, kwargs)
-    named = ("attention_mask", "inputs_embeds", "token_type_ids")
-    given = {"input_ids": ids, **{name: kwargs.pop(name) for name in named if kwargs.get(name) is not None}}
-    inputs = prepare(base, spec, frame, {name: value for name, value in given.items() if value is not None}, task_ids)
-    inputs.pop("position_ids", None)  # generate counts them from the mask itself
-    if ids is not None and not spec.encoder_decoder:
-        inputs["input_ids"] = ids  # for the result and for processors that look at the text so far
-    return args, {**kwargs, **inputs}

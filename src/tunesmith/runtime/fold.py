@@ -22,13 +22,15 @@ def fold(module: nn.Module, adapters: tuple[Adapter | Around | Replacement, ...]
             module = adapter(module)
     kind = view_type(module)
     base = None if kind is None else kind(module)
-    call: Callable[..., Any] = plain_forward(module) if base is None else base
+    call: Callable[..., Any]
     linear = [adapter for adapter in adapters if isinstance(adapter, LinearAdapter)]
     if linear:
         assert base is not None, f"no view for {type(module).__name__}"
         for adapter in linear[:-1]:
             base = Adapted(adapter, base)
         call = functools.partial(_adapted, linear[-1], base)
+    else:
+        call = plain_forward(module)
     for adapter in adapters:
         if isinstance(adapter, SublayerAdapter):
             call = functools.partial(_adapted_block, adapter, module, call)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, PromptAdapter
+from .own_state import OwnState
 
 BASE_ROW = "__base__"  # in `adapter_names`, a row without an adapter
 BOUNDARIES = "cu_seq_lens_q"
@@ -43,6 +44,9 @@ class Frame:
         penalties: terms added to the loss in training.
         names: the effective adapters.
         segments: the boundaries of the texts of a packed row.
+        owner: identifies the handle.
+        state: what the handle sets on the base's modules while it runs.
+        training: the handle's mode.
     """
 
     adapters: dict[Place, tuple[Adapter | Around | Replacement, ...]]
@@ -52,6 +56,9 @@ class Frame:
     penalties: tuple[Callable[[], Tensor], ...] = ()
     names: tuple[str, ...] = ()
     segments: Segments | None = None
+    owner: object = None
+    state: OwnState | None = None
+    training: bool = False
 
     def recording(self, fired: set[Place]) -> Frame:
         """This frame, recording the sites that it reaches in `fired`."""
@@ -63,6 +70,21 @@ class Frame:
     def with_prompts(self, prompts: tuple[tuple[PromptAdapter, int], ...]) -> Frame:
         """This frame with other virtual tokens."""
         return replace(self, prompts=prompts)
+
+    def wrapping(self, place: Place, around: Around) -> Frame:
+        """This frame with a wrapper around a module's call, for rows of all parts."""
+        if self.mixture is not None:
+            parts = [part.wrapping(place, around) for part in self.mixture.frames]
+            return replace(self, mixture=Mixture(parts, self.mixture.groups))
+        return replace(self, adapters=self.adapters | {place: (*self.adapters.get(place, ()), around)})
+
+    def unwrapped(self) -> Frame:
+        """This frame without wrappers."""
+        if self.mixture is not None:
+            return replace(self, mixture=Mixture([part.unwrapped() for part in self.mixture.frames], self.mixture.groups))
+        rest: dict[Place, tuple[Adapter | Around | Replacement, ...]]
+        rest = {place: tuple(one for one in group if not isinstance(one, Around)) for place, group in self.adapters.items()}
+        return replace(self, adapters=rest)
 
     def packed(self, segments: Segments, attentions: dict[Place, Replacement]) -> Frame:
         """This frame for a packed row, with these attentions in place of the base's; the row includes its virtual tokens."""
@@ -181,7 +203,11 @@ class Replacement:
 
 
 class _Local(threading.local):
-    frame: Frame | None = None
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+        self.gradients = False
+        self.running: Place | None = None
+        self.kept: dict[Any, Any] = {}
 
 
 _local = _Local()
@@ -192,20 +218,80 @@ def current_frame() -> Frame | None:
     return _local.frame
 
 
+FRAME = "_tunesmith_frame"  # attribute of a node of autograd
+
+
+def remember_frame(node: Any) -> None:
+    """Let a new node of a `torch.autograd.Function` keep the current frame for its backward pass (`recompute.py`).
+
+    Functions that call no modules, ours for example, say so and need none.
+    """
+    frame = _local.frame
+    if frame is not None and not getattr(node._forward_cls, "calls_no_modules", False):
+        setattr(node, FRAME, frame)
+
+
+def began_with_gradients() -> bool:
+    """Whether gradients were recorded when the current frame was entered."""
+    return _local.gradients
+
+
+def running_site() -> Place | None:
+    """The site whose adapters compute now, on this thread: what it reads of its module is the base's own."""
+    return _local.running
+
+
+def kept_reads() -> dict[Any, Any]:
+    """What `reads.py` keeps until the current frame is left."""
+    return _local.kept
+
+
+def set_running(site: Place | None) -> Place | None:
+    """Makes `site` this thread's running one; returns the one before."""
+    before, _local.running = _local.running, site
+    return before
+
+
 class entered:
     """Context manager: makes `frame` this thread's current frame, and restores the previous one afterwards.
 
+    While it is held, the modules of the base are in the state that the frame's handle has set for them.
     Never hold one across a `yield`: the caller of a suspended generator would run in that frame.
+
+    Args:
+        state: whether modules will be called.
+        gradients: whether gradients are recorded; by default torch says so.
+        traced: whether `torch.compile` traces the call. (Asked here, `is_compiling()` made torch 2.13 drop what is set below.)
     """
 
-    def __init__(self, frame: Frame | None) -> None:
+    def __init__(self, frame: Frame | None, state: bool = True, gradients: bool | None = None, traced: bool = False) -> None:
         self.frame = frame
+        self.state = frame.state if frame is not None and state else None
+        self.gradients = gradients
+        self.traced = traced
         self.previous: Frame | None = None
+        self.before = False
+        self.turn: Any = None
 
     def __enter__(self) -> Frame | None:
-        self.previous = _local.frame
+        self.previous, self.before = _local.frame, _local.gradients
+        if self.state is not None:
+            assert self.frame is not None
+            if (
+                self.previous is not None
+                and self.previous.state is self.state
+                and self.previous.training == self.frame.training
+            ):
+                self.state = None
+            else:
+                self.turn = self.state.enter(self.frame.training, self.traced)
         _local.frame = self.frame
+        _local.gradients = torch.is_grad_enabled() if self.gradients is None else self.gradients
         return self.frame
 
     def __exit__(self, *_: object) -> None:
-        _local.frame = self.previous
+        _local.frame, _local.gradients = self.previous, self.before
+        if _local.kept:
+            _local.kept.clear()
+        if self.state is not None:
+            self.state.leave(self.turn, self.traced)

@@ -37,6 +37,10 @@ def run_by_rows(
     if x is None or x.dim() == 0 or (x.shape[0] != 1 and x.shape[0] % mixture.size):
         shape = "no tensor" if x is None else tuple(x.shape)
         raise UsageError(f"a {type(module).__name__} received {shape}, which cannot be split into {mixture.size} rows")
+    if not getattr(module, "batch_first", True):
+        raise UsageError(
+            f"this {type(module).__name__} takes rows in its second dimension (batch_first=False); run one adapter at a time"
+        )
     around = [next((one for one in group if isinstance(one, Around)), None) for group in adapters]
     first = next((one for one in around if one is not None), None)
     if first is not None:

@@ -115,16 +115,6 @@ def _pad(inputs: dict[str, Any], segments: Segments, multiple: int) -> tuple[dic
     return inputs, Segments(F.pad(segments.boundaries, (0, 1), value=length + rest), max(segments.longest, rest))
 
 
-def cut(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """The packing keys for columns `start` to `stop` of a row; empty if the row is not packed."""
-    if inputs.get(BOUNDARIES) is None:
-        return {}
-    stop = min(stop, int(inputs[BOUNDARIES][-1]))
-    boundaries = inputs[BOUNDARIES].clamp(start, stop).unique() - start
-    longest = int(boundaries.diff().max())
-    return dict(zip(PACKED_KEYS, (boundaries, boundaries, longest, longest)))
-
-
 def fault(base: Any, frame: Frame) -> str | None:
     """Why texts of one row cannot be kept apart on this base with the frame's adapters; None if they can."""
     return _fault(base, frame, architecture.attention_modules(base))

@@ -24,9 +24,9 @@ from ..config import PromptConfig
 from ..errors import ConfigError, UsageError
 from . import cache, site
 from .cache import cache_name
-from .frame import Around, Mixture, current_frame
-from .rows import counted_positions, counts, prepend, tokens_of
-from .virtual_tokens import InputSpec, check_length, check_positions, input_spec_of
+from .frame import Around, Frame, Mixture, current_frame
+from .rows import counted_positions, counts, embedded, prepend, shifted_positions, tokens_of
+from .virtual_tokens import InputSpec, check_columns, check_length, check_positions, input_spec_of, virtual_counts
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, `(B, heads, n, head_dim)` or without B
 
@@ -133,7 +133,8 @@ class PrefixedStack(Around):
         layers = None
         if is_first_step(inputs):
             layers = [self.prompt(i).to(execution_device(a), self.stack.dtype) for i, a in enumerate(self.attentions)]
-        return call(**extend(inputs, layers, self.prompt.config.num_virtual_tokens, self.stack, self.spec))
+        result = call(**extend(inputs, layers, self.prompt.config.num_virtual_tokens, self.stack, self.spec))
+        return cache.without_held(result)
 
     def by_rows(self, parts: list[Any], mixture: Mixture, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(self.names, args)), **kwargs}
@@ -143,7 +144,8 @@ class PrefixedStack(Around):
         if is_first_step(inputs):
             found = ((_mixed_layer(parts, mixture, i, rows), a) for i, a in enumerate(self.attentions))
             layers = [layer.to(execution_device(a), self.stack.dtype) for layer, a in found]
-        return call(**extend(inputs, layers, max(counts), self.stack, self.spec, mixture.real(counts, rows)))
+        result = call(**extend(inputs, layers, max(counts), self.stack, self.spec, mixture.real(counts, rows)))
+        return cache.without_held(result)
 
 
 class PrefixedAttention(Around):
@@ -199,19 +201,56 @@ def extend(
         seen = cache.length(cache.given(inputs)) - n
     check_positions(real, spec)
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        raise UsageError(f"prefix tuning needs an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise UsageError(
+            f"prefix tuning needs an attention_mask of shape (rows, tokens), got {found}; where the model "
+            "itself makes such masks, use prompt tuning"
+        )
     if mask is None and real is not None:
         mask = torch.ones((rows, seen + length), dtype=torch.long, device=tokens.device)
-    if mask is not None and mask.shape[1] != seen + length:
+    if mask is not None and mask.shape[1] == seen + length + n:
         return inputs  # the caller's mask already includes the prefix, and so do the positions
     if mask is not None:
+        check_columns(mask, seen + length + n, n)
+        _check_window(mask, n, stack)
         mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real)
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
     elif mask is not None and spec.mask_positions:
         inputs["position_ids"] = counted_positions(mask)[:, -length:]
     return inputs
+
+
+def _check_window(mask: Tensor, n: int, stack: Any) -> None:
+    """Reject padding between a prefix and its text where attention counts columns, so that it would come to see less."""
+    window = architecture.column_window(stack.config)
+    if window is None or n + mask.shape[1] <= window or torch.compiler.is_compiling():
+        return
+    if bool((mask[:, 0] == 0).any()):
+        raise UsageError(
+            f"a prefix stands before left padding, which {type(stack).__name__} counts among the {window} columns that a token "
+            "sees; pad at the right, give rows of equal lengths, or use prompt tuning"
+            if window
+            else f"a prefix stands before left padding, and {type(stack).__name__} counts distances in columns; pad at the "
+            "right, give rows of equal lengths, or use prompt tuning"
+        )
+
+
+def with_columns(base: Any, frame: Frame, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a text whose beginning is in a cache, with a column in front for each token of the prefix there."""
+    inputs, mixture = dict(inputs), frame.mixture
+    embeds = embedded(inputs, base.get_input_embeddings())  # (B, T, dim)
+    rows, length = embeds.shape[:2]
+    lengths = [virtual_counts(part, in_cache=True) for part in (mixture.frames if mixture else [frame])]
+    n, real = max(lengths), mixture.real(lengths, rows) if mixture else None
+    if inputs.get("attention_mask") is None:
+        inputs["attention_mask"] = torch.ones((rows, length), dtype=torch.long, device=embeds.device)
+    per_token: dict[str, Any] = {"attention_mask": 1 if real is None else real, "token_type_ids": 0, "mm_token_type_ids": 0}
+    inputs |= {name: prepend(inputs[name], n, fill) for name, fill in per_token.items() if inputs.get(name) is not None}
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = shifted_positions(inputs["position_ids"], n, real)
+    return {**inputs, "inputs_embeds": torch.cat([embeds.new_zeros(rows, n, embeds.shape[-1]), embeds], dim=1)}
 
 
 def _mixed_layer(parts: list[Any], mixture: Mixture, layer: int, rows: int) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
+
 
 def tokens_of(inputs: dict[str, Any]) -> Tensor:
     """The tokens of a call, as ids `(rows, tokens)` or as embeddings `(rows, tokens, dim)`."""
-    ids = inputs.get("input_ids")
-    tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
-    return tokens
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is None and embeds is None:
+        raise UsageError("virtual tokens need input_ids or inputs_embeds to come before, but the call has neither")
+    return cast(Tensor, embeds if ids is None else ids)
 
 
 def embedded(inputs: dict[str, Any], embed: nn.Module) -> Tensor:
@@ -39,10 +42,10 @@ def counted_positions(mask: Tensor) -> Tensor:
 
 
 def shifted_positions(positions: Tensor, n: int, real: Tensor | None) -> Tensor:
-    """The user's positions, shifted by the row's virtual tokens, with the positions of those in front."""
+    """The user's positions `(..., B, T)`, shifted by the row's virtual tokens, with the positions of those in front."""
     if real is None:
-        first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(positions.shape[0], -1)
+        first = torch.arange(n, device=positions.device, dtype=positions.dtype)
     else:
-        positions = positions.expand(real.shape[0], -1)
+        positions = positions.expand(*positions.shape[:-2], real.shape[0], -1)
         first = counted_positions(real).to(positions.dtype)
-    return torch.cat([first, positions + counts(n, real)], dim=1)
+    return torch.cat([first.expand(*positions.shape[:-1], -1), positions + counts(n, real)], dim=-1)

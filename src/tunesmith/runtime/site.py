@@ -12,13 +12,16 @@ import types
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..bases.view import class_forward, computing_view
 from ..errors import TargetError
+from . import reads
 from .fold import fold
-from .frame import Frame, current_frame
+from .frame import Frame, current_frame, set_running
 from .mixed_batch import run_by_rows
+from .recompute import without_gradients
 
 
 class Site:
@@ -35,14 +38,20 @@ class Site:
         frame = current_frame()
         if frame is None:
             return self._plain(module, args, kwargs)
-        if frame.mixture is not None:
-            return self._mixed(module, frame, args, kwargs)
-        adapters = frame.adapters.get(self)
-        if not adapters:
-            return self._plain(module, args, kwargs)
-        if frame.fired is not None:
-            frame.fired.add(self)
-        return fold(module, adapters)(*args, **kwargs)
+        outer = set_running(self)
+        try:
+            if frame.mixture is not None:
+                return self._mixed(module, frame, args, kwargs)
+            adapters = frame.adapters.get(self)
+            if not adapters:
+                return self._plain(module, args, kwargs)
+            if frame.fired is not None:
+                frame.fired.add(self)
+            if frame.training and not torch.is_grad_enabled():
+                without_gradients(self, lambda: _train(adapters))
+            return fold(module, adapters)(*args, **kwargs)
+        finally:
+            set_running(outer)
 
     def _mixed(self, module: Any, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mixture: Any = frame.mixture
@@ -51,6 +60,8 @@ class Site:
             return self._plain(module, args, kwargs)
         if frame.fired is not None:
             frame.fired.add(self)
+        if frame.training and not torch.is_grad_enabled():
+            without_gradients(self, lambda: any(map(_train, adapters)))
         return run_by_rows(module, mixture, adapters, args, kwargs)
 
     def _plain(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,11 +70,13 @@ class Site:
         return self.view(module)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or pickle of the module alone holds its plain forward (and needs no Tunesmith to be read).
-
-        It is rebuilt before the module's `__dict__` is, so the attribute found is the class's.
-        """
+        """Copies and pickles of a base alone hold the class's forward, which is found before their `__dict__` is filled."""
         return getattr, (self.module(), "forward")
+
+
+def _train(adapters: tuple[Any, ...]) -> bool:
+    parameters = (p for adapter in adapters if isinstance(adapter, nn.Module) for p in adapter.parameters())
+    return any(p.requires_grad for p in parameters)
 
 
 def site_of(module: nn.Module) -> Site | None:
@@ -95,7 +108,18 @@ def install(module: nn.Module) -> Site:
             raise TargetError(f"{type(module).__name__}: {reason}")
         found = Site(module)
         module.__dict__[_slot(module)] = found
+        reads.intercept(module, found)
     return found
+
+
+def move(module: nn.Module) -> None:
+    """Give a shallow copy of a module, which holds the original's site, a site of its own."""
+    for slot in _SLOTS:
+        found = module.__dict__.get(slot)
+        if isinstance(found, Site) and found.module() is not module:
+            moved = object.__new__(Site)
+            moved.__dict__.update(found.__dict__, module=weakref.ref(module))
+            module.__dict__[slot] = moved
 
 
 def remove(module: nn.Module) -> None:
@@ -104,6 +128,7 @@ def remove(module: nn.Module) -> None:
         module.__dict__["_old_forward"] = class_forward(module)
     if isinstance(module.__dict__.get("forward"), Site):
         del module.__dict__["forward"]
+    reads.release(module)
 
 
 _SLOTS = ("_old_forward", "forward")

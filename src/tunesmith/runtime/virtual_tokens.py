@@ -35,6 +35,7 @@ class InputSpec:
         first_token_decides: the head reads the first position (classifiers on encoders), so padding moves to the end.
         reads_first_token: in addition to its outputs for each token, the model pools the first position.
         positions: size of the learned table of positions; None if positions are computed.
+        image_positions: the model counts positions of images along several axes, from ids.
         mask_positions: position ids, counted from the mask, may be given (not to RoBERTa, which counts from the padding id).
     """
 
@@ -45,12 +46,13 @@ class InputSpec:
     first_token_decides: bool
     reads_first_token: bool
     positions: int | None
+    image_positions: bool
     mask_positions: bool
 
 
-def virtual_counts(frame: Frame) -> int:
-    """Number of virtual tokens that the frame puts in front of the input."""
-    return sum(tokens for prompt, tokens in frame.prompts if not prompt.in_cache)
+def virtual_counts(frame: Frame, in_cache: bool = False) -> int:
+    """Number of virtual tokens that the frame puts in front of the input, or of those it puts in the cache."""
+    return sum(tokens for prompt, tokens in frame.prompts if prompt.in_cache == in_cache)
 
 
 def virtual_tokens(frame: Frame, task_ids: Tensor | None) -> Any:
@@ -62,11 +64,11 @@ def virtual_tokens(frame: Frame, task_ids: Tensor | None) -> Any:
     return None
 
 
-def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None) -> Tensor:
-    """The virtual tokens in front of each row of a mixed batch, `(rows, n, dim)`."""
-    parts = zip(mixture.frames, mixture.groups)
+def virtual_tokens_by_rows(mixture: Mixture, task_ids: Tensor | None, length: int) -> Tensor:
+    """The virtual tokens in front of each of `length` rows of a mixed batch, `(rows, n, dim)`; `task_ids` has as many."""
+    parts = zip(mixture.frames, mixture.rows(length)[0])
     values = [virtual_tokens(frame, None if task_ids is None else task_ids[rows]) for frame, rows in parts]
-    return mixture.stacked(values, 2, mixture.size)
+    return mixture.stacked(values, 2, length)
 
 
 def extend(
@@ -88,8 +90,8 @@ def extend(
         raise UsageError("prompt adapters need exactly one of input_ids and inputs_embeds")
     n, embeds = virtual.shape[-2], embedded(inputs, embed)
     rows, length = embeds.shape[:2]
-    if virtual.dim() == 3 and virtual.shape[0] != rows:
-        raise UsageError(f"{virtual.shape[0]} task_ids for {rows} rows; give one for each row")
+    if virtual.dim() == 3:
+        check_tasks(virtual.shape[0], rows)
     mask = inputs.get("attention_mask")
     _check_extension(length, mask, n, spec, real)
     if mask is None and (real is not None or "attention_mask" in spec.accepts):
@@ -98,7 +100,7 @@ def extend(
 
     embeds = torch.cat([virtual.to(embeds.dtype).expand(rows, -1, -1), embeds], dim=1)
     inputs["inputs_embeds"] = embeds if order is None else embeds.gather(1, order[:, :, None].expand_as(embeds))
-    per_token: dict[str, Any] = {"attention_mask": 1 if real is None else real, "token_type_ids": 0}
+    per_token: dict[str, Any] = {"attention_mask": 1 if real is None else real, "token_type_ids": 0, "mm_token_type_ids": 0}
     if spec.labels_per_token:
         per_token["labels"] = IGNORED
     for name, fill in per_token.items():
@@ -110,7 +112,10 @@ def extend(
             inputs[name] = inputs[name] + n
     if inputs.get("position_ids") is not None:
         positions = shifted_positions(inputs["position_ids"], n, real)
-        inputs["position_ids"] = positions if order is None else positions.expand(rows, -1).gather(1, order)
+        if order is not None:
+            order = order.expand(*positions.shape[:-2], -1, -1)
+            positions = positions.expand(order.shape).gather(-1, order)
+        inputs["position_ids"] = positions
     elif order is not None and spec.mask_positions:
         inputs["position_ids"] = counted_positions(inputs["attention_mask"])
     return inputs
@@ -121,6 +126,10 @@ def _check_extension(length: int, mask: Tensor | None, n: int, spec: InputSpec, 
     check_length(length, n, spec)
     if mask is not None and mask.dim() != 2:
         raise UsageError(f"prompt adapters need an attention_mask of shape (rows, tokens), got {tuple(mask.shape)}")
+    if mask is not None and mask.shape[1] != length:
+        raise UsageError(
+            f"the attention_mask has {mask.shape[1]} columns for {length} tokens; where a text continues, give the cache, too"
+        )
     check_positions(real, spec)
     if real is not None and spec.reads_first_token and not bool(real.all()):
         raise UsageError(
@@ -143,6 +152,7 @@ def input_spec_of(model: nn.Module, accepts: frozenset[str], *, labels_per_token
         first_token_decides=classifies and not last,
         reads_first_token=not classifies and architecture.pools_first_token(model),
         positions=architecture.longest_input(config) if table is not None else None,
+        image_positions=architecture.counts_image_positions(model),
         mask_positions="position_ids" in accepts
         and not encoder_decoder
         and (table is None or not architecture.positions_behind_padding(table)),
@@ -155,67 +165,77 @@ def fill_in(config: PromptConfig, model: Any) -> None:
     if config.token_dim not in (None, dim):
         raise ConfigError(f"token_dim={config.token_dim}, but {type(model).__name__} embeds tokens in {dim} dimensions")
     config.token_dim = dim
+    base = architecture.config_of(model)
+    if architecture.reads_ids_in_layers(base):
+        raise ConfigError(
+            f"the layers of {type(model).__name__} look tokens up by their ids, which virtual tokens lack; use LoRA"
+        )
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
-    base = architecture.config_of(model)
     if config.num_layers is None:
         config.num_layers = architecture.layers_in(base)
     if config.num_attention_heads is None:
         config.num_attention_heads = architecture.heads_in(base)
 
 
-def generation_inputs(model: Any, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `generate` in which lengths count new tokens only, and padding has a mask.
-
-    `generate` counts embeddings into `max_length`; users do not count virtual tokens, so `max_length` and `min_length`
-    become `max_new_tokens` and `min_new_tokens` for decoders. `generate` infers padding only from ids, which the
-    model does not read here, so a missing mask is derived from ids in the same way.
-    """
-    kwargs = dict(kwargs)
-    settings = kwargs.get("generation_config") or model.generation_config
-    decoder_only = not architecture.is_encoder_decoder(model.config)
-    if ids is None:
-        return kwargs
-    if decoder_only:
-        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            given = kwargs.pop(total, None)
-            if given is None and kwargs.get("generation_config") is not None:
-                given = getattr(settings, total, None)
-            if given and kwargs.get(new) is None and getattr(kwargs.get("generation_config"), new, None) is None:
-                kwargs[new] = given - ids.shape[1] if total == "max_length" else max(given - ids.shape[1], 0)
-        if kwargs.get("max_new_tokens", 1) <= 0:
-            raise UsageError(f"the prompt alone has {ids.shape[1]} tokens, which reaches max_length; increase max_length")
-    if kwargs.get("attention_mask") is None:
-        pad, eos = (kwargs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
-        ends = eos if isinstance(eos, (list, tuple)) else [eos]
-        if isinstance(pad, int) and pad not in ends and bool((ids == pad).any()):
-            kwargs["attention_mask"] = (ids != pad).long()
-    return kwargs
-
-
 def is_continuation(inputs: dict[str, Any]) -> bool:
     """Whether a call continues from a cache that is not empty."""
-    return cache.length(cache.given(inputs)) > 0
+    return not cache.is_empty(cache.given(inputs))
 
 
-def continued(inputs: dict[str, Any], n: int, spec: InputSpec, real: Tensor | None = None) -> dict[str, Any]:
-    """The inputs of a later decoding step: the cache already holds the virtual tokens; only the mask may lack them.
+def continued(inputs: dict[str, Any], n: int, spec: InputSpec, real: Tensor | None = None, prefix: int = 0) -> dict[str, Any]:
+    """The inputs of a later decoding step: the cache already holds the virtual tokens; mask and positions may lack them.
 
-    Positions are still counted from the mask, as in the first step.
+    Positions without a mask count the caller's tokens, as in the first step.
+
+    Args:
+        prefix: length of a prefix that the cache holds in addition; the mask lacks it.
+
+    Raises:
+        UsageError: the mask has neither a column for each of the caller's tokens so far, nor for virtual ones, too.
     """
     inputs = dict(inputs)
-    mask, tokens = inputs.get("attention_mask"), tokens_of(inputs)
-    expected = cache.length(cache.given(inputs)) + tokens.shape[1]
+    found, tokens = cache.given(inputs), tokens_of(inputs)
+    mask, columns = inputs.get("attention_mask"), cache.length(found) - prefix + tokens.shape[1]
+    if cache.length(found) == 0:  # it keeps states, so nothing that came before is masked
+        return inputs if mask is None else {**inputs, "attention_mask": mask[:, -tokens.shape[1] :]}
     if mask is None and real is not None:
-        mask = torch.ones((tokens.shape[0], expected - n), dtype=torch.long, device=tokens.device)
-    if mask is not None and mask.dim() == 2 and mask.shape[1] == expected - n:
-        order = _order(mask, n, real, spec)
-        mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real).gather(1, order)
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
-        elif spec.mask_positions:
-            inputs["position_ids"] = counted_positions(mask)[:, -tokens.shape[1] :]
+        mask = torch.ones((tokens.shape[0], columns - n), dtype=torch.long, device=tokens.device)
+    if mask is not None:
+        if mask.dim() != 2 or mask.shape[1] == columns:
+            return inputs
+        check_columns(mask, columns, n)
+        _check_begun(mask[:, : -tokens.shape[1]])
+        mask = inputs["attention_mask"] = prepend(mask, n, 1 if real is None else real).gather(1, _order(mask, n, real, spec))
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = inputs["position_ids"] + counts(n, real)
+    elif mask is not None and spec.mask_positions:
+        inputs["position_ids"] = counted_positions(mask)[:, -tokens.shape[1] :]
     return inputs
+
+
+def check_columns(mask: Tensor, columns: int, n: int) -> None:
+    """Reject a mask that does not fit what is in the cache."""
+    if mask.shape[1] != columns - n:
+        raise UsageError(
+            f"the attention_mask has {mask.shape[1]} columns, but cache and input hold {columns - n} tokens "
+            f"and {n} virtual ones before them; give it a column for each of the {columns - n}"
+        )
+
+
+def _check_begun(mask: Tensor) -> None:
+    """Reject rows of which nothing but padding is in the cache: virtual tokens went in before the padding that still comes."""
+    if not torch.compiler.is_compiling() and bool((mask.sum(1) == 0).any()):
+        raise UsageError(
+            "the first tokens of a row were all padding, but virtual tokens come after it; give each row its first token in "
+            "the first step (of generate, a larger prefill_chunk_size)"
+        )
+
+
+def check_tasks(found: int, rows: int) -> None:
+    """Reject a number of task ids that is not the number of rows."""
+    if found != rows:
+        raise UsageError(f"{found} task_ids for {rows} rows; give one for each row")
 
 
 def check_length(length: int, n: int, spec: InputSpec) -> None:

@@ -3,7 +3,7 @@
     adapter_config.json         the configuration (indent 2, sorted keys)
     adapter_model.safetensors   the tensors (metadata {"format": "pt"})
     adapter_encoder.safetensors the encoder of virtual tokens in training; needed only to resume
-    adapter_model.bin           the tensors in the old format; read only, and nothing but plain tensors is unpickled
+    adapter_model.bin           the tensors in the old format, of which nothing but plain tensors is unpickled
     README.md                   the model card
 
 Writing stages new files beside the old ones in `.adapter-staging-<id>/`, flushes them to disk and renames the folder
@@ -17,14 +17,22 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterFileError, ConfigError, did_you_mean
+from ..errors import AdapterFileError
 from .hub import fetch
+from .options import hub_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +44,7 @@ OLD_WEIGHTS_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 COMMIT_FOLDER = ".adapter-commit"
 STAGING_PREFIX = ".adapter-staging-"
-
-
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# Accepted as in the ecosystem's calls, but without effect: an adapter is always placed where its base is.
-_IGNORED_OPTIONS = (
-    "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "offload_buffers", "torch_device",
-    "low_cpu_mem_usage", "ephemeral_gpu_offload", "use_safetensors", "proxies", "resume_download",
-)  # fmt: skip
+REMOVED_FILE = ".removed"  # of a commit: names of the files that it takes away
 
 
 class AdapterFolder:
@@ -52,17 +53,17 @@ class AdapterFolder:
     def __init__(self, name: str, locate: Callable[[str], Path | None]) -> None:
         self.name = name
         self.locate = locate
+        self._held: dict[str, Tensor] | None = None
 
     @classmethod
     def find(cls, name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> AdapterFolder:
-        """The adapter in a local folder, else in a Hub repository (kwargs: `revision`, `token`, `cache_dir`, ...).
+        """The adapter in a local folder, else in a Hub repository (kwargs: see `options.py`).
 
         Raises:
             AdapterFileError: neither exists.
+            ConfigError: an option is unknown.
         """
-        unknown = [key for key in hub if key not in _HUB_OPTIONS and key not in _IGNORED_OPTIONS]
-        if unknown:
-            raise ConfigError(f'unknown option "{unknown[0]}" for loading an adapter{did_you_mean(unknown[0], _HUB_OPTIONS)}')
+        known = hub_options(hub)
         if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
             raise AdapterFileError(f"{name_or_path!r} does not name an adapter; give a folder or the id of a Hub repository")
         if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
@@ -75,7 +76,6 @@ class AdapterFolder:
         if Path(name_or_path).is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
             raise AdapterFileError(f"there is no folder {folder}; check the path (Hub repositories are written owner/name)")
         prefix = f"{subfolder}/" if subfolder else ""
-        known = {k: v for k, v in hub.items() if k in _HUB_OPTIONS}
         return cls(str(name_or_path), lambda filename: fetch(str(name_or_path), prefix + filename, **known))
 
     def values(self) -> dict[str, Any]:
@@ -106,12 +106,20 @@ class AdapterFolder:
         inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
         return f"; adapters inside it: {', '.join(inner[:8])}" if inner else ""
 
+    def holding(self, tensors: dict[str, Tensor]) -> AdapterFolder:
+        """The same folder with these tensors in place of what its weights file holds."""
+        other = AdapterFolder(self.name, self.locate)
+        other._held = tensors
+        return other
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the weights file, on the CPU.
 
         Raises:
             AdapterFileError: the file is missing, truncated, damaged or holds anything but tensors.
         """
+        if self._held is not None:
+            return self._held
         path = self.locate(WEIGHTS_FILE)
         if path is not None:
             return _read_safetensors(path)
@@ -133,7 +141,10 @@ class AdapterFolder:
 def _present(folder: Path, filename: str) -> Path | None:
     """The file in a folder; that of a committed write whose files have not been moved yet comes first."""
     commit = folder / COMMIT_FOLDER
-    places = (folder,) if commit.is_symlink() else (commit, folder)
+    if commit.is_symlink():
+        places: tuple[Path, ...] = (folder,)
+    else:
+        places = (commit,) if filename in _removed(commit) else (commit, folder)
     return next((place / filename for place in places if (place / filename).is_file()), None)
 
 
@@ -161,24 +172,46 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return values
 
 
-def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files into `folder`, all of them or none; other files there are kept.
+def write_folder(
+    folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]], removed: Collection[str] = ()
+) -> None:
+    """Write files into `folder` and remove others, all of it or nothing; files that are not named are kept.
+
+    Processes that write into one folder take turns.
 
     Args:
         writers: `{filename: function that writes it to the given path}`.
+        removed: names of files that must not be there afterwards.
     """
     folder = Path(folder)
     if folder.is_file():
         raise AdapterFileError(f"{folder} is a file; give a folder to save into")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _finish(folder)
-        for leftover in folder.glob(f"{STAGING_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        _stage(folder, writers)
-        _finish(folder)
+        with _alone(folder):
+            _finish(folder)
+            for leftover in folder.glob(f"{STAGING_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            present = [name for name in sorted(removed) if (folder / name).is_file()]
+            gone = {REMOVED_FILE: partial(write_text, "\n".join(present))} if present else {}
+            _stage(folder, {**writers, **gone})
+            _finish(folder)
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"cannot save into {folder} ({error}); fix this or give another folder") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes into `folder`; the system lets go of it when a process ends, however it ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -207,10 +240,19 @@ def _finish(folder: Path) -> None:
     commit = folder / COMMIT_FOLDER
     if commit.is_symlink() or not commit.is_dir():  # a link is not ours: it would move another folder's files
         return
+    for name in _removed(commit):
+        (folder / name).unlink(missing_ok=True)
+    (commit / REMOVED_FILE).unlink(missing_ok=True)
     for path in commit.iterdir():
         os.replace(path, folder / path.name)
     commit.rmdir()
     flush(folder)
+
+
+def _removed(commit: Path) -> list[str]:
+    """The files that a committed write takes away: an adapter's own, whatever somebody else's list may name."""
+    listed, own = commit / REMOVED_FILE, (WEIGHTS_FILE, OLD_WEIGHTS_FILE, ENCODER_FILE)
+    return [name for name in listed.read_text(encoding="utf-8").splitlines() if name in own] if listed.is_file() else []
 
 
 def flush(path: Path) -> None:

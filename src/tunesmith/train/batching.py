@@ -19,7 +19,8 @@ class BucketTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthBuckets([len(row["input_ids"]) for row in rows], self.args.train_batch_size, seed)
+        batch = self.args.train_batch_size * self.args.world_size  # of all processes, which take turns at its rows
+        return LengthBuckets([len(row["input_ids"]) for row in rows], batch, seed)
 
 
 def batching(handle: PeftModel, packing: bool | None, pad_id: int) -> tuple[type[Trainer], PackedCollator | PadRight]:

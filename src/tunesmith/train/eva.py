@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attach.build import build
+from ..attach.build import build, replace_stored, stored_in
 from ..bases.view import view_of
 from ..errors import UsageError, bullet_list
 from ..inits.eva import StreamingSvd, share_out
@@ -76,13 +76,15 @@ def initialize_lora_eva_weights(
     unknown = sorted(set(eva_state_dict) - {path for path, _ in model.tree(adapter_name).items()})
     if unknown:
         raise UsageError("eva_state_dict names modules that carry no adapter here:\n" + bullet_list(unknown))
-    plan, new = model.plan_adapter(_with_ranks(config, model, adapter_name, {p: len(a) for p, a in eva_state_dict.items()}))
+    ranks = {path: len(directions) for path, directions in eva_state_dict.items()}
+    plan, new = model.plan_adapter(_with_ranks(config, model, adapter_name, ranks), current_names=True)
     full_precision = any(parameter.dtype == torch.float32 for parameter in model.tree(adapter_name).parameters())
-    tree = build(model.base_model, new, plan, full_precision=full_precision, initialise=True)
+    tree = build(model.bare_base, new, plan, full_precision=full_precision, initialise=True)
     with torch.no_grad():
         for path, directions in eva_state_dict.items():
             if len(directions):
                 tree.node(path)._modules["_adapter"].lora_A.copy_(directions)  # type: ignore[union-attr, operator]
+    replace_stored(tree, stored_in(model.tree(adapter_name)))
     model.take_adapter(adapter_name, new, tree)
 
 
@@ -104,7 +106,7 @@ def get_eva_state_dict(
     model.eval()
     try:
         for batch in tqdm(dataloader, desc="EVA", disable=not show_progress_bar):
-            batch = _on_device(batch, next(model.base_model.parameters()).device)
+            batch = _on_device(batch, next(model.bare_base.parameters()).device)
             inputs.batch = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
             with model.disable_adapter():
                 forward_fn(model, batch)
@@ -133,7 +135,7 @@ class _LayerInputs:
         self.settled: set[str] = set()
         eva: Any = config.eva_config
         for path in _lora_paths(model, name):
-            module = model.base_model.get_submodule(path)
+            module = model.bare_base.get_submodule(path)
             if view_of(module).is_matrix:
                 r, inner = config.settings(path).r, view_of(module).shape[1]
                 self.budget += r

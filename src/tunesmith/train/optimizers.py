@@ -161,7 +161,7 @@ def _loras(model: PeftModel) -> Iterator[tuple[nn.Module, Lora]]:
     for name in model.active_adapters:
         for path, adapter in model.tree(name).items():
             if isinstance(adapter, Lora):
-                yield model.base_model.get_submodule(path), adapter
+                yield model.bare_base.get_submodule(path), adapter
 
 
 def _check_handle(model: Any) -> None:

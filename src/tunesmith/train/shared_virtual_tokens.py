@@ -20,6 +20,7 @@ from ..runtime import cache, packed_row
 from ..runtime.frame import BOUNDARIES, Frame, Segments
 from ..runtime.rows import prepend
 from ..runtime.virtual_tokens import check_length, virtual_counts, virtual_tokens
+from . import known_loss
 
 UNUSUAL = {"inputs_embeds", *cache.NAMES, "token_type_ids", "task_ids"}
 
@@ -30,17 +31,23 @@ WORTH = 64  # tokens that must be saved beyond that
 def applies(handle: PeftModel, frame: Frame, inputs: dict[str, Any]) -> bool:
     """Whether a training batch is of several texts that all begin with the same virtual tokens."""
     spec, mask, boundaries = handle.input_spec, inputs.get("attention_mask"), inputs.get(BOUNDARIES)
+    base = handle.bare_base
     texts = len(inputs["input_ids"]) if boundaries is None else len(boundaries) - 1
     return (
         len(frame.prompts) == 1
         and virtual_counts(frame) > 0
+        and not frame.adapters
+        and type(base).__name__ in known_loss.CAUSAL
+        and not architecture.is_bidirectional(base.config)
+        and not architecture.rope_depends_on_length(base.config)
+        and not architecture.has_cross_attention(base.config)
         and not frame.prompts[0][0].by_task
         and spec.labels_per_token
-        and cache.cache_name(handle.base_model) is not None
+        and cache.cache_name(base) is not None
         and not UNUSUAL & inputs.keys()
         and (boundaries is not None or "position_ids" not in inputs)
         and _saved(texts, virtual_counts(frame)) >= WORTH
-        and not any(architecture.recomputes(module) for module in handle.checkpointing_modules)
+        and not handle.recomputes()
         and (mask is None or (mask.dim() == 2 and bool(mask[:, 0].all())))
     )
 
@@ -64,7 +71,7 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, multi
     Raises:
         UsageError: the base has too few positions, or keeps no keys and values.
     """
-    base, packed = handle.base_model, inputs.get(BOUNDARIES) is not None
+    base, packed = handle.bare_base, inputs.get(BOUNDARIES) is not None
     rows, length = inputs["input_ids"].shape
     with handle.entered(frame):
         virtual = virtual_tokens(frame, None)  # (n, dim)
@@ -88,7 +95,7 @@ def run(handle: PeftModel, frame: Frame, inputs: dict[str, Any], tap: Any, multi
 
 def _run_virtual(handle: PeftModel, frame: Frame, virtual: Tensor, boundaries: Tensor | None) -> Any:
     """Run virtual tokens as one row, packed if the texts behind them are; returns a cache of their keys and values."""
-    base, kept = handle.base_model, cache.empty(handle.base_model.config)
+    base, kept = handle.bare_base, cache.empty(handle.bare_base.config)
     inputs: dict[str, Any] = {"inputs_embeds": virtual[None].to(base.get_input_embeddings().weight.dtype)}
     if boundaries is not None:
         alone = {**inputs, BOUNDARIES: boundaries.new_tensor([0, len(virtual)])}

@@ -1,22 +1,27 @@
 """transformers' Trainer for handles: checkpoints hold adapters, and adapters are what is resumed and reloaded.
 
-The plain `transformers.Trainer` trains, evaluates and saves a handle correctly, too; to resume or to reload the best
-checkpoint it wants full weights, so those need this one.
+The plain `transformers.Trainer` trains, evaluates and saves a handle correctly, too; where `peft` is not installed it wants
+full weights to resume or to reload the best checkpoint, so those need this one.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from ..bases.precision import slower_than_need_be
 from ..bases.quantised import quantised_views
 from ..errors import AdapterFileError
+from ..labels import IGNORED
 from ..model import PeftModel
 from ..storage.folder import CONFIG_FILE
 from .fused_loss import FusedLoss
@@ -38,6 +43,8 @@ class AdapterTrainerMixin:
     model: Any
     accelerator: Any
     compute_loss_func: Any
+    processing_class: Any
+    label_smoother: Any
     model_accepts_loss_kwargs: bool
 
     _fused_loss: FusedLoss | None = None
@@ -48,6 +55,19 @@ class AdapterTrainerMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
             load_all(handle, resume_from_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Adapters alone, whatever the base is; of a base that is no transformers model, its class would save everything."""
+        handle = self._handle()
+        if handle is None or isinstance(handle, transformers.PreTrainedModel):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        folder = output_dir or self.args.output_dir
+        handle.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimiser of `args.optim`, or what replaces it on this machine; `args` itself stays as the user made it."""
@@ -61,11 +81,11 @@ class AdapterTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         settings, handle = self.args, self._handle()
-        if handle is not None and next(quantised_views(handle.base_model), None):
+        if handle is not None and next(quantised_views(handle.bare_base), None):
             if settings.device.type == "cpu":
                 leave_no_gaps()
         elif handle is not None and not (settings.bf16 or settings.fp16):
-            advice = slower_than_need_be(handle.base_model, settings.device)
+            advice = slower_than_need_be(handle.bare_base, settings.device)
             if advice:
                 logger.warning(advice)
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -82,19 +102,29 @@ class AdapterTrainerMixin:
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The fused loss where it is the model's own (`fused_loss.py`) and neither outputs nor another loss are asked for."""
-        own = self.compute_loss_func
-        if not return_outputs and own is None and isinstance(model, PeftModel) and model.training:
+        """The fused loss where it is known to be this one (`known_loss.py`) and no outputs are asked for."""
+        if not return_outputs and isinstance(model, PeftModel) and model.training and self._takes_the_models_loss():
             if self._fused_loss is None or self._fused_loss.handle is not model:
                 self._fused_loss = FusedLoss(model)
-            smoothing = self.args.label_smoothing_factor
-            items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-            loss = self._fused_loss(inputs, items, smoothing)
+            smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+            loss = self._fused_loss(inputs, num_items_in_batch if self.model_accepts_loss_kwargs else None, smoothing)
             if loss is not None:
-                processes = self.accelerator.num_processes
-                average = self.args.average_tokens_across_devices and items is not None
-                return loss * processes if average and processes > 1 else loss
+                return loss
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+
+    def _takes_the_models_loss(self) -> bool:
+        """Whether the Trainer class behind this one takes the model's loss, at most smoothed, and scales it by nothing.
+
+        Several processes scale it by their number.
+        """
+        behind = super().compute_loss  # type: ignore[misc]
+        smoother = self.label_smoother
+        return (
+            getattr(behind, "__globals__", {}).get("__name__") == transformers.trainer.__name__
+            and self.compute_loss_func is None
+            and (smoother is None or (type(smoother) is LabelSmoother and smoother.ignore_index == IGNORED))
+            and self.accelerator.num_processes == 1
+        )
 
     def _handle(self, model: nn.Module | None = None) -> PeftModel | None:
         """The handle being trained, out of whatever accelerate wrapped it in."""
