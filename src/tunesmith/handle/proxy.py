@@ -173,8 +173,8 @@ class Proxy:
         present = next((held[name] for held in (module._parameters, module._modules) if name in held), None)
         if value is not None and unwrapped(value) is present:
             return
-        if isinstance(value, DTensor) or isinstance(present, DTensor):  # sharding, which keeps the values
-            setattr(module, name, value)
+        if isinstance(value, DTensor) or isinstance(present, DTensor) or name == "_parameters":
+            setattr(module, name, value)  # FSDP and DeepSpeed, which shard parameters and keep their values
             return
         if present is not None or isinstance(value, (nn.Parameter, nn.Module)):
             raise _fixed(self, name)
@@ -252,7 +252,9 @@ def shown(handle: Any, value: Any) -> Any:
     if isinstance(value, nn.Module):
         return handle._proxy(value)
     if isinstance(value, types.MethodType) and _leads_on(value):
-        return types.MethodType(value.__func__, handle._proxy(value.__self__))
+        owner: Any = value.__self__
+        bound = handle._proxy(owner)
+        return bound.forward if value.__func__ is type(owner).forward else types.MethodType(value.__func__, bound)
     if type(value) in (list, tuple) and _leads_on(value):
         return type(value)(shown(handle, item) for item in value)
     if type(value) is dict and _leads_on(value):

@@ -81,13 +81,23 @@ class Tuner(Root):
     __slots__ = ()
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # beside the root below it, not instead of it
-    _parameters: Any = property(lambda self: {})
     _buffers: Any = property(lambda self: {})
     prefix = "lora_"
 
     @property
     def _modules(self) -> Mapping[str, Any]:
         return {"model": self.model}
+
+    @property
+    def _parameters(self) -> Any:
+        """None of its own: the root below it has them. (DeepSpeed puts a dictionary here, and looks for it again.)"""
+        return vars(handle_of(self)).get("_parameters_of_tuner", {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_parameters":
+            vars(handle_of(self))["_parameters_of_tuner"] = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def model(self) -> Any:
