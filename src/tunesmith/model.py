@@ -121,6 +121,9 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
             )
         result = base.resize_token_embeddings(*args, **kwargs)
         base.requires_grad_(False)
+        others: Any = self._shared_base.handles
+        for handle in others:
+            handle._forget()
         return result
 
     # --- files ----------------------------------------------------------------------------------------------------

@@ -110,3 +110,16 @@ def test_other_libraries_may_hold_parameters_in_a_dictionary_of_their_own():
         module._parameters.mark = True
     assert type(base[0]._parameters) is Held and base[0]._parameters.mark
     assert torch.equal(handle(X), expected)
+
+
+def test_modules_that_are_added_to_a_base_later_act_and_take_its_handles_mode(llama, llama_inputs):
+    handle = lora(llama).train()
+    llama.around = nn.Sequential(nn.Dropout(0.5))
+    llama.around.inner = llama.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 32)
+    assert torch.equal(handle.around.inner(x), handle.model.layers[0].self_attn.q_proj(x))
+    assert not torch.equal(handle.around.inner(x), llama.around.inner(x))
+    handle.resize_token_embeddings(tiny.VOCAB + 8)
+    handle(**llama_inputs)
+    assert not llama.training and not any(module.training for module in llama.model.modules())
+    assert handle.get_input_embeddings().num_embeddings == tiny.VOCAB + 8

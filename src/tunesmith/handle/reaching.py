@@ -33,7 +33,8 @@ class Reaching(Calls):
     def _forget(self) -> None:
         super()._forget()
         self._proxies = weakref.WeakValueDictionary()
-        self._paths = {module: path for path, module in self.bare_base.named_modules()}
+        self._paths = {}
+        self._own.find_modules()
 
     def _settle(self) -> None:
         super()._settle()
@@ -54,7 +55,8 @@ class Reaching(Calls):
 
     def recomputes(self) -> bool:
         """Whether gradient checkpointing is enabled, for this handle or on the base."""
-        return any(self._own.get(module, architecture.RECOMPUTES) or architecture.recomputes(module) for module in self._paths)
+        own, name = self._own, architecture.RECOMPUTES
+        return any(own.get(module, name) or architecture.recomputes(module) for module in own.modules)
 
     def _root(self) -> Any:
         return self._shown(self.bare_base, Root)
@@ -73,6 +75,8 @@ class Reaching(Calls):
         return found
 
     def _path_of(self, module: nn.Module) -> str | None:
+        if module not in self._paths:  # modules may have been added to the base
+            self._paths = {each: path for path, each in self.bare_base.named_modules()}
         return self._paths.get(module)
 
     def _check_part(self, module: nn.Module) -> None:

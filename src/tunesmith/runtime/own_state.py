@@ -57,12 +57,16 @@ class OwnState:
         self._turns = _turns_of(base)
         self._copies: dict[int, Any] = {}  # of configurations, by what they copy
         self._as_copied: list[tuple[Any, dict[str, Any]]] = []
-        self._modules = [module for module in base.modules() if "training" in vars(module)]
-        self._dicts = [vars(module) for module in self._modules]
-        self.statistics: list[Any] = [module for module in self._modules if keeps_statistics(module)]
+        self.find_modules()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OwnState, (self._base,), {"_values": self._values, "_kept": self._kept}
+
+    def find_modules(self) -> None:
+        """Must be called again when modules of the base were replaced."""
+        self.modules = [module for module in self._base.modules() if "training" in vars(module)]
+        self._dicts = [vars(module) for module in self.modules]
+        self.statistics: list[Any] = [module for module in self.modules if keeps_statistics(module)]
 
     def get(self, module: nn.Module, name: str, default: Any = None) -> Any:
         """The handle's value for an attribute, if it has one."""
@@ -157,7 +161,7 @@ class OwnState:
     def _traced(self, training: bool) -> list[tuple[nn.Module, str, Any]]:
         """As `apply`, in terms that `torch.compile` can trace."""
         undo: list[tuple[nn.Module, str, Any]] = []
-        for module in self._modules:
+        for module in self.modules:
             if module.training is not training:
                 undo.append((module, "training", not training))
                 module.training = training
