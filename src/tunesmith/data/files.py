@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         ConfigError: it is a file, or cannot be written to.
     """
-    made = not folder.exists()
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".tunesmith-probe"
-        probe.touch()
-        probe.unlink()
-        if made:
-            folder.rmdir()
+        with tempfile.TemporaryDirectory(prefix=".tunesmith-", dir=there):  # a name of its own: other processes check, too
+            pass
     except OSError as error:
         raise ConfigError(f"cannot write to {folder} ({error.strerror}); choose another --output-dir") from error
 
