@@ -111,10 +111,14 @@ def _recomputed(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _recomputed_reentrant(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As torch asks for: one input needs a gradient, keywords stay outside, results are tensors or tuples of them."""
+    """As torch asks for: one input needs a gradient, keywords stay outside, results are tensors or tuples of them.
+
+    A cache is empty in each run: one that holds results of the run before would lead the backward pass round in a circle.
+    """
 
     def run(_: Tensor, *inner: Any) -> tuple[Tensor, ...]:
-        return tuple(tensors_of(part(*inner, **kwargs)))
+        own = {name: copy.deepcopy(value) if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+        return tuple(tensors_of(part(*inner, **own)))
 
     return checkpoint(run, torch.ones((), requires_grad=True), *args, use_reentrant=True)
 
