@@ -43,7 +43,7 @@ class Reaching(Calls):
 
     @property
     def base_model(self) -> Any:
-        """The base with this handle's adapters in effect, in peft's form: `handle.bare_base.model` is the base, too.
+        """The base with this handle's adapters in effect, in peft's form: `handle.base_model.model` is the base, too.
 
         The base without adapters is `handle.bare_base`.
         """
@@ -98,6 +98,8 @@ class Reaching(Calls):
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
         """The module that acts in place of this one: itself, or its counterpart in a private copy of a module around it."""
+        if not self._copies:
+            return module
         path = self._path_of(module) or ""
         for at, copy in self._copies.items():
             if path.startswith(at + "."):
