@@ -154,16 +154,22 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         """
         key_mapping = kwargs.pop("key_mapping", None)
         folder = AdapterFolder.find(model_id, **kwargs)
-        file = translated(self.bare_base, folder, read_config(folder), key_mapping)
-        return self._load(*file, adapter_name, is_trainable, autocast_adapter_dtype)
+        return self._load(folder, read_config(folder), adapter_name, is_trainable, autocast_adapter_dtype, key_mapping)
 
     def _load(
-        self, folder: AdapterFolder, config: PeftConfig, name: str, is_trainable: bool, autocast_adapter_dtype: bool
+        self,
+        folder: AdapterFolder,
+        config: PeftConfig,
+        name: str,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        key_mapping: dict[str, str] | None,
     ) -> load.LoadResult:
         self._require_unmerged(name)
         in_use = self.peft_config.get(name)
         if in_use is None:
             check_name(name, self.peft_config)
+        folder, config = translated(self.bare_base, folder, config, key_mapping)
         stored = load.Stored.read(folder, config)
         try:
             plan, config = self.plan_adapter(stored.config, stored.paths(self.bare_base))
@@ -220,8 +226,7 @@ class PeftModel(BaseMethods, Merging, Combining, Reporting):
         check_config(stored)
         handle = (cls.for_task(fitting_task(model, stored)) if cls is PeftModel else cls)(model)
         try:
-            file = translated(model, folder, stored, key_mapping)
-            handle._load(*file, adapter_name, is_trainable, autocast_adapter_dtype)
+            handle._load(folder, stored, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping)
         except BaseException:
             handle._leave_base()
             raise

@@ -41,15 +41,21 @@ def pair():
     return base, lora(base, target_modules=["inner"]).train(), lora(base, target_modules=["inner"]).eval()
 
 
+def held(base, handle, pool):
+    """A call on another thread that has begun, and goes on when `base.gate` is set."""
+    base.gate = threading.Event()
+    base.running.clear()
+    call = pool.submit(handle, X)
+    assert base.running.wait(20)
+    return call
+
+
 def test_a_call_in_another_mode_on_another_thread_waits():
     base, trains, evaluates = pair()
     for handle in (trains, evaluates):
         handle(X)
-    base.gate = threading.Event()
-    base.running.clear()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(trains, X)
-        assert base.running.wait(20)
+        first = held(base, trains, pool)
         second = pool.submit(evaluates, X)
         assert not second.done()
         base.gate.set()
@@ -62,11 +68,8 @@ def test_calls_in_one_mode_run_at_the_same_time():
     other = lora(base, target_modules=["inner"]).eval()
     for handle in (other, evaluates):
         handle(X)
-    base.gate = threading.Event()
-    base.running.clear()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(other, X)
-        assert base.running.wait(20)
+        first = held(base, other, pool)
         base.running.clear()
         second = pool.submit(evaluates, X)
         assert base.running.wait(20), "the second call waited for the first"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.decoded_linear import Decoded, with_gradient
-from .quantised import QuantisedView
+from .quantised import OfInputType
 from .stored_tensors import FLOAT8
 from .view import class_forward, own_parameter, register_view
 
@@ -27,18 +27,8 @@ _SCALES = ("weight_scale_inv", "weight_scale")  # both are factors, whatever the
     "transformers.integrations.finegrained_fp8.FP8Linear",
     "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear",
 )
-class Float8View(QuantisedView):
-    """A linear map in 8-bit floats; computes in its input's type."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
-
-    def stored_dtype(self) -> None:
-        return None
+class Float8View(OfInputType):
+    """A linear map in 8-bit floats."""
 
     @property
     def decodes(self) -> bool:

@@ -198,9 +198,8 @@ class Linear4bitView(QuantisedView):
         weight.quant_state = self.module.quant_state = state
 
 
-@register_view("bitsandbytes.nn.modules.Linear8bitLt")
-class Linear8bitView(QuantisedView):
-    """Computes in its input's dtype. On a CPU the input is not rounded to 8 bits, so evaluation matches training."""
+class OfInputType(QuantisedView):
+    """Computes in its input's dtype, and does not say which one its weight had."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,6 +210,11 @@ class Linear8bitView(QuantisedView):
 
     def stored_dtype(self) -> None:
         return None
+
+
+@register_view("bitsandbytes.nn.modules.Linear8bitLt")
+class Linear8bitView(OfInputType):
+    """On a CPU the input is not rounded to 8 bits, so evaluation matches training."""
 
     @property
     def decodes(self) -> bool:

@@ -72,7 +72,7 @@ class Frames(HandleState):
         return self._frames[key]
 
     def _frame(self, adapters: BySite, prompts: Prompts, **more: Any) -> Frame:
-        return Frame(adapters, prompts, owner=self._owner, state=self._own, training=self.training, **more)
+        return Frame(adapters, prompts, state=self._own, training=self.training, **more)
 
     def _prompt(self, name: str) -> tuple[PromptAdapter, int] | None:
         """An adapter's virtual tokens and their number, if it has any."""

@@ -38,7 +38,6 @@ class Shows(Protocol):
     """What a proxy needs of its handle."""
 
     training: bool
-    _owner: object
     _own: OwnState
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -60,7 +59,7 @@ def handle_of(proxy: Any) -> Any:
     return proxy._proxied_handle
 
 
-def _runs(handle: Any) -> bool:
+def runs(handle: Any) -> bool:
     """Whether a call of the handle is running on this thread, so that its values are on the modules."""
     frame = current_frame()
     return frame is not None and frame.state is handle._own
@@ -80,17 +79,17 @@ class Own:
             return handle._own.hooks(module, self.name)
         value = handle._own.get(module, self.name, _NONE)
         if value is not _NONE:
-            return vars(module).get(self.name, value) if _runs(handle) else value
+            return vars(module).get(self.name, value) if runs(handle) else value
         if self.name == "training":
             return handle.training
         value = getattr(module, self.name)
         return handle._own.copied(value) if self.name in CONFIGS else shown(handle, value)
 
     def __set__(self, proxy: Any, value: Any) -> None:
-        handle_of(proxy)._own.set(module_of(proxy), self.name, value, _runs(handle_of(proxy)))
+        handle_of(proxy)._own.set(module_of(proxy), self.name, value, runs(handle_of(proxy)))
 
     def __delete__(self, proxy: Any) -> None:
-        handle_of(proxy)._own.delete(module_of(proxy), self.name, _runs(handle_of(proxy)))
+        handle_of(proxy)._own.delete(module_of(proxy), self.name, runs(handle_of(proxy)))
 
 
 class Forward:
@@ -135,9 +134,9 @@ class Proxy:
         return self._run("__call__", args, kwargs)
 
     def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        handle, frame = handle_of(self), current_frame()
+        handle = handle_of(self)
         module = handle._stand_in(module_of(self))
-        if frame is not None and frame.owner is handle._owner:
+        if runs(handle):
             return getattr(module, name)(*args, **kwargs)
         handle._check_part(module_of(self))
         with handle.entered():

@@ -39,7 +39,7 @@ class Reaching(Calls):
     def _settle(self) -> None:
         super()._settle()
         items = (item for name in self._effective for item in self.tree(name).items())
-        self._copies = {path: own for path, own in items if isinstance(own, ModuleCopy) and any(own.module.children())}
+        self._copies = {path: own for path, own in items if isinstance(own, ModuleCopy) and _has_children(own.module)}
 
     @property
     def base_model(self) -> Any:
@@ -85,7 +85,7 @@ class Reaching(Calls):
             UsageError: virtual tokens are in effect, and have no place in a call of this module alone.
         """
         frame, path = self.effective_frame, self._path_of(module) or ""
-        if not frame.prompts or not any(module.children()):
+        if not frame.prompts or not _has_children(module):
             return
         if any(not prompt.in_cache for prompt, _ in frame.prompts):
             raise UsageError(
@@ -156,6 +156,10 @@ class Reaching(Calls):
                 if value not in seen or not remove_duplicate:
                     seen.add(value)
                     yield name, value
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 class _Parts(Shown):

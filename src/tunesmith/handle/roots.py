@@ -9,15 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..runtime.frame import current_frame
 from ..runtime.site import site_of
-from .proxy import OF_THE_MODULE, Forward, Proxy, handle_of, module_of
+from .proxy import OF_THE_MODULE, Forward, Proxy, handle_of, module_of, runs
 
 # What clients of peft ask of `handle.base_model`, besides the base.
 OF_THE_HANDLE = (
     "active_adapter", "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
     "enable_adapter_layers", "get_model_status", "get_layer_status", "merge_adapter", "merge_and_unload", "peft_config",
-    "prepare_model_for_gradient_checkpointing", "set_adapter", "targeted_module_names", "unload", "unmerge_adapter",
+    "prepare_model_for_gradient_checkpointing", "set_adapter", "unload", "unmerge_adapter",
 )  # fmt: skip
 
 
@@ -47,8 +46,8 @@ class Root(Proxy):
     forward = OwnForward()
 
     def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        handle, module, frame = handle_of(self), module_of(self), current_frame()
-        if frame is None or frame.owner is not handle._owner:
+        handle, module = handle_of(self), module_of(self)
+        if not runs(handle):
             return getattr(handle, name)(*args, **kwargs)
         handle._own.sync(running=True)
         if name == "forward" and handle._own.get(module, "forward") is not None:  # which calls the one that it replaced
@@ -57,9 +56,8 @@ class Root(Proxy):
 
     @property
     def generate(self) -> Any:
-        handle, frame, module = handle_of(self), current_frame(), module_of(self)
-        inside = frame is not None and frame.owner is handle._owner
-        return types.MethodType(type(module).generate, self) if inside else handle.generate
+        handle, module = handle_of(self), module_of(self)
+        return types.MethodType(type(module).generate, self) if runs(handle) else handle.generate
 
     def train(self, mode: bool = True) -> Any:
         handle_of(self).train(mode)

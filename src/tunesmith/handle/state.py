@@ -35,7 +35,6 @@ class HandleState(nn.Module):
         input_spec: what must be known about the base to put virtual tokens in front of its input.
         bare_base: the base itself, as it was given: called, it runs without adapters.
         _own: what this handle sets on the base's modules while it runs.
-        _owner: identifies this handle in its frames.
     """
 
     # Set by the task classes, for virtual tokens; see `InputSpec`.
@@ -51,14 +50,12 @@ class HandleState(nn.Module):
     input_spec: InputSpec
     bare_base: Any
     _own: OwnState
-    _owner: object
 
     def _init_state(self, model: nn.Module) -> None:
         """Start with `model` and no adapters. (`__init__` would run `PreTrainedModel`'s; handles are such in name only.)"""
         nn.Module.__init__(self)
         self.__dict__["bare_base"] = model  # no submodule of the handle, which has proxies of it instead
         self._own = OwnState(model)
-        self._owner = object()
         recompute.install()
         self.adapters = nn.ModuleDict()
         self.peft_config = {}

@@ -44,8 +44,7 @@ class Frame:
         penalties: terms added to the loss in training.
         names: the effective adapters.
         segments: the boundaries of the texts of a packed row.
-        owner: identifies the handle.
-        state: what the handle sets on the base's modules while it runs.
+        state: what the handle sets on the base's modules while it runs; each handle has one, so it identifies the handle.
         training: the handle's mode.
     """
 
@@ -56,7 +55,6 @@ class Frame:
     penalties: tuple[Callable[[], Tensor], ...] = ()
     names: tuple[str, ...] = ()
     segments: Segments | None = None
-    owner: object = None
     state: OwnState | None = None
     training: bool = False
 
