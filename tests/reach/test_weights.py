@@ -60,7 +60,7 @@ def test_a_parameter_read_through_a_handle_is_the_merged_one(family, method, rou
         if grad is torch.enable_grad and route != "a deep copy" and read != "detached":
             gradients = gradients_of(case, found)
             expected, direction = slope_of_merged(case, lambda merged: of(merged.get_submodule(path)))
-            assert slope(gradients, direction) == pytest.approx(expected, rel=1e-2, abs=1e-3), told
+            assert slope(gradients, direction) == pytest.approx(expected, rel=1e-5, abs=1e-6), told
     case.assert_bare()
 
 

@@ -75,5 +75,5 @@ def test_code_around_a_handle_computes_what_it_computes_around_the_merged_model(
         if grad is torch.enable_grad and method != OFF and "dora" not in method:  # its norm counts as constant
             gradients = gradients_of(case, found)
             expected, direction = slope_of_merged(case, lambda merged: run(merged, case.inputs))
-            assert slope(gradients, direction) == pytest.approx(expected, rel=1e-2, abs=1e-3), told
+            assert slope(gradients, direction) == pytest.approx(expected, rel=1e-5, abs=1e-6), told
     case.assert_bare()
